@@ -1,0 +1,3 @@
+//! `recoverd`: the command line.
+
+fn main() {}

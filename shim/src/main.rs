@@ -9,5 +9,7 @@
     )
 )]
 mod args;
+mod oom;
 mod options;
+mod stats;
 fn main() {}

@@ -1,0 +1,216 @@
+//! Notices that the kernel killed a process of a task for want of memory.
+//!
+//! v2: inotify on `memory.events`, which the kernel touches whenever one of its counters changes.
+//! v1: an eventfd registered in `cgroup.event_control` for `memory.oom_control`. Both only say
+//! *look*: what is reported is by how much the counter `oom_kill` has grown since the last look,
+//! so that a wake-up for something else tells nothing and a lost one loses nothing. (A v1 kernel
+//! before 4.13 has no such counter; there every wake-up counts as one, as in the stock shim.)
+
+use std::{
+    fs::{self, File},
+    io,
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    errno::Errno,
+    sys::{
+        eventfd::{EfdFlags, EventFd},
+        inotify::{AddWatchFlags, InitFlags, Inotify},
+    },
+};
+use recoverd_common::{
+    cgroup::{Cgroup, MAX_FILE, parse_pairs},
+    read::read_text,
+    seen::Seen,
+};
+
+/// Why a task's memory cgroup cannot be watched.
+#[derive(Debug, thiserror::Error)]
+pub enum WatchError {
+    /// The memory controller is off, or on another hierarchy than the task's.
+    #[error("watch for OOM: the task has no memory cgroup")]
+    NoMemoryCgroup,
+    /// A file or a descriptor is not to be had.
+    #[error("watch for OOM: {verb} {}: {cause}", path.display())]
+    Io {
+        /// What was tried.
+        verb: &'static str,
+        /// With what.
+        path: PathBuf,
+        /// The kernel's answer.
+        cause: io::Error,
+    },
+}
+
+/// A watch on one task, for as long as it lives. The descriptor becomes readable when there may
+/// be something new.
+#[derive(Debug)]
+pub struct OomWatch {
+    source: Source,
+    /// The file with the counter `oom_kill`.
+    counter: PathBuf,
+    /// Its value at the last look.
+    seen: u64,
+}
+
+#[derive(Debug)]
+enum Source {
+    V1(EventFd),
+    V2(Inotify),
+}
+
+impl OomWatch {
+    /// Starts to watch `cgroup`; kills that happened before count from `already` on (what the
+    /// record says of an adopted task; `None`: only what happens from now on).
+    pub fn new(cgroup: &Cgroup, already: Option<u64>) -> Result<Self, WatchError> {
+        let folder = cgroup.folder("memory").ok_or(WatchError::NoMemoryCgroup)?;
+        let (source, counter) = match cgroup {
+            Cgroup::V1(_) => (watch_v1(folder)?, folder.join("memory.oom_control")),
+            Cgroup::V2(_) => (watch_v2(folder)?, folder.join("memory.events")),
+        };
+        // Looked at after the watch began: nothing falls between the two.
+        let seen = already.or_else(|| kills(&counter)).unwrap_or(0);
+        Ok(Self {
+            source,
+            counter,
+            seen,
+        })
+    }
+
+    /// How many OOM kills there have been since the last look; to be called when the descriptor
+    /// is readable, and once more when the init has exited (the exit may be seen first).
+    pub fn read(&mut self) -> u64 {
+        let woken = self.drain();
+        match kills(&self.counter) {
+            Some(now) => {
+                let new = now.saturating_sub(self.seen);
+                self.seen = self.seen.max(now);
+                new
+            }
+            // The group is gone, or an old kernel.
+            None => match self.source {
+                // v1 also wakes when the group is removed: that is no OOM.
+                Source::V1(_) if self.counter.exists() => woken,
+                Source::V1(_) | Source::V2(_) => 0,
+            },
+        }
+    }
+
+    /// The counter at the last look, for the record.
+    pub fn seen(&self) -> u64 {
+        self.seen
+    }
+
+    /// Empties the descriptor; how many times it was woken.
+    fn drain(&self) -> u64 {
+        match &self.source {
+            Source::V1(event) => event.read().unwrap_or(0),
+            Source::V2(inotify) => {
+                let mut woken: u64 = 0;
+                while let Ok(events) = inotify.read_events() {
+                    woken = woken.saturating_add(events.len() as u64);
+                }
+                woken
+            }
+        }
+    }
+}
+
+impl AsFd for OomWatch {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.source {
+            Source::V1(event) => event.as_fd(),
+            Source::V2(inotify) => inotify.as_fd(),
+        }
+    }
+}
+
+/// The counter `oom_kill` of a file of `key value` lines.
+fn kills(counter: &Path) -> Option<u64> {
+    match read_text(counter, MAX_FILE) {
+        Seen::Present(text) => parse_pairs(&text)
+            .find(|(key, _)| *key == "oom_kill")
+            .map(|(_, n)| n),
+        Seen::Absent | Seen::Unknown(_) => None,
+    }
+}
+
+fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WatchError {
+    let path = path.to_owned();
+    move |cause| WatchError::Io { verb, path, cause }
+}
+
+fn errno(verb: &'static str, path: &Path) -> impl FnOnce(Errno) -> WatchError {
+    let failed = failed(verb, path);
+    move |errno| failed(errno.into())
+}
+
+fn watch_v1(folder: &Path) -> Result<Source, WatchError> {
+    let path = folder.join("memory.oom_control");
+    let control: OwnedFd = File::open(&path).map_err(failed("open", &path))?.into();
+    let flags = EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK;
+    let event =
+        EventFd::from_value_and_flags(0, flags).map_err(errno("make eventfd for", &path))?;
+    let register = folder.join("cgroup.event_control");
+    let line = format!("{} {}", event.as_fd().as_raw_fd(), control.as_raw_fd());
+    fs::write(&register, line).map_err(failed("write", &register))?;
+    Ok(Source::V1(event))
+}
+
+fn watch_v2(folder: &Path) -> Result<Source, WatchError> {
+    let path = folder.join("memory.events");
+    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
+        .map_err(errno("make inotify for", &path))?;
+    inotify
+        .add_watch(&path, AddWatchFlags::IN_MODIFY)
+        .map_err(errno("watch", &path))?;
+    Ok(Source::V2(inotify))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+    fn readable(watch: &OomWatch) -> bool {
+        let mut fds = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
+        poll(&mut fds, PollTimeout::from(2000u16)).unwrap() == 1
+    }
+
+    #[test]
+    fn v2_kills_are_counted_once_and_other_events_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("memory.events");
+        fs::write(&file, "max 0\noom 0\noom_kill 2\n").unwrap();
+        let cgroup = Cgroup::V2(dir.path().into());
+        let mut watch = OomWatch::new(&cgroup, None).unwrap();
+        assert_eq!(watch.read(), 0);
+        fs::write(&file, "max 9\noom 1\noom_kill 2\n").unwrap();
+        assert!(readable(&watch));
+        assert_eq!(watch.read(), 0);
+        fs::write(&file, "max 9\noom 2\noom_kill 4\n").unwrap();
+        assert!(readable(&watch));
+        assert_eq!((watch.read(), watch.read(), watch.seen()), (2, 0, 4));
+        fs::remove_file(&file).unwrap();
+        assert_eq!(watch.read(), 0);
+    }
+
+    #[test]
+    fn an_adopter_learns_of_kills_that_happened_while_nobody_watched() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("memory.events"), "oom_kill 3\n").unwrap();
+        let mut watch = OomWatch::new(&Cgroup::V2(dir.path().into()), Some(1)).unwrap();
+        assert_eq!(watch.read(), 2);
+    }
+
+    #[test]
+    fn a_task_without_memory_cgroup_is_refused() {
+        assert!(matches!(
+            OomWatch::new(&Cgroup::V1(Vec::new()), None),
+            Err(WatchError::NoMemoryCgroup)
+        ));
+        assert!(OomWatch::new(&Cgroup::V2("/nonexistent".into()), None).is_err());
+    }
+}

@@ -1,10 +1,14 @@
 //! What the shim and `recoverd` share: names checked once, every path, the record, facts about
 //! one thing of the host each, and the messages of the task API. No policy lives here.
 
+pub mod bundle;
 pub mod cgroup;
 pub mod ids;
+pub mod mounts;
 pub mod paths;
 pub mod pb;
+pub mod proc;
 pub mod read;
+pub mod runc;
 pub mod seen;
 pub mod ttrpc;

@@ -5,5 +5,7 @@ pub mod ids;
 pub mod paths;
 pub mod pb;
 pub mod read;
+pub mod record;
 pub mod seen;
+pub mod timestamp;
 pub mod ttrpc;

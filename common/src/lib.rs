@@ -9,6 +9,9 @@ pub mod paths;
 pub mod pb;
 pub mod proc;
 pub mod read;
+
+pub mod record;
 pub mod runc;
 pub mod seen;
+pub mod timestamp;
 pub mod ttrpc;

@@ -1,0 +1,183 @@
+//! The command line: names, defaults and help. What a word does is in `commands`.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Finds, explains and repairs what is wrong with the runc shims of a node.
+///
+/// Looks by default and changes nothing.
+#[derive(Debug, Parser)]
+#[command(
+    name = "recoverd",
+    version,
+    max_term_width = 100,
+    disable_help_subcommand = true,
+    after_help = "Exit codes of commands that look: 0 nothing found, 1 findings, 2 usage error,\n\
+                  3 could not see everything."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    /// Flags that come before the command.
+    pub global: Global,
+    #[command(subcommand)]
+    /// What to do.
+    pub command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Look at this containerd only: its gRPC address, as in containerd's own flag
+    #[arg(short, long, value_name = "PATH")]
+    pub address: Option<PathBuf>,
+    /// Its state folder [default: as configured, else /run/containerd]
+    #[arg(long, value_name = "DIR")]
+    pub state: Option<PathBuf>,
+    /// Its root folder [default: as configured, else /var/lib/containerd]
+    #[arg(long, value_name = "DIR")]
+    pub root: Option<PathBuf>,
+    /// Where shims' sockets are [default: /run/containerd/s]
+    #[arg(long, value_name = "DIR")]
+    pub socket_dir: Option<PathBuf>,
+    /// Where runc keeps its state [default: /run/containerd/runc]
+    #[arg(long, value_name = "DIR")]
+    pub runc_root: Option<PathBuf>,
+    /// recoverd's own runtime files [default: /run/recoverd]
+    #[arg(long, value_name = "DIR")]
+    pub run_dir: Option<PathBuf>,
+    /// What recoverd did [default: /var/lib/recoverd/history.jsonl]
+    #[arg(long, value_name = "FILE")]
+    pub history: Option<PathBuf>,
+    /// Configuration [default: /etc/recoverd/config.toml, if there]
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Look at tasks of this containerd namespace only
+    #[arg(short, long, value_name = "NAME")]
+    pub namespace: Option<String>,
+    /// Say more on standard error; twice says all
+    #[arg(short, long, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+    /// Colour the output
+    #[arg(long, value_enum, value_name = "WHEN")]
+    pub color: Option<Color>,
+}
+
+/// When to colour.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Color {
+    /// On a terminal, unless NO_COLOR is set
+    Auto,
+    /// Always
+    Always,
+    /// Never
+    Never,
+}
+
+/// The commands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Look once at every task and leftover of the node
+    Scan(Scan),
+    /// Tell everything known of one task, whose word each fact is, and where they differ
+    Show(Show),
+    /// Will a restart or upgrade of containerd be harmless now?
+    Preflight(Preflight),
+    /// Write all facts about one task into a tar file, for a bug report
+    Dump(Dump),
+    /// Tell what a finding means, how it comes about and what to do
+    Explain(Explain),
+    /// Print the effective configuration and where each value comes from
+    Config,
+}
+
+/// `recoverd scan`
+#[derive(Debug, Args)]
+pub struct Scan {
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
+    pub output: ScanFormat,
+    /// Report leaked resources only when they are at least this old, such as 0s, 90s, 10m
+    #[arg(long, value_name = "TIME", value_parser = crate::config::parse_duration)]
+    pub min_age: Option<std::time::Duration>,
+    /// Let healthy tasks out of the table
+    #[arg(short, long)]
+    pub quiet: bool,
+}
+
+/// Formats of `scan`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ScanFormat {
+    /// For people
+    Table,
+    /// One object, schema recoverd/scan/1
+    Json,
+    /// Metrics in Prometheus' text format
+    Prometheus,
+}
+
+/// Formats of commands that print one text or one object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TextOrJson {
+    /// For people
+    Text,
+    /// One object
+    Json,
+}
+
+/// `recoverd show`
+#[derive(Debug, Args)]
+pub struct Show {
+    /// Containerd namespace and id of the task
+    #[arg(value_name = "NS/ID")]
+    pub task: String,
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "text", value_name = "FORMAT")]
+    pub output: TextOrJson,
+}
+
+/// `recoverd preflight`
+#[derive(Debug, Args)]
+pub struct Preflight {
+    /// The containerd release that is to start, such as 2.1 [default: the one that runs]
+    #[arg(long, value_name = "VERSION")]
+    pub to: Option<String>,
+    /// The systemd unit that runs containerd
+    #[arg(long, default_value = "containerd.service", value_name = "UNIT")]
+    pub unit: String,
+    /// How to print
+    #[arg(short, long, value_enum, default_value = "text", value_name = "FORMAT")]
+    pub output: TextOrJson,
+}
+
+/// `recoverd dump`
+#[derive(Debug, Args)]
+pub struct Dump {
+    /// Containerd namespace and id of the task
+    #[arg(value_name = "NS/ID")]
+    pub task: String,
+    /// Where to write the tar; - is standard output
+    #[arg(short, long, value_name = "FILE", default_value = "-")]
+    pub output: PathBuf,
+    /// Have a Go shim write its stacks into its log first (sends it SIGUSR1)
+    #[arg(long)]
+    pub stack: bool,
+}
+
+/// `recoverd explain`
+#[derive(Debug, Args)]
+pub struct Explain {
+    /// A finding's code, such as orphaned-task; none lists them all
+    #[arg(value_name = "CODE")]
+    pub code: Option<String>,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        super::Cli::command().debug_assert();
+    }
+}

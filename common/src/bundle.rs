@@ -153,11 +153,7 @@ impl Config {
 
     /// The group whose members share one shim, when the annotations name one.
     pub fn group(&self) -> Option<&str> {
-        let named = |key: &&str| self.annotations.get(*key).filter(|group| !group.is_empty());
-        crate::paths::GROUP_ANNOTATIONS
-            .iter()
-            .find_map(named)
-            .map(String::as_str)
+        crate::paths::group(&self.annotations)
     }
 }
 

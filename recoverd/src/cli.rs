@@ -95,7 +95,13 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Scan {
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
     pub output: ScanFormat,
     /// Report leaked resources only when they are at least this old, such as 0s, 90s, 10m
     #[arg(long, value_name = "TIME", value_parser = crate::config::parse_duration)]

@@ -43,11 +43,12 @@ pub struct Look {
     pub listeners: Seen<HashMap<Address, Vec<i32>>>,
     /// What each asked socket answered.
     pub answers: BTreeMap<Address, Answer>,
-    /// Processes that runc's state, a bundle's `init.pid` or a record name.
-    pub processes: HashMap<i32, Seen<Stat>>,
+    /// The process table, read after bundles and runc's state; *unknown* when some processes are
+    /// hidden from us.
+    pub processes: Seen<HashMap<i32, Stat>>,
     /// The mount table.
     pub mounts: Seen<Vec<Mount>>,
-    /// When the mount points below a bundle folder were last changed.
+    /// When the folder that holds a mount point below a bundle was last changed.
     pub mount_ages: HashMap<PathBuf, SystemTime>,
     /// Cgroups that belong to containers, by name and by runc's word.
     pub cgroups: Vec<CgroupFacts>,
@@ -419,10 +420,12 @@ pub struct Exec {
     pub shim: i32,
     /// The task whose cgroup it is in.
     pub name: TaskName,
-    /// The fifos that the shim holds for it and who else has them open; empty when none is known.
-    pub fifo_users: Seen<Vec<i32>>,
-    /// Those fifos.
+    /// Its id, from the name of its pid file.
+    pub exec_id: Option<String>,
+    /// The fifos that the shim has open for it.
     pub fifos: Vec<PathBuf>,
+    /// Processes other than the shim that have one of them open.
+    pub fifo_users: Seen<Vec<i32>>,
 }
 
 /// A record beside a socket.

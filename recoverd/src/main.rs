@@ -1,3 +1,7 @@
 //! `recoverd`: the command line.
-
+mod cli;
+mod config;
+mod facts;
+mod findings;
+mod observe;
 fn main() {}

@@ -1,7 +1,11 @@
 //! `recoverd`: the command line.
+#![allow(dead_code)]
+
 mod cli;
+mod commands;
 mod config;
 mod facts;
 mod findings;
 mod observe;
+
 fn main() {}

@@ -323,13 +323,6 @@ impl Config {
         Ok(config)
     }
 
-    /// Defaults and flags only: what the systemd hooks go on with when the file is no good.
-    pub fn without_file(global: &Global) -> Result<Self, ConfigError> {
-        let mut config = Self::default();
-        config.apply_flags(global)?;
-        Ok(config)
-    }
-
     /// `--min-age` of `scan`.
     pub fn override_min_age(&mut self, min_age: Duration) {
         self.scan.min_age = min_age;
@@ -893,12 +886,16 @@ mod tests {
 
     #[test]
     fn flags_hold_over_the_file_and_must_be_absolute() {
-        let config = Config::without_file(&global(&["--socket-dir", "/x/s"])).unwrap();
+        let load = |flags: &[&str]| {
+            let mut config = Config::default();
+            config.apply_flags(&global(flags)).map(|()| config)
+        };
+        let config = load(&["--socket-dir", "/x/s"]).unwrap();
         assert_eq!(config.socket_dir, Path::new("/x/s"));
-        let error = Config::without_file(&global(&["--runc-root", "here"])).unwrap_err();
+        let error = load(&["--runc-root", "here"]).unwrap_err();
         let said = "flag --runc-root: here is not allowed; must be an absolute path";
         assert_eq!(error.to_string(), said);
-        assert!(Config::without_file(&global(&["--state", "x"])).is_err());
+        assert!(load(&["--state", "x"]).is_err());
     }
 
     #[test]

@@ -4,6 +4,7 @@
 mod cli;
 mod commands;
 mod config;
+mod explain;
 mod facts;
 mod findings;
 mod observe;

@@ -206,6 +206,28 @@ impl Bundle {
         Some(address).filter(|address| !address.is_empty())
     }
 
+    /// Files that are there and could not be read, each with the reason.
+    pub fn unreadable(&self) -> Vec<(&'static str, &str)> {
+        fn why<T>(file: &Seen<T>) -> Option<&str> {
+            match file {
+                Seen::Unknown(why) => Some(why),
+                Seen::Present(_) | Seen::Absent => None,
+            }
+        }
+        [
+            ("address", why(&self.address)),
+            ("bootstrap.json", why(&self.bootstrap)),
+            ("shim-binary-path", why(&self.shim_binary)),
+            ("runtime", why(&self.runtime)),
+            ("options.json", why(&self.options)),
+            ("init.pid", why(&self.init_pid)),
+            ("config.json", why(&self.config)),
+        ]
+        .into_iter()
+        .filter_map(|(file, why)| Some((file, why?)))
+        .collect()
+    }
+
     /// The task API version that the bundle names, when it does.
     pub fn api_version(&self) -> Option<i32> {
         self.bootstrap.present().map(|bootstrap| bootstrap.version)

@@ -46,6 +46,8 @@ pub struct Look {
     /// The process table, read after bundles and runc's state; *unknown* when some processes are
     /// hidden from us.
     pub processes: Seen<HashMap<i32, Stat>>,
+    /// Cgroup paths of processes that only a bundle's `init.pid` names.
+    pub memberships: HashMap<i32, Seen<Vec<String>>>,
     /// The mount table.
     pub mounts: Seen<Vec<Mount>>,
     /// When the folder that holds a mount point below a bundle was last changed.
@@ -461,6 +463,28 @@ pub struct Gap {
     pub what: String,
     /// Why.
     pub why: String,
+    /// The containerd that alone is concerned, by its address.
+    #[serde(skip)]
+    pub instance: Option<String>,
+}
+
+impl Gap {
+    /// A gap that concerns the whole look.
+    pub fn new(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            why: why.into(),
+            instance: None,
+        }
+    }
+
+    /// As [`Gap::new`], for one containerd's part of it.
+    pub fn of(instance: &Instance, what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            instance: Some(instance.address.clone()),
+            ..Self::new(what, why)
+        }
+    }
 }
 
 impl Look {

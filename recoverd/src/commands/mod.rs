@@ -1,4 +1,7 @@
-//! One file per command.
+//! One file per command: what it asks for, and what it prints.
 
 pub mod config;
 pub mod explain;
+pub mod look;
+pub mod scan;
+pub mod show;

@@ -11,7 +11,6 @@ use std::{
     time::{Duration, Instant},
 };
 
-use prost::Message as _;
 use recoverd_common::{paths, pb::task, ttrpc::code};
 use tokio::{net::UnixStream, sync::Semaphore, time};
 use ttrpc::{

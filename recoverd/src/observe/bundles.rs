@@ -28,7 +28,8 @@ pub fn observe(instances: &[Instance], gaps: &mut Vec<Gap>) -> Vec<BundleFacts> 
             Seen::Present(listed) => listed,
             Seen::Absent => continue,
             Seen::Unknown(why) => {
-                gap(gaps, &state.join(paths::TASK_PLUGIN), why);
+                let top = state.join(paths::TASK_PLUGIN);
+                gaps.push(Gap::of(instance, top.display().to_string(), why));
                 continue;
             }
         };
@@ -51,7 +52,9 @@ pub fn observe(instances: &[Instance], gaps: &mut Vec<Gap>) -> Vec<BundleFacts> 
                 }),
                 // Removed since it was listed.
                 Seen::Absent => {}
-                Seen::Unknown(why) => gap(gaps, &path, why),
+                Seen::Unknown(why) => {
+                    gaps.push(Gap::of(instance, path.display().to_string(), why));
+                }
             }
         }
     }
@@ -71,7 +74,7 @@ pub fn observe_runc(roots: &Roots, bundles: &[BundleFacts], gaps: &mut Vec<Gap>)
             Seen::Present(listed) => listed,
             Seen::Absent => continue,
             Seen::Unknown(why) => {
-                gap(gaps, &top, why);
+                gaps.push(Gap::new(top.display().to_string(), why));
                 continue;
             }
         };
@@ -119,11 +122,4 @@ pub fn changed_at(path: &Path) -> Option<SystemTime> {
     fs::symlink_metadata(path)
         .and_then(|meta| meta.modified())
         .ok()
-}
-
-fn gap(gaps: &mut Vec<Gap>, path: &Path, why: String) {
-    gaps.push(Gap {
-        what: path.display().to_string(),
-        why,
-    });
 }

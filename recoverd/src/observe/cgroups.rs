@@ -9,7 +9,7 @@ use std::{
 
 use rayon::prelude::*;
 use recoverd_common::{
-    cgroup::read_procs,
+    cgroup::{parse_memberships, read_procs},
     ids::Id,
     proc::{Proc, ProcessId, Stat},
     read,
@@ -83,6 +83,36 @@ pub fn observe(
     found
         .into_par_iter()
         .filter_map(|(path, name)| read_one(proc, &hierarchies, path, name, table))
+        .collect()
+}
+
+/// Cgroup paths of the processes that a bundle's `init.pid` names where runc's state does not say
+/// who the init is.
+pub fn memberships(
+    roots: &Roots,
+    bundles: &[BundleFacts],
+    runc: &[RuncEntry],
+) -> HashMap<i32, Seen<Vec<String>>> {
+    let told: BTreeSet<(&str, &str)> = runc
+        .iter()
+        .filter(|entry| entry.state.present().is_some())
+        .map(|entry| (entry.name.0.as_str(), entry.name.1.as_str()))
+        .collect();
+    bundles
+        .iter()
+        .map(|facts| &facts.bundle)
+        .filter(|bundle| !told.contains(&(bundle.namespace.as_str(), bundle.id.as_str())))
+        .filter_map(|bundle| {
+            let pid = bundle.init_pid.present()?.pid;
+            let path = roots.proc.join(pid.to_string()).join("cgroup");
+            let paths = read::read_text(&path, 64 << 10).map(|text| {
+                parse_memberships(&text)
+                    .into_iter()
+                    .map(|group| group.path)
+                    .collect()
+            });
+            Some((pid, paths))
+        })
         .collect()
 }
 

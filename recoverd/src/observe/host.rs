@@ -19,19 +19,16 @@ pub fn observe(roots: &Roots, gaps: &mut Vec<Gap>) -> Host {
     let booted = match proc.boot_time() {
         Seen::Present(seconds) => seconds,
         Seen::Absent | Seen::Unknown(_) => {
-            gaps.push(Gap {
-                what: "the time of boot".into(),
-                why: format!("{} tells none", roots.proc.join("stat").display()),
-            });
+            gaps.push(Gap::new(
+                "the time of boot",
+                format!("{} tells none", roots.proc.join("stat").display()),
+            ));
             0
         }
     };
     let root = nix::unistd::geteuid().is_root();
     if !root {
-        gaps.push(Gap {
-            what: "shims, their answers and descriptors".into(),
-            why: "not root".into(),
-        });
+        gaps.push(Gap::new("shims, their answers and descriptors", "not root"));
     }
     let ticks = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK);
     Host {

@@ -12,7 +12,8 @@ use super::{
 use crate::facts::{Api, Gap, Instance, Shim};
 
 const DEFAULT_CONFIG: &str = "/etc/containerd/config.toml";
-const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
+/// Where containerd listens unless told otherwise.
+pub const DEFAULT_ADDRESS: &str = "/run/containerd/containerd.sock";
 const DEFAULT_STATE: &str = "/run/containerd";
 const DEFAULT_ROOT: &str = "/var/lib/containerd";
 
@@ -119,10 +120,7 @@ fn read_config(path: &Path, gaps: &mut Vec<Gap>) -> Places {
         Seen::Absent => return Places::default(),
         Seen::Unknown(why) => why,
     };
-    gaps.push(Gap {
-        what: path.display().to_string(),
-        why,
-    });
+    gaps.push(Gap::new(path.display().to_string(), why));
     Places::default()
 }
 
@@ -198,12 +196,8 @@ pub fn observe(plan: &Plan, seen: &Seeing, gaps: &mut Vec<Gap>) -> Vec<Instance>
 }
 
 fn of_named(named: &NamedInstance) -> Instance {
-    let address = named
-        .address
-        .as_ref()
-        .map(|a| a.to_string_lossy().into_owned());
     Instance {
-        address: address.unwrap_or_else(|| DEFAULT_ADDRESS.to_owned()),
+        address: named.address_or_default(),
         state: named.state.clone(),
         root: named.root.clone(),
         source: named.source.clone(),

@@ -40,10 +40,7 @@ pub fn observe(plan: &Plan, instances: &[Instance], gaps: &mut Vec<Gap>) -> Left
     let roots = &plan.roots;
     let mounts = mounts::read(&roots.proc);
     if let Seen::Unknown(why) = &mounts {
-        gaps.push(Gap {
-            what: "mounts".into(),
-            why: why.clone(),
-        });
+        gaps.push(Gap::new("mounts", why.clone()));
     }
     let states: Vec<&Path> = instances
         .iter()
@@ -75,10 +72,7 @@ fn sockets(dir: &Path, gaps: &mut Vec<Gap>) -> Vec<SocketFile> {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Vec::new(),
         Err(error) => {
-            gaps.push(Gap {
-                what: dir.display().to_string(),
-                why: error.to_string(),
-            });
+            gaps.push(Gap::new(dir.display().to_string(), error.to_string()));
             return Vec::new();
         }
     };
@@ -165,7 +159,20 @@ pub fn fifo_users(
     runc: &[RuncEntry],
     table: &Seen<HashMap<i32, Stat>>,
 ) -> Vec<FifoFolder> {
-    let mut known: BTreeSet<&str> = runc.iter().map(|entry| entry.name.1.as_str()).collect();
+    let lives = |entry: &&RuncEntry| {
+        let init = entry.state.present().and_then(|state| state.init);
+        // What cannot be told counts as living.
+        init.is_none_or(|init| {
+            table
+                .present()
+                .is_none_or(|table| table.get(&init.pid).is_some_and(|s| s.id == init))
+        })
+    };
+    let mut known: BTreeSet<&str> = runc
+        .iter()
+        .filter(lives)
+        .map(|entry| entry.name.1.as_str())
+        .collect();
     known.extend(bundles.iter().map(|facts| facts.bundle.id.as_str()));
     let unowned = |folder: &FifoFolder| !folder.ids.iter().any(|id| known.contains(id.as_str()));
     let files = |folder: &FifoFolder| -> Vec<PathBuf> {

@@ -49,6 +49,16 @@ pub struct NamedInstance {
     pub source: String,
 }
 
+impl NamedInstance {
+    /// Its address; containerd's own default where only a folder was named.
+    pub fn address_or_default(&self) -> String {
+        match &self.address {
+            Some(address) => address.to_string_lossy().into_owned(),
+            None => instances::DEFAULT_ADDRESS.to_owned(),
+        }
+    }
+}
+
 /// How long to wait.
 #[derive(Debug, Clone, Copy)]
 pub struct Limits {
@@ -126,10 +136,8 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
     }
     for (instance, api) in instances.iter_mut().zip(apis) {
         if let crate::facts::Api::Unknown(why) = &api {
-            gaps.push(Gap {
-                what: format!("containerd at {}", instance.address),
-                why: why.clone(),
-            });
+            let what = format!("containerd at {}", instance.address);
+            gaps.push(Gap::of(instance, what, why));
         }
         instance.api = api;
     }
@@ -141,6 +149,7 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
         recoverd_common::seen::Seen::Unknown("needs root".into())
     };
     let cgroups = cgroups::observe(&proc, roots, &instances, &bundles, &runc, &table);
+    let memberships = cgroups::memberships(roots, &bundles, &runc);
     progress("execs and fifos");
     let execs = leftovers::execs(&proc, &shims, &bundles, &runc, &table, &cgroups);
     let fifos = leftovers::fifo_users(&proc, rest.fifos, &bundles, &runc, &table);
@@ -160,6 +169,7 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
         listeners,
         answers,
         processes: table,
+        memberships,
         mounts: rest.mounts,
         mount_ages: rest.mount_ages,
         cgroups,

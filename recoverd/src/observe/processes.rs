@@ -95,10 +95,10 @@ pub fn observe(proc: &Proc, roots: &Roots, host: &Host, gaps: &mut Vec<Gap>) -> 
     let pids = match proc.pids() {
         Ok(pids) => pids,
         Err(error) => {
-            gaps.push(Gap {
-                what: "processes".into(),
-                why: format!("list {}: {error}", roots.proc.display()),
-            });
+            gaps.push(Gap::new(
+                "processes",
+                format!("list {}: {error}", roots.proc.display()),
+            ));
             return Seeing::default();
         }
     };
@@ -293,10 +293,7 @@ pub fn listeners(
 
 fn unseen(roots: &Roots, why: &str, gaps: &mut Vec<Gap>) -> Seen<HashMap<Address, Vec<i32>>> {
     let what = roots.proc.join("net/unix").display().to_string();
-    gaps.push(Gap {
-        what: what.clone(),
-        why: why.to_owned(),
-    });
+    gaps.push(Gap::new(what.clone(), why.to_owned()));
     Seen::Unknown(format!("{what} {why}"))
 }
 

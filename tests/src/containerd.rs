@@ -185,6 +185,11 @@ impl Containerd {
         self.running = Some(running);
     }
 
+    /// Whether it was started and not stopped.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
     /// SIGKILLs it.
     #[track_caller]
     pub fn kill(&mut self) {
@@ -399,7 +404,7 @@ impl Containerd {
     /// `recoverd scan -o json`, told of this containerd only.
     #[track_caller]
     pub fn scan(&self) -> Scan {
-        scan(&self.node, &self.flags())
+        scan(&self.node, &self.flags(), &[])
     }
 
     /// The flags that tell `recoverd` of this containerd only.

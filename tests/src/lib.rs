@@ -40,6 +40,6 @@ pub use container::{Container, Task};
 pub use containerd::{Containerd, TaskRow};
 pub use node::{Node, Running};
 pub use process::Process;
-pub use recoverd::{Finding, Gap, Report, Scan, TaskCase};
+pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
 pub use releases::{Release, register};
-pub use wait::{wait_for, wait_within};
+pub use wait::{beside, wait_for, wait_within};

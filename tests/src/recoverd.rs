@@ -272,27 +272,33 @@ impl Node {
     /// `recoverd scan -o json` without flags: everything it finds by itself.
     #[track_caller]
     pub fn scan(self: &Arc<Node>) -> Scan {
-        scan(self, &[])
+        scan(self, &[], &[])
+    }
+
+    /// The same for leftovers of any age: by default young ones are somebody's who is at work.
+    #[track_caller]
+    pub fn scan_of_any_age(self: &Arc<Node>) -> Scan {
+        scan(self, &[], &["--min-age", "0s"])
     }
 
     /// The same with global flags.
     #[track_caller]
     pub fn scan_with(self: &Arc<Node>, flags: &[&str]) -> Scan {
-        scan(
-            self,
-            &flags
-                .iter()
-                .map(|flag| (*flag).to_owned())
-                .collect::<Vec<String>>(),
-        )
+        let flags: Vec<String> = flags.iter().map(|flag| (*flag).to_owned()).collect();
+        scan(self, &flags, &[])
     }
 }
 
 /// One scan with these global flags, and the invariants that hold for every report.
 #[track_caller]
-pub(crate) fn scan(node: &Node, flags: &[String]) -> Scan {
+pub(crate) fn scan(node: &Node, flags: &[String], options: &[&str]) -> Scan {
     let mut args = flags.to_vec();
-    args.extend(["scan", "-o", "json"].map(str::to_owned));
+    args.extend(
+        ["scan", "-o", "json"]
+            .iter()
+            .chain(options)
+            .map(|word| (*word).to_owned()),
+    );
     let scan = parse(&node.recoverd(&args));
     let report = &scan.report;
     assert_eq!(report.schema, "recoverd/scan/1");

@@ -1,5 +1,8 @@
 //! Waiting for conditions. Nothing in the tests waits for a time.
 
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 use std::time::{Duration, Instant};
 
 /// Generous: two busy cores may run two tests and a build.
@@ -26,4 +29,35 @@ pub fn wait_within<T>(limit: Duration, what: &str, mut look: impl FnMut() -> Opt
         );
         std::thread::sleep(BETWEEN_LOOKS);
     }
+}
+
+/// Does `work` again and again in a thread of its own while `meanwhile` runs; how many times, and
+/// what `meanwhile` gave. A panic of either is the caller's.
+pub fn beside<R>(mut work: impl FnMut() + Send, meanwhile: impl FnOnce() -> R) -> (usize, R) {
+    /// Ends the work however `meanwhile` ends: the scope waits for it.
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let worker = scope.spawn(|| {
+            let mut rounds = 0;
+            while !over.load(Ordering::Relaxed) {
+                work();
+                rounds += 1;
+            }
+            rounds
+        });
+        let result = {
+            let _over = Over(&over);
+            meanwhile()
+        };
+        match worker.join() {
+            Ok(rounds) => (rounds, result),
+            Err(panic) => resume_unwind(panic),
+        }
+    })
 }

@@ -330,9 +330,10 @@ impl Drop for Node {
         // PID 1 might leave it a zombie for seconds.
         let init = self.init.to_string();
         let killed = Command::new("kill").args(["-s", "KILL", &init]).status();
-        let gone = killed.is_ok_and(|status| status.success()) && self.child.wait().is_ok();
+        // Before waiting: what is frozen dies only when this thaws it.
         let removed = Command::new(script()).args(["--gone", &self.name]).status();
         let removed = removed.is_ok_and(|status| status.success());
+        let gone = killed.is_ok_and(|status| status.success()) && self.child.wait().is_ok();
         let kept = failed && std::env::var_os("RECOVERD_TEST_KEEP").is_some();
         let cleared = kept || fs::remove_dir_all(&self.folder).is_ok();
         if !failed {

@@ -13,7 +13,6 @@ recoverd_tests::tests! {
         mount_without_task_is_leaked,
         leftovers_that_somebody_uses_are_nobodys_leak,
     ],
-    once: [],
 }
 
 /// The codes of findings that name `text` in subject or evidence, sorted.

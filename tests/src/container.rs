@@ -7,7 +7,7 @@ use std::sync::Arc;
 use crate::containerd::Containerd;
 use crate::node::Node;
 use crate::process::Process;
-use crate::releases::rootfs;
+use crate::releases::{ShimUnderTest, rootfs};
 use crate::wait::wait_for;
 
 /// A container to run: busybox, sleeping for ever, with the stock shim, unless told otherwise.
@@ -16,6 +16,7 @@ pub struct Container {
     namespace: String,
     id: String,
     group: Option<String>,
+    config: Option<PathBuf>,
     image: bool,
     terminal: bool,
     command: Vec<String>,
@@ -29,6 +30,7 @@ impl Container {
             namespace: "e2e".into(),
             id: id.into(),
             group: None,
+            config: None,
             image: false,
             terminal: false,
             // Ends at once on SIGTERM, unlike a bare `sleep` as PID 1.
@@ -71,6 +73,17 @@ impl Container {
     pub fn runtime(self, runtime: impl AsRef<Path>) -> Container {
         let runtime = runtime.as_ref().display().to_string();
         self.option(&["--runtime", &runtime])
+    }
+
+    /// With the stock shim or ours.
+    pub fn shim(self, shim: ShimUnderTest) -> Container {
+        self.runtime(shim.runtime())
+    }
+
+    /// As this OCI `config.json` says, and nothing else: its path in the node.
+    pub fn config(mut self, file: impl AsRef<Path>) -> Container {
+        self.config = Some(file.as_ref().to_owned());
+        self
     }
 
     /// In the shim of that group, as the runc shim groups by annotation.
@@ -137,12 +150,21 @@ impl Container {
     }
 
     pub(crate) fn run_args(&self) -> Vec<String> {
-        // On a bare root `ctr` sets no PATH.
-        let mut args = vec!["--env".into(), "PATH=/bin".into()];
-        args.extend(self.options.iter().cloned());
+        let mut args = self.options.clone();
         if self.terminal {
             args.push("--tty".into());
         }
+        if let Some(config) = &self.config {
+            // Root and command are in there.
+            args.extend([
+                "--config".into(),
+                config.display().to_string(),
+                self.id.clone(),
+            ]);
+            return args;
+        }
+        // On a bare root `ctr` sets no PATH.
+        args.extend(["--env".into(), "PATH=/bin".into()]);
         if self.image {
             args.push("localhost/busybox:latest".into());
         } else {

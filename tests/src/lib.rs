@@ -12,7 +12,9 @@
 //! test prints the logs of its containerds and the processes of its node. A node that goes takes
 //! everything with it, also when the test panicked or was killed.
 //!
-//! A test file lists its tests with [`tests!`], which registers each once per release:
+//! A test file lists its tests with [`tests!`], which registers each once per release; one that
+//! takes a [`ShimUnderTest`] too is listed under `with_each_shim`, one that needs no particular
+//! release under `once`. Its `[[test]]` in `Cargo.toml` says `harness = false`.
 //!
 //! ```no_run
 //! use recoverd_tests::{Container, Node, Release};
@@ -25,7 +27,7 @@
 //!     assert_eq!((scan.exit, scan.codes(&task.name()).len()), (0, 0), "{scan:?}");
 //! }
 //!
-//! recoverd_tests::tests! { on_every_release: [healthy_task_has_no_finding], once: [] }
+//! recoverd_tests::tests! { on_every_release: [healthy_task_has_no_finding] }
 //! ```
 
 mod container;
@@ -41,5 +43,5 @@ pub use containerd::{Containerd, TaskRow};
 pub use node::{Node, Running};
 pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
-pub use releases::{Release, register};
+pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim};
 pub use wait::{beside, wait_for, wait_within};

@@ -115,35 +115,89 @@ pub(crate) fn built(program: &str) -> PathBuf {
     path
 }
 
-/// One test: its name and what it does on a release.
-pub type Test = (&'static str, fn(&Release));
-
-/// Runs a test file: each of `every` once per release, each of `once` on the newest that is there.
-///
-/// A release that cannot be had makes its tests *ignored*, never passed; `tests/run` prints why.
-pub fn register(every: &[Test], once: &[Test]) -> ExitCode {
-    let mut trials = Vec::new();
-    for release_name in RELEASES {
-        let suffix = release_name.replace('.', "_");
-        for (test, run) in every {
-            let found = Release::find(release_name);
-            trials.push(trial(format!("{test}::containerd_{suffix}"), found, *run));
-        }
-    }
-    for (test, run) in once {
-        let newest = Release::available()
-            .pop()
-            .ok_or_else(|| "no release of containerd is there: run tests/setup".to_owned());
-        trials.push(trial((*test).to_owned(), newest, *run));
-    }
-    libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+/// Whose shim a test runs its containers with: the same test on the stock one is the control.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShimUnderTest {
+    /// The release's own `containerd-shim-runc-v2`.
+    Stock,
+    /// `containerd-shim-recoverd-v1` of this workspace.
+    Recoverd,
 }
 
-fn trial(name: String, release: Result<Release, String>, run: fn(&Release)) -> Trial {
+impl ShimUnderTest {
+    const ALL: [ShimUnderTest; 2] = [ShimUnderTest::Stock, ShimUnderTest::Recoverd];
+
+    fn word(self) -> &'static str {
+        match self {
+            ShimUnderTest::Stock => "stock",
+            ShimUnderTest::Recoverd => "recoverd",
+        }
+    }
+
+    /// Its runtime, as `ctr run --runtime` takes it.
+    pub fn runtime(self) -> PathBuf {
+        match self {
+            ShimUnderTest::Stock => "io.containerd.runc.v2".into(),
+            ShimUnderTest::Recoverd => built("containerd-shim-recoverd-v1"),
+        }
+    }
+}
+
+/// A test by its name.
+pub type OnRelease = (&'static str, fn(&Release));
+/// A test that is told which shim to use.
+pub type WithShim = (&'static str, fn(&Release, ShimUnderTest));
+
+/// The tests of one file.
+#[derive(Default)]
+pub struct Tests<'a> {
+    /// Run once per release.
+    pub on_every_release: &'a [OnRelease],
+    /// Run once per release and shim.
+    pub with_each_shim: &'a [WithShim],
+    /// Run once, on the newest release that is there.
+    pub once: &'a [OnRelease],
+}
+
+impl Tests<'_> {
+    /// The `main` of a test file.
+    ///
+    /// A release that cannot be had makes its tests *ignored*, never passed; `tests/run` says why.
+    pub fn run(&self) -> ExitCode {
+        let mut trials = Vec::new();
+        for name in RELEASES {
+            let suffix = format!("containerd_{}", name.replace('.', "_"));
+            for &(test, run) in self.on_every_release {
+                trials.push(trial(format!("{test}::{suffix}"), Release::find(name), run));
+            }
+            for &(test, run) in self.with_each_shim {
+                for shim in ShimUnderTest::ALL {
+                    let title = format!("{test}::{}::{suffix}", shim.word());
+                    trials.push(trial(title, Release::find(name), move |release| {
+                        run(release, shim)
+                    }));
+                }
+            }
+        }
+        for &(test, run) in self.once {
+            let newest = Release::available()
+                .pop()
+                .ok_or_else(|| "no release of containerd is there: run tests/setup".to_owned());
+            trials.push(trial(test.to_owned(), newest, run));
+        }
+        libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    }
+}
+
+fn trial(
+    name: String,
+    release: Result<Release, String>,
+    run: impl FnOnce(&Release) + Send + 'static,
+) -> Trial {
     let unavailable = release.is_err();
-    Trial::test(name, move || match &release {
+    Trial::test(name, move || match release {
         Ok(release) => {
-            run(release);
+            run(&release);
             Ok(())
         }
         Err(why) => Err(why.into()),
@@ -151,15 +205,16 @@ fn trial(name: String, release: Result<Release, String>, run: fn(&Release)) -> T
     .with_ignored_flag(unavailable)
 }
 
-/// The `main` of a test file; see the crate's first page.
+/// The `main` of a test file; see the crate's first page. Lists may be left out.
 #[macro_export]
 macro_rules! tests {
-    (on_every_release: [$($every:ident),* $(,)?], once: [$($once:ident),* $(,)?] $(,)?) => {
+    ($($list:ident: [$($test:ident),* $(,)?]),* $(,)?) => {
         fn main() -> ::std::process::ExitCode {
-            $crate::register(
-                &[$((stringify!($every), $every as fn(&$crate::Release))),*],
-                &[$((stringify!($once), $once as fn(&$crate::Release))),*],
-            )
+            $crate::Tests {
+                $($list: &[$((stringify!($test), $test)),*],)*
+                ..::std::default::Default::default()
+            }
+            .run()
         }
     };
 }

@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by tests/demo and tests/bench/*: a host of its own (tests/node) with one containerd, for
 # scripts that show or measure. It is up when this returns and goes when the script ends.
 #

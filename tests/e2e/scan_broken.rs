@@ -17,6 +17,8 @@ recoverd_tests::tests! {
         shim_without_process_is_found,
         exit_while_containerd_is_down_is_found,
         shim_with_deleted_executable_is_found,
+        orphan_beside_its_pods_successor_is_found,
+        two_living_workloads_of_one_pod_container_are_found,
         reused_pid_is_not_taken_for_the_init,
         unresponsive_shim_of_another_runtime_is_foreign,
     ],
@@ -290,6 +292,70 @@ fn shim_with_deleted_executable_is_found(release: &Release) {
         Some(false)
     );
     task.assert_shim_alive();
+}
+
+fn orphan_beside_its_pods_successor_is_found(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let member = |id: &str, sandbox: &str, name: Option<&str>| {
+        let container = Container::new(id)
+            .namespaced("k8s.io")
+            .pod(sandbox, "shop", "web-0", name);
+        containerd.run(&container)
+    };
+    // The workload of the pod outlives shim and bundle; containerd says it has ended, and the
+    // kubelet, who believes it, starts the pod anew.
+    let old_pause = member("pause-1", "pause-1", None);
+    let old = member("app-1", "pause-1", Some("app"));
+    node.run("rm", ["-rf".as_ref(), old.bundle().as_os_str()]);
+    node.kill(&old_pause.shim);
+    wait_for("containerd to give the pod up", || {
+        containerd.tasks("k8s.io").is_empty().then_some(())
+    });
+    old.assert_init_alive();
+    member("pause-2", "pause-2", None);
+    let new = member("app-2", "pause-2", Some("app"));
+    let scan = node.scan();
+    // Without its bundle the old one's names are gone; its cgroup and runc's state are not.
+    assert!(
+        scan.codes("k8s.io/app-1").contains(&"orphaned-task"),
+        "{scan:#?}"
+    );
+    assert_eq!(scan.codes("k8s.io/pause-2"), [""; 0]);
+    old.assert_init_alive();
+    new.assert_init_alive();
+    new.assert_shim_alive();
+}
+
+fn two_living_workloads_of_one_pod_container_are_found(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let member = |id: &str, name: Option<&str>| {
+        let container = Container::new(id)
+            .namespaced("k8s.io")
+            .pod("pause", "shop", "web-0", name);
+        containerd.run(&container)
+    };
+    let pause = member("pause", None);
+    let first = member("app-0", Some("app"));
+    // Another container of the pod is no second workload of the first.
+    let other = member("log-0", Some("log"));
+    containerd.scan().assert_clean();
+    // The next attempt, while the one before it still runs.
+    let second = member("app-1", Some("app"));
+    let scan = node.scan();
+    scan.assert_codes(&["duplicate-workload"]);
+    let finding = scan.finding("duplicate-workload");
+    assert_eq!(finding.severity, "critical");
+    for task in [&first, &second] {
+        assert!(finding.mentions(&task.init.pid.to_string()), "{finding:?}");
+        task.assert_init_alive();
+    }
+    // The one that should not be there any more is named.
+    assert_eq!(scan.codes("k8s.io/app-0"), ["duplicate-workload"]);
+    for task in [&pause, &other, &second] {
+        assert_eq!(scan.codes(&task.name()), [""; 0]);
+    }
 }
 
 /// Starts a process that gets exactly this pid in the node.

@@ -102,7 +102,7 @@ fn healthy_tasks_of_every_kind_have_no_finding(release: &Release) {
     let (app, sidecar) = (member("app", Some("app")), member("sidecar", Some("proxy")));
     let running = [&plain, &image, &busy, &terminal, &pause, &app, &sidecar];
 
-    for scan in [containerd.scan(), node.scan()] {
+    for scan in [containerd.scan(), node.scan(), node.scan_of_any_age()] {
         scan.assert_clean();
         for task in running {
             assert_described(&scan, task, "running");
@@ -157,7 +157,7 @@ fn healthy_tasks_have_no_finding_while_containerd_is_down(release: &Release) {
     containerd.ctr_ok("e2e", ["tasks", "pause", "paused"]);
     for stop in [Containerd::kill, Containerd::stop] {
         stop(&mut containerd);
-        for scan in [containerd.scan(), node.scan()] {
+        for scan in [containerd.scan(), node.scan(), node.scan_of_any_age()] {
             scan.assert_clean();
             assert_described(&scan, &one, "running");
             assert_described(&scan, &two, "running");

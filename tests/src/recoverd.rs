@@ -275,10 +275,14 @@ impl Node {
         scan(self, &[], &[])
     }
 
-    /// The same for leftovers of any age: by default young ones are somebody's who is at work.
+    /// The same as if everything were old: by default what is young is somebody's who is at work.
     #[track_caller]
     pub fn scan_of_any_age(self: &Arc<Node>) -> Scan {
-        scan(self, &[], &["--min-age", "0s"])
+        let config = self.folder().join("any-age.toml");
+        std::fs::write(&config, "[scan]\nsettle = \"0s\"\n")
+            .unwrap_or_else(|error| panic!("write {}: {error}", config.display()));
+        let flags = ["--config".to_owned(), config.display().to_string()];
+        scan(self, &flags, &["--min-age", "0s"])
     }
 
     /// The same with global flags.

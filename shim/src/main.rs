@@ -1,4 +1,5 @@
-//! `containerd-shim-recoverd-v1`, runtime name `io.containerd.recoverd.v1`.
+//! `containerd-shim-recoverd-v1`, runtime name `io.containerd.recoverd.v1`: one binary for what
+//! containerd runs once (`start`, `delete`, `-v`, `-info`) and for the daemon behind the socket.
 #![cfg_attr(
     not(test),
     deny(
@@ -8,8 +9,93 @@
         clippy::panic
     )
 )]
+
+use std::{
+    env,
+    error::Error,
+    io::{self, Write},
+    process::ExitCode,
+};
+
 mod args;
+mod bootstrap;
+#[allow(dead_code)] // used by the service
+mod context;
+mod lock;
+#[allow(dead_code)] // used by the service
 mod oom;
+#[allow(dead_code)] // used by the service
 mod options;
+mod remains;
+mod serve;
+#[allow(dead_code)] // used by the service
+mod serve_args;
+mod socket;
+mod start;
+#[allow(dead_code)] // used by the service
 mod stats;
-fn main() {}
+mod sys;
+
+use args::Invocation;
+use serve_args::ServeArgs;
+
+fn main() -> ExitCode {
+    let invocation = match args::parse(env::args_os().skip(1)) {
+        Ok(invocation) => invocation,
+        Err(refusal) => {
+            complain(&refusal);
+            return ExitCode::from(refusal.exit_status());
+        }
+    };
+    match invoke(invocation) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(error.as_ref());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn invoke(invocation: Invocation) -> Result<(), Box<dyn Error>> {
+    match invocation {
+        Invocation::Help => answer(args::HELP.as_bytes()),
+        Invocation::Version => answer(VERSION.as_bytes()),
+        Invocation::Start(flags) => Ok(start::run(&flags, &mut io::stdout().lock())?),
+        Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),
+        Invocation::RuntimeInfo | Invocation::Delete(_) => Err("not built yet".into()),
+    }
+}
+
+const VERSION: &str = concat!(
+    "containerd-shim-recoverd-v1:\n  Version: ",
+    env!("CARGO_PKG_VERSION"),
+    "\n"
+);
+
+/// Everything that goes to standard output goes through here, once.
+fn answer(bytes: &[u8]) -> Result<(), Box<dyn Error>> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes)?;
+    Ok(out.flush()?)
+}
+
+/// One line, whatever the error's text: containerd shows it as it is.
+fn complain(error: &dyn Error) {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // A transparent error has the text of its source.
+        if !line.ends_with(&cause_text) {
+            line.push_str(": ");
+            line.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    let line = line
+        .split('\n')
+        .map(str::trim)
+        .collect::<Vec<_>>()
+        .join("; ");
+    let _ = writeln!(io::stderr(), "{line}");
+}

@@ -21,6 +21,9 @@ mod args;
 mod bootstrap;
 #[allow(dead_code)] // used by the service
 mod context;
+mod delete;
+mod delete_rule;
+mod info;
 mod lock;
 #[allow(dead_code)] // used by the service
 mod oom;
@@ -59,18 +62,19 @@ fn main() -> ExitCode {
 fn invoke(invocation: Invocation) -> Result<(), Box<dyn Error>> {
     match invocation {
         Invocation::Help => answer(args::HELP.as_bytes()),
-        Invocation::Version => answer(VERSION.as_bytes()),
+        Invocation::Version => answer(info::VERSION.as_bytes()),
+        Invocation::RuntimeInfo => answer(&info::runtime_info()),
         Invocation::Start(flags) => Ok(start::run(&flags, &mut io::stdout().lock())?),
+        Invocation::Delete(flags) => {
+            let outcome = delete::run(&flags)?;
+            for remark in &outcome.remarks {
+                say(remark);
+            }
+            answer(&outcome.answer)
+        }
         Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),
-        Invocation::RuntimeInfo | Invocation::Delete(_) => Err("not built yet".into()),
     }
 }
-
-const VERSION: &str = concat!(
-    "containerd-shim-recoverd-v1:\n  Version: ",
-    env!("CARGO_PKG_VERSION"),
-    "\n"
-);
 
 /// Everything that goes to standard output goes through here, once.
 fn answer(bytes: &[u8]) -> Result<(), Box<dyn Error>> {
@@ -92,7 +96,12 @@ fn complain(error: &dyn Error) {
         }
         source = cause.source();
     }
-    let line = line
+    say(&line);
+}
+
+/// A closed standard error is no reason to fail.
+fn say(text: &str) {
+    let line = text
         .split('\n')
         .map(str::trim)
         .collect::<Vec<_>>()

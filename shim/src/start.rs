@@ -17,7 +17,6 @@
 //! ```
 
 use std::{
-    collections::HashMap,
     env,
     fs::{self, File},
     io::{self, Read, Write},
@@ -36,13 +35,13 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use recoverd_common::{
+    bundle::Config,
     cgroup::Roots,
-    paths::{self, Beside, GROUP_ANNOTATIONS},
+    paths::{self, Beside},
     read::{self, read_file},
     seen::Seen,
     shim_client::{CallError, ShimClient},
 };
-use serde::Deserialize;
 
 use crate::{
     args::Flags,
@@ -168,19 +167,12 @@ fn say(out: &mut impl Write, address: &str) -> Result<(), StartError> {
 
 // ---- which group ----
 
-/// The part of `config.json` that matters here; the rest is skipped without being kept.
-#[derive(Deserialize)]
-struct Config {
-    #[serde(default)]
-    annotations: Option<HashMap<String, String>>,
-}
-
 fn read_group(bundle: &Path, flags: &Flags) -> Result<String, StartError> {
     let path = bundle.join("config.json");
     let cause = match read_file(&path, read::MAX_FILE) {
         Seen::Present(bytes) => match group_of(&bytes, flags.id.as_str()) {
             Ok(group) => return Ok(group),
-            Err(e) => e.to_string(),
+            Err(why) => why,
         },
         Seen::Absent => "no such file".into(),
         Seen::Unknown(why) => why,
@@ -189,13 +181,8 @@ fn read_group(bundle: &Path, flags: &Flags) -> Result<String, StartError> {
 }
 
 /// The group of a container: the first grouping annotation that is there, else its id.
-pub fn group_of(config: &[u8], id: &str) -> Result<String, serde_json::Error> {
-    let config: Config = serde_json::from_slice(config)?;
-    let mut annotations = config.annotations.unwrap_or_default();
-    Ok(GROUP_ANNOTATIONS
-        .iter()
-        .find_map(|name| annotations.remove(*name))
-        .unwrap_or_else(|| id.to_owned()))
+fn group_of(config: &[u8], id: &str) -> Result<String, String> {
+    Ok(Config::parse(config)?.group().unwrap_or(id).to_owned())
 }
 
 // ---- who serves it ----

@@ -1,0 +1,299 @@
+//! What `delete` may do, and what it answers. Pure.
+//!
+//! containerd runs `delete` after every task, normally deleted or not, and whenever it has lost or
+//! cannot reach a shim (facts, section 4). So the first question is whether anybody is responsible:
+//!
+//! | somebody answers at the socket | he knows the id | then |
+//! | --- | --- | --- |
+//! | yes | yes | nothing is touched, empty answer |
+//! | yes | no (the task was deleted, others of its group live on) | clean up after this id |
+//! | no | - | end what lives, clean up |
+//!
+//! A living shim that answers and claims the id counts whether or not it holds the lock: a stock
+//! shim holds none, and containerd's having lost its connection is no reason to kill its workload
+//! either. A shim that holds the lock and does not answer in time is treated as containerd treats
+//! it, as dead; `recoverd` is there to come before that.
+
+use recoverd_common::{proc::ProcessId, record::Exit, timestamp::Timestamp};
+
+/// What asking at the socket brought.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Answer {
+    /// A shim knows this task.
+    Claims,
+    /// A shim answers and does not know it.
+    Disclaims,
+    /// Somebody is there and gives no answer in time.
+    Silent,
+    /// Nobody listens.
+    Nobody,
+}
+
+/// The init process, as the record or the runtime's state names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Init {
+    /// Nobody names one.
+    Unknown,
+    /// It lives.
+    Alive(ProcessId),
+    /// It has ended and nobody has collected its status, which the kernel still tells.
+    Zombie(ProcessId, u32),
+    /// It has ended, or its number belongs to somebody else.
+    Gone(ProcessId),
+}
+
+/// Everything that the decision depends on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Facts {
+    /// Who answers.
+    pub answer: Answer,
+    /// We took the lock: nobody is responsible but us.
+    pub locked_by_us: bool,
+    /// The task's exit in the record of this boot; `Err` says why there is no such record.
+    pub recorded_exit: Result<Option<Exit>, String>,
+    /// How many other tasks the record names; `None` when it cannot be read.
+    pub others_in_record: Option<usize>,
+    /// The init.
+    pub init: Init,
+}
+
+/// What to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Somebody is responsible.
+    LeaveAlone,
+    /// Nobody is.
+    CleanUp(CleanUp),
+}
+
+/// The way to clean up.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CleanUp {
+    /// The process to end.
+    pub end: Option<ProcessId>,
+    /// The pid in the answer, 0 for none.
+    pub pid: i32,
+    /// The status in the answer.
+    pub status: Status,
+    /// What happens to the files beside the socket.
+    pub group: Group,
+}
+
+/// The exit status, and how good it is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Status {
+    /// The shim saw it.
+    Recorded {
+        /// The code, or 128 and the signal.
+        status: u32,
+        /// When it was seen.
+        at: Timestamp,
+    },
+    /// The kernel tells it now, or we end the process ourselves.
+    Now(u32),
+    /// Nobody knows; the wire wants a number.
+    StandIn(String),
+}
+
+/// What containerd's own shim answers, always: died of SIGKILL.
+pub const STAND_IN: u32 = 137;
+
+/// What happens to the files beside the socket.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Group {
+    /// Somebody else is responsible for them, or they cannot be understood.
+    Keep,
+    /// Other tasks remain without a shim: take this one out of the record.
+    Strike,
+    /// No task remains.
+    Remove,
+}
+
+/// Decides.
+pub fn decide(facts: &Facts) -> Verdict {
+    if facts.answer == Answer::Claims {
+        return Verdict::LeaveAlone;
+    }
+    let end = match facts.init {
+        Init::Alive(init) => Some(init),
+        Init::Unknown | Init::Zombie(..) | Init::Gone(_) => None,
+    };
+    let pid = match facts.init {
+        Init::Alive(init) | Init::Zombie(init, _) | Init::Gone(init) => init.pid,
+        Init::Unknown => 0,
+    };
+    Verdict::CleanUp(CleanUp {
+        end,
+        pid,
+        status: status(facts),
+        group: group(facts),
+    })
+}
+
+fn status(facts: &Facts) -> Status {
+    match (&facts.recorded_exit, facts.init) {
+        (Ok(Some(Exit::Observed { status, at, oom: _ })), _) => Status::Recorded {
+            status: *status,
+            at: *at,
+        },
+        // Ended by us with SIGKILL: the number is no guess.
+        (_, Init::Alive(_)) => Status::Now(STAND_IN),
+        (_, Init::Zombie(_, status)) => Status::Now(status),
+        (Ok(Some(Exit::Unknown { why })), _) => Status::StandIn(why.clone()),
+        (Ok(None), Init::Gone(_)) => Status::StandIn("it ended while nobody watched".into()),
+        (Ok(None), Init::Unknown) => Status::StandIn("it never had an init process".into()),
+        (Err(why), Init::Gone(_) | Init::Unknown) => Status::StandIn(why.clone()),
+    }
+}
+
+fn group(facts: &Facts) -> Group {
+    // With the lock in hand and nobody at the socket, the group is ours to close. A stock shim
+    // that is only slow holds no lock, but it does listen.
+    if !facts.locked_by_us || facts.answer != Answer::Nobody {
+        return Group::Keep;
+    }
+    match facts.others_in_record {
+        Some(0) => Group::Remove,
+        Some(_) => Group::Strike,
+        None => Group::Keep,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const INIT: ProcessId = ProcessId {
+        pid: 42,
+        start_time: 7,
+    };
+    const AT: Timestamp = Timestamp {
+        seconds: 5,
+        nanos: 0,
+    };
+
+    fn facts() -> Facts {
+        Facts {
+            answer: Answer::Nobody,
+            locked_by_us: true,
+            recorded_exit: Ok(None),
+            others_in_record: Some(0),
+            init: Init::Gone(INIT),
+        }
+    }
+
+    fn clean_up(facts: &Facts) -> CleanUp {
+        match decide(facts) {
+            Verdict::CleanUp(clean_up) => clean_up,
+            Verdict::LeaveAlone => panic!("{facts:?}"),
+        }
+    }
+
+    #[test]
+    fn a_task_that_a_living_shim_claims_is_left_alone_whatever_else_is_known() {
+        for locked_by_us in [false, true] {
+            for init in [Init::Unknown, Init::Alive(INIT), Init::Gone(INIT)] {
+                let facts = Facts {
+                    answer: Answer::Claims,
+                    locked_by_us,
+                    init,
+                    ..facts()
+                };
+                assert_eq!(decide(&facts), Verdict::LeaveAlone);
+            }
+        }
+    }
+
+    #[test]
+    fn only_a_verified_living_init_is_ended() {
+        for answer in [Answer::Disclaims, Answer::Silent, Answer::Nobody] {
+            for (init, end, pid) in [
+                (Init::Alive(INIT), Some(INIT), 42),
+                (Init::Zombie(INIT, 3), None, 42),
+                (Init::Gone(INIT), None, 42),
+                (Init::Unknown, None, 0),
+            ] {
+                let done = clean_up(&Facts {
+                    answer,
+                    init,
+                    ..facts()
+                });
+                assert_eq!((done.end, done.pid), (end, pid), "{answer:?} {init:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_best_known_status_is_answered() {
+        let observed = Ok(Some(Exit::Observed {
+            status: 3,
+            at: AT,
+            oom: false,
+        }));
+        let unknown = Ok(Some(Exit::Unknown {
+            why: "adopted late".into(),
+        }));
+        let no_record = || Err("no record".to_owned());
+        let stand_in = |why: &str| Status::StandIn(why.into());
+        for (recorded_exit, init, status) in [
+            (
+                observed.clone(),
+                Init::Gone(INIT),
+                Status::Recorded { status: 3, at: AT },
+            ),
+            (
+                observed,
+                Init::Zombie(INIT, 9),
+                Status::Recorded { status: 3, at: AT },
+            ),
+            (unknown.clone(), Init::Gone(INIT), stand_in("adopted late")),
+            (unknown, Init::Zombie(INIT, 4), Status::Now(4)),
+            (no_record(), Init::Alive(INIT), Status::Now(137)),
+            (no_record(), Init::Gone(INIT), stand_in("no record")),
+            (no_record(), Init::Unknown, stand_in("no record")),
+            (Ok(None), Init::Alive(INIT), Status::Now(137)),
+            (
+                Ok(None),
+                Init::Gone(INIT),
+                stand_in("it ended while nobody watched"),
+            ),
+            (
+                Ok(None),
+                Init::Unknown,
+                stand_in("it never had an init process"),
+            ),
+        ] {
+            assert_eq!(
+                clean_up(&Facts {
+                    recorded_exit,
+                    init,
+                    ..facts()
+                })
+                .status,
+                status
+            );
+        }
+    }
+
+    #[test]
+    fn the_files_of_a_group_go_with_its_last_task_and_never_while_somebody_may_need_them() {
+        for (answer, locked_by_us, others_in_record, group) in [
+            (Answer::Nobody, true, Some(0), Group::Remove),
+            (Answer::Nobody, true, Some(2), Group::Strike),
+            (Answer::Nobody, true, None, Group::Keep),
+            (Answer::Nobody, false, Some(0), Group::Keep),
+            (Answer::Silent, true, Some(0), Group::Keep),
+            (Answer::Silent, false, Some(0), Group::Keep),
+            (Answer::Disclaims, true, Some(0), Group::Keep),
+            (Answer::Disclaims, false, Some(1), Group::Keep),
+        ] {
+            let facts = Facts {
+                answer,
+                locked_by_us,
+                others_in_record,
+                ..facts()
+            };
+            assert_eq!(clean_up(&facts).group, group, "{facts:?}");
+        }
+    }
+}

@@ -21,7 +21,10 @@ use std::{
 use nix::{
     mount::{MntFlags, umount2},
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::wait::{WaitPidFlag, WaitStatus, waitpid},
+    sys::{
+        signal::{Signal, killpg},
+        wait::{WaitPidFlag, WaitStatus, waitpid},
+    },
     unistd::Pid,
 };
 use prost::Message;
@@ -666,6 +669,8 @@ fn finish(pid: i32, until: Instant) -> Result<(), String> {
     let pidfd = sys::pidfd_open(pid).map_err(|e| e.to_string())?;
     if !wait_for(pidfd.as_fd(), until).map_err(|e| e.to_string())? {
         let _ = sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
+        // And what it started, if it leads a group: not reaped yet, it still owns the number.
+        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
         return Err("did not end in time".into());
     }
     match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {

@@ -45,7 +45,9 @@ use recoverd_common::{
 
 use crate::{
     args::Flags,
-    delete_rule::{Answer, CleanUp, Facts, Group, Init, STAND_IN, Status, Verdict, decide},
+    delete_rule::{
+        Answer, CleanUp, Facts, Group, Init, Recorded, STAND_IN, Status, Verdict, decide,
+    },
     lock::{self, Attempt},
     options::Options,
     remains, sys,
@@ -135,7 +137,7 @@ struct Observed {
     answer: Answer,
     /// Held until the end.
     lock: Option<fs::File>,
-    record: Result<Record, String>,
+    record: Seen<Record>,
     init: Init,
     binary: String,
     /// The runtime's `--root`, the namespace included.
@@ -156,7 +158,7 @@ impl Observed {
         let socket = socket_of(files.present(), flags);
         let (answer, lock) = ask(&socket, namespace, id);
         let record = read_record(&socket, namespace, &proc);
-        let task = record.as_ref().ok().and_then(|record| find(record, id));
+        let task = record.present().and_then(|record| find(record, id));
 
         // The record knows what was used; the bundle what was asked for.
         let options = Options::read(&bundle);
@@ -208,24 +210,23 @@ impl Observed {
     fn facts(&self) -> Facts {
         let task = self
             .record
-            .as_ref()
-            .ok()
+            .present()
             .and_then(|record| find(record, self.name()));
-        let recorded_exit = match (&self.record, task) {
-            (Ok(_), Some(task)) => Ok(task.exit.clone()),
-            (Ok(_), None) => Err("the record does not name it".into()),
-            (Err(why), _) => Err(why.clone()),
+        let recorded = match (&self.record, task) {
+            (Seen::Present(_), Some(task)) => Recorded::Named(task.exit.clone()),
+            (Seen::Present(_), None) | (Seen::Absent, _) => Recorded::NotNamed,
+            (Seen::Unknown(why), _) => Recorded::Unusable(why.clone()),
         };
         let others = |record: &Record| record.tasks.iter().filter(|t| t.id != self.name()).count();
         let others_in_record = match &self.record {
-            Ok(record) => Some(others(record)),
-            Err(_) if Beside::of(&self.socket).record.exists() => None,
-            Err(_) => Some(0),
+            Seen::Present(record) => Some(others(record)),
+            Seen::Absent => Some(0),
+            Seen::Unknown(_) => None,
         };
         Facts {
             answer: self.answer,
             locked_by_us: self.lock.is_some(),
-            recorded_exit,
+            recorded,
             others_in_record,
             init: self.init,
         }
@@ -300,24 +301,23 @@ fn ask(socket: &Path, namespace: &str, id: &str) -> (Answer, Option<fs::File>) {
     }
 }
 
-/// The record beside `socket`, if it is of this boot and this namespace.
-fn read_record(socket: &Path, namespace: &str, proc: &Proc) -> Result<Record, String> {
+/// The record beside `socket`, if it is of this boot and this namespace. One from before the
+/// machine was started counts as none: nothing that it names exists any more.
+fn read_record(socket: &Path, namespace: &str, proc: &Proc) -> Seen<Record> {
     let record = match record::read(&Beside::of(socket).record) {
         Seen::Present(record) => record,
-        Seen::Absent => return Err("there is no record".into()),
-        Seen::Unknown(why) => return Err(format!("the record {why}")),
+        Seen::Absent => return Seen::Absent,
+        Seen::Unknown(why) => return Seen::Unknown(format!("the record {why}")),
     };
     if record.shim.namespace != namespace {
-        return Err(format!(
-            "the record is of namespace {:?}",
-            record.shim.namespace
-        ));
+        let other = &record.shim.namespace;
+        return Seen::Unknown(format!("the record is of namespace {other:?}"));
     }
     match proc.boot_id() {
-        Seen::Present(boot) if boot == record.boot_id => Ok(record),
-        Seen::Present(_) => Err("the record is from before the machine was started".into()),
-        Seen::Absent => Err("this machine tells no boot id".into()),
-        Seen::Unknown(why) => Err(format!("the boot id {why}")),
+        Seen::Present(boot) if boot == record.boot_id => Seen::Present(record),
+        Seen::Present(_) => Seen::Absent,
+        Seen::Absent => Seen::Unknown("this machine tells no boot id".into()),
+        Seen::Unknown(why) => Seen::Unknown(format!("the boot id {why}")),
     }
 }
 
@@ -439,6 +439,7 @@ impl Observed {
                 ));
                 (STAND_IN, Timestamp::now())
             }
+            Status::Nothing => (STAND_IN, Timestamp::now()),
         };
         let answer = DeleteResponse {
             pid: u32::try_from(clean_up.pid).unwrap_or(0),
@@ -594,7 +595,7 @@ impl Observed {
 
     /// Takes the task out of the record of a group whose other tasks have no shim either.
     fn strike(&self) -> io::Result<()> {
-        let Ok(record) = &self.record else {
+        let Some(record) = self.record.present() else {
             return Ok(());
         };
         let mut record = record.clone();

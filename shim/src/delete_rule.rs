@@ -42,6 +42,18 @@ pub enum Init {
     Gone(ProcessId),
 }
 
+/// What the record of this boot says of the task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Recorded {
+    /// It names it, with its exit if it has ended.
+    Named(Option<Exit>),
+    /// There is no record, or it does not name this task: it was deleted before, or belonged to a
+    /// shim that keeps none.
+    NotNamed,
+    /// There is one that cannot be used, because.
+    Unusable(String),
+}
+
 /// Everything that the decision depends on.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Facts {
@@ -49,8 +61,8 @@ pub struct Facts {
     pub answer: Answer,
     /// We took the lock: nobody is responsible but us.
     pub locked_by_us: bool,
-    /// The task's exit in the record of this boot; `Err` says why there is no such record.
-    pub recorded_exit: Result<Option<Exit>, String>,
+    /// The record's word.
+    pub recorded: Recorded,
     /// How many other tasks the record names; `None` when it cannot be read.
     pub others_in_record: Option<usize>,
     /// The init.
@@ -91,8 +103,11 @@ pub enum Status {
     },
     /// The kernel tells it now, or we end the process ourselves.
     Now(u32),
-    /// Nobody knows; the wire wants a number.
+    /// Nobody knows, because; the wire wants a number.
     StandIn(String),
+    /// There is no trace of such a task: this is the call that follows every normal deletion,
+    /// and containerd has its status already.
+    Nothing,
 }
 
 /// What containerd's own shim answers, always: died of SIGKILL.
@@ -131,18 +146,21 @@ pub fn decide(facts: &Facts) -> Verdict {
 }
 
 fn status(facts: &Facts) -> Status {
-    match (&facts.recorded_exit, facts.init) {
-        (Ok(Some(Exit::Observed { status, at, oom: _ })), _) => Status::Recorded {
+    let stand_in = |why: &str| Status::StandIn(why.to_owned());
+    match (&facts.recorded, facts.init) {
+        (Recorded::Named(Some(Exit::Observed { status, at, oom: _ })), _) => Status::Recorded {
             status: *status,
             at: *at,
         },
         // Ended by us with SIGKILL: the number is no guess.
         (_, Init::Alive(_)) => Status::Now(STAND_IN),
         (_, Init::Zombie(_, status)) => Status::Now(status),
-        (Ok(Some(Exit::Unknown { why })), _) => Status::StandIn(why.clone()),
-        (Ok(None), Init::Gone(_)) => Status::StandIn("it ended while nobody watched".into()),
-        (Ok(None), Init::Unknown) => Status::StandIn("it never had an init process".into()),
-        (Err(why), Init::Gone(_) | Init::Unknown) => Status::StandIn(why.clone()),
+        (Recorded::Named(Some(Exit::Unknown { why })), _) => stand_in(why),
+        (Recorded::Named(None), Init::Gone(_)) => stand_in("it ended while nobody watched"),
+        (Recorded::Named(None), Init::Unknown) => stand_in("it never had an init process"),
+        (Recorded::NotNamed, Init::Gone(_)) => stand_in("no shim of ours has recorded it"),
+        (Recorded::NotNamed, Init::Unknown) => Status::Nothing,
+        (Recorded::Unusable(why), Init::Gone(_) | Init::Unknown) => stand_in(why),
     }
 }
 
@@ -176,7 +194,7 @@ mod tests {
         Facts {
             answer: Answer::Nobody,
             locked_by_us: true,
-            recorded_exit: Ok(None),
+            recorded: Recorded::Named(None),
             others_in_record: Some(0),
             init: Init::Gone(INIT),
         }
@@ -225,47 +243,57 @@ mod tests {
 
     #[test]
     fn the_best_known_status_is_answered() {
-        let observed = Ok(Some(Exit::Observed {
+        let observed = Exit::Observed {
             status: 3,
             at: AT,
             oom: false,
-        }));
-        let unknown = Ok(Some(Exit::Unknown {
-            why: "adopted late".into(),
-        }));
-        let no_record = || Err("no record".to_owned());
+        };
+        let observed = || Recorded::Named(Some(observed.clone()));
+        let unknown = || {
+            Recorded::Named(Some(Exit::Unknown {
+                why: "adopted late".into(),
+            }))
+        };
+        let unusable = || Recorded::Unusable("the record is cut".into());
         let stand_in = |why: &str| Status::StandIn(why.into());
-        for (recorded_exit, init, status) in [
+        for (recorded, init, status) in [
             (
-                observed.clone(),
+                observed(),
                 Init::Gone(INIT),
                 Status::Recorded { status: 3, at: AT },
             ),
             (
-                observed,
+                observed(),
                 Init::Zombie(INIT, 9),
                 Status::Recorded { status: 3, at: AT },
             ),
-            (unknown.clone(), Init::Gone(INIT), stand_in("adopted late")),
-            (unknown, Init::Zombie(INIT, 4), Status::Now(4)),
-            (no_record(), Init::Alive(INIT), Status::Now(137)),
-            (no_record(), Init::Gone(INIT), stand_in("no record")),
-            (no_record(), Init::Unknown, stand_in("no record")),
-            (Ok(None), Init::Alive(INIT), Status::Now(137)),
+            (unknown(), Init::Gone(INIT), stand_in("adopted late")),
+            (unknown(), Init::Zombie(INIT, 4), Status::Now(4)),
+            (unusable(), Init::Alive(INIT), Status::Now(137)),
+            (unusable(), Init::Gone(INIT), stand_in("the record is cut")),
+            (unusable(), Init::Unknown, stand_in("the record is cut")),
+            (Recorded::Named(None), Init::Alive(INIT), Status::Now(137)),
             (
-                Ok(None),
+                Recorded::Named(None),
                 Init::Gone(INIT),
                 stand_in("it ended while nobody watched"),
             ),
             (
-                Ok(None),
+                Recorded::Named(None),
                 Init::Unknown,
                 stand_in("it never had an init process"),
             ),
+            (Recorded::NotNamed, Init::Alive(INIT), Status::Now(137)),
+            (
+                Recorded::NotNamed,
+                Init::Gone(INIT),
+                stand_in("no shim of ours has recorded it"),
+            ),
+            (Recorded::NotNamed, Init::Unknown, Status::Nothing),
         ] {
             assert_eq!(
                 clean_up(&Facts {
-                    recorded_exit,
+                    recorded,
                     init,
                     ..facts()
                 })

@@ -552,11 +552,8 @@ fn delete_of_what_is_not_there_succeeds_with_the_stand_in_any_number_of_times() 
         let response = deleted(&output);
         assert_eq!((response.pid, response.exit_status), (0, 137));
         assert!(response.exited_at.is_some());
-        let said = text(&output.stderr);
-        assert!(
-            said.contains("ns/gone: exit status unknown, because there is no record"),
-            "{said}"
-        );
+        // Nor is containerd's log filled: this is what follows every normal deletion.
+        assert_eq!(text(&output.stderr), "");
     }
     // A bundle of which everything is missing or unreadable.
     let bundle = node.bundle("empty");

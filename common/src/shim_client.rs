@@ -62,6 +62,17 @@ impl CallError {
     pub fn is_answer(&self) -> bool {
         matches!(self, CallError::Status { .. })
     }
+
+    /// The ttrpc crate's servers say INVALID_ARGUMENT for a service that they do not have.
+    fn no_such_service(&self) -> bool {
+        matches!(
+            self,
+            CallError::Status {
+                code: code::UNIMPLEMENTED | code::INVALID_ARGUMENT,
+                ..
+            }
+        )
+    }
 }
 
 /// A connection to a shim.
@@ -118,6 +129,21 @@ impl ShimClient {
         self.task_call("Connect", &task::ConnectRequest { id: id.to_owned() })
     }
 
+    /// Which version of the task API to talk to this shim in: 2 if it has it, else 3. Any answer
+    /// counts, a refusal too.
+    pub fn api_version(&mut self, id: &str) -> Result<u8, CallError> {
+        let request = task::ConnectRequest { id: id.to_owned() };
+        for (service, version) in TASK_SERVICES.into_iter().zip([2, 3]) {
+            match self.call::<task::ConnectResponse>(service, "Connect", &request) {
+                Ok(_) => return Ok(version),
+                Err(error) if error.no_such_service() => {}
+                Err(error) if error.is_answer() => return Ok(version),
+                Err(error) => return Err(error),
+            }
+        }
+        Err(CallError::Garbage("it has no task service".into()))
+    }
+
     /// Calls `method` of whichever task service the shim has.
     fn task_call<R: Message + Default>(
         &mut self,
@@ -126,11 +152,7 @@ impl ShimClient {
     ) -> Result<R, CallError> {
         let [first, second] = TASK_SERVICES;
         match self.call(first, method, request) {
-            // The ttrpc crate's servers say INVALID_ARGUMENT for a service they do not have.
-            Err(CallError::Status {
-                code: code::UNIMPLEMENTED | code::INVALID_ARGUMENT,
-                ..
-            }) => self.call(second, method, request),
+            Err(error) if error.no_such_service() => self.call(second, method, request),
             other => other,
         }
     }

@@ -20,6 +20,11 @@ use crate::{args::Flags, options::bare};
 pub struct Input {
     /// The folder for sockets, when this containerd has one of its own (2.3 on).
     pub socket_dir: Option<PathBuf>,
+    /// containerd's addresses, for the day when it no longer says them on the command line and in
+    /// the environment too.
+    pub grpc_address: Option<String>,
+    /// As above.
+    pub ttrpc_address: Option<String>,
     /// The runtime's options, not decoded yet.
     pub options: Option<Any>,
 }
@@ -44,14 +49,22 @@ pub fn parse(bytes: &[u8], flags: &Flags) -> Input {
             .find(are_options);
         return Input {
             socket_dir,
+            grpc_address: path_of(params.containerd_grpc_address),
+            ttrpc_address: path_of(params.containerd_ttrpc_address),
             options,
         };
     }
     let options = Any::decode(bytes).ok().filter(are_options);
     Input {
-        socket_dir: None,
         options,
+        ..Input::default()
     }
+}
+
+/// The flags and variables that these repeat have no scheme.
+fn path_of(address: String) -> Option<String> {
+    let path = address.strip_prefix("unix://").unwrap_or(&address);
+    (!path.is_empty()).then(|| path.to_owned())
 }
 
 fn are_options(any: &Any) -> bool {
@@ -80,6 +93,8 @@ mod tests {
             instance_id: "c1".into(),
             namespace: "default".into(),
             containerd_version: "v2.4.0".into(),
+            containerd_grpc_address: "unix:///run/c.sock".into(),
+            containerd_ttrpc_address: "/run/c.sock.ttrpc".into(),
             extensions: vec![
                 Extension { value: None },
                 Extension {
@@ -115,8 +130,8 @@ mod tests {
         assert_eq!(
             parse(&recorded, &flags()),
             Input {
-                socket_dir: None,
-                options: Some(options())
+                options: Some(options()),
+                ..Input::default()
             }
         );
     }
@@ -127,6 +142,8 @@ mod tests {
             parse(&params().encode_to_vec(), &flags()),
             Input {
                 socket_dir: Some("/run/other/s".into()),
+                grpc_address: Some("/run/c.sock".into()),
+                ttrpc_address: Some("/run/c.sock.ttrpc".into()),
                 options: Some(options())
             }
         );

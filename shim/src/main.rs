@@ -64,7 +64,7 @@ fn invoke(invocation: Invocation) -> Result<(), Box<dyn Error>> {
         Invocation::Help => answer(args::HELP.as_bytes()),
         Invocation::Version => answer(info::VERSION.as_bytes()),
         Invocation::RuntimeInfo => answer(&info::runtime_info()),
-        Invocation::Start(flags) => Ok(start::run(&flags, &mut io::stdout().lock())?),
+        Invocation::Start(flags) => Ok(start::run(flags, &mut io::stdout().lock())?),
         Invocation::Delete(flags) => {
             let outcome = delete::run(&flags)?;
             for remark in &outcome.remarks {

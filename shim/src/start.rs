@@ -48,7 +48,7 @@ use crate::{
     bootstrap::{self, Input},
     context,
     lock::{self, Attempt},
-    options::{Options, OptionsError},
+    options::Options,
     remains,
     serve_args::READY,
     socket, sys,
@@ -62,6 +62,8 @@ const STRANGER_ANSWERS: Duration = Duration::from_millis(500);
 const HOLDER_ANSWERS: Duration = Duration::from_secs(8);
 /// How long our daemon may take to come up.
 const DAEMON_READY: Duration = Duration::from_secs(10);
+/// Where the daemon sends events.
+const TTRPC_ADDRESS: &str = "TTRPC_ADDRESS";
 /// Standard input is a few hundred bytes; more is not for us.
 const MAX_INPUT: u64 = 4 << 20;
 
@@ -95,9 +97,6 @@ pub enum StartError {
         /// The lock that he holds.
         lock: PathBuf,
     },
-    /// The options name a cgroup for the shim and do not make sense.
-    #[error(transparent)]
-    Options(#[from] OptionsError),
     /// The shim could not be moved into its cgroup.
     #[error(transparent)]
     Cgroup(#[from] context::CgroupError),
@@ -123,13 +122,16 @@ fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> StartErr
 
 /// Does it. The address goes to `out` last, and that it arrives is part of it: a shim of which
 /// nobody heard would be left for ever.
-pub fn run(flags: &Flags, out: &mut impl Write) -> Result<(), StartError> {
+pub fn run(mut flags: Flags, out: &mut impl Write) -> Result<(), StartError> {
     let bundle = env::current_dir().map_err(StartError::NoBundle)?;
-    let group = read_group(&bundle, flags)?;
+    let group = read_group(&bundle, &flags)?;
     let mut input = Vec::new();
     // Unreadable counts as empty, as everything else about it.
     let _ = io::stdin().take(MAX_INPUT).read_to_end(&mut input);
-    let input = bootstrap::parse(&input, flags);
+    let input = bootstrap::parse(&input, &flags);
+    if flags.address.is_empty() {
+        flags.address = input.grpc_address.clone().unwrap_or_default();
+    }
 
     let folder = input
         .socket_dir
@@ -141,14 +143,14 @@ pub fn run(flags: &Flags, out: &mut impl Write) -> Result<(), StartError> {
     }
     socket::ensure_folder(&folder).map_err(failed("make folder", &folder))?;
     let address = format!("unix://{}", socket.display());
-    match claim(&socket, flags, &group)? {
-        Claim::Served => {
-            write_address(&bundle, &address)?;
-            say(out, &address)
+    match claim(&socket, &flags, &group)? {
+        Claim::Served(version) => {
+            write_address(&bundle, &address, version)?;
+            say(out, &answer(&address, version))
         }
         Claim::Ours(lock) => {
             let launch = Launch {
-                flags,
+                flags: &flags,
                 group: &group,
                 bundle: &bundle,
                 socket: &socket,
@@ -188,8 +190,8 @@ fn group_of(config: &[u8], id: &str) -> Result<String, String> {
 // ---- who serves it ----
 
 enum Claim {
-    /// A shim serves the group already.
-    Served,
+    /// A shim serves the group already, in this version of the task API.
+    Served(u8),
     /// We are responsible, and nothing is at the socket's path.
     Ours(File),
 }
@@ -210,8 +212,9 @@ fn claim(socket: &Path, flags: &Flags, group: &str) -> Result<Claim, StartError>
             Attempt::Held => {
                 let now = Instant::now();
                 let wait = (now + STRANGER_ANSWERS).min(deadline);
-                let Err(cause) = ask(socket, flags, wait) else {
-                    return Ok(Claim::Served);
+                let cause = match ask(socket, flags, wait) {
+                    Ok(version) => return Ok(Claim::Served(version)),
+                    Err(cause) => cause,
                 };
                 if now >= deadline {
                     let (group, lock) = (group.to_owned(), beside.lock);
@@ -234,8 +237,8 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
         }
         Ok(_) => {}
     }
-    if ask(socket, flags, Instant::now() + STRANGER_ANSWERS).is_ok() {
-        return Ok(Claim::Served);
+    if let Ok(version) = ask(socket, flags, Instant::now() + STRANGER_ANSWERS) {
+        return Ok(Claim::Served(version));
     }
     match fs::remove_file(socket) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", socket)(e)),
@@ -243,14 +246,10 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
     }
 }
 
-/// Asks whoever listens at `socket` for anything at all.
-fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<(), CallError> {
-    let mut client = ShimClient::connect(socket, flags.namespace.as_str(), deadline)?;
-    match client.connect_task(flags.id.as_str()) {
-        Ok(_) => Ok(()),
-        Err(error) if error.is_answer() => Ok(()),
-        Err(error) => Err(error),
-    }
+/// Asks whoever listens at `socket` for anything at all; what he says it in is the version of the
+/// task API that he has.
+fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<u8, CallError> {
+    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.api_version(flags.id.as_str())
 }
 
 // ---- what containerd reads later ----
@@ -259,10 +258,26 @@ fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<(), CallError>
 /// no longer writes it, and its tasks die when containerd is downgraded. `bootstrap.json` is what
 /// containerd 2.x writes itself from our answer; written here too, it is there even if containerd
 /// dies before it has come to that.
-fn write_address(bundle: &Path, address: &str) -> Result<(), StartError> {
+fn write_address(bundle: &Path, address: &str, version: u8) -> Result<(), StartError> {
     replace(bundle, "address", address.as_bytes())?;
-    let json = format!("{{\"version\":2,\"address\":\"{address}\",\"protocol\":\"ttrpc\"}}");
-    replace(bundle, "bootstrap.json", json.as_bytes())
+    replace(bundle, "bootstrap.json", json(address, version).as_bytes())
+}
+
+/// As containerd 2.x writes it.
+fn json(address: &str, version: u8) -> String {
+    let address = serde_json::Value::from(address);
+    format!("{{\"version\":{version},\"address\":{address},\"protocol\":\"ttrpc\"}}")
+}
+
+/// What goes to standard output. Only for a group that a stock shim of 2.x serves, which has
+/// version 3 alone, it is not plain text: no containerd that takes plain text can talk to that
+/// shim, and 2.x has to be told.
+fn answer(address: &str, version: u8) -> String {
+    if version == 2 {
+        address.to_owned()
+    } else {
+        json(address, version)
+    }
 }
 
 /// Whole or not at all: containerd may read while we write.
@@ -328,9 +343,9 @@ impl Launch<'_> {
     ) -> Result<(), StartError> {
         let options = Options::from_request(input.options.as_ref());
         let listener = socket::bind(self.socket).map_err(failed("bind", self.socket))?;
-        write_address(self.bundle, self.address)?;
+        write_address(self.bundle, self.address, 2)?;
         let (told, tells) = io::pipe().map_err(failed("make pipe for", self.socket))?;
-        let child = daemon.insert(self.spawn(listener, lock, tells.into())?);
+        let child = daemon.insert(self.spawn(listener, lock, tells.into(), input)?);
         let pid = child.id();
         // Options that are no good will be refused by Create, in the words that its caller reads;
         // here they matter only if they say where the shim belongs.
@@ -348,6 +363,7 @@ impl Launch<'_> {
         listener: UnixListener,
         lock: &File,
         tells: OwnedFd,
+        input: &Input,
     ) -> Result<Child, StartError> {
         let exe = env::current_exe().map_err(failed("find", Path::new("/proc/self/exe")))?;
         let mut command = Command::new(&exe);
@@ -359,6 +375,11 @@ impl Launch<'_> {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
+        if env::var_os(TTRPC_ADDRESS).is_none()
+            && let Some(address) = &input.ttrpc_address
+        {
+            command.env(TTRPC_ADDRESS, address);
+        }
         let lock = OwnedFd::from(
             lock.try_clone()
                 .map_err(failed("duplicate lock of", self.socket))?,
@@ -455,8 +476,8 @@ mod tests {
     #[test]
     fn both_generations_of_containerd_find_the_address_in_the_bundle() {
         let dir = tempfile::tempdir().unwrap();
-        write_address(dir.path(), "unix:///run/s/0").unwrap();
-        write_address(dir.path(), "unix:///run/s/1").unwrap();
+        write_address(dir.path(), "unix:///run/s/0", 3).unwrap();
+        write_address(dir.path(), "unix:///run/s/1", 2).unwrap();
         let read = |name| fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!(read("address"), "unix:///run/s/1");
         assert_eq!(

@@ -191,6 +191,11 @@ fn deleted(output: &Output) -> task::DeleteResponse {
 
 /// A shim that answers every request with `response`, until the process of the test ends.
 fn fake_shim(socket: &Path, response: pb::Response) {
+    fake_shim_of(socket, move |_| response.clone());
+}
+
+/// As above, by service.
+fn fake_shim_of(socket: &Path, answer: impl Fn(&str) -> pb::Response + Send + 'static) {
     let listener = UnixListener::bind(socket).unwrap();
     thread::spawn(move || {
         while let Ok((mut peer, _)) = listener.accept() {
@@ -199,7 +204,8 @@ fn fake_shim(socket: &Path, response: pb::Response) {
                 let request = Header::parse(&header).unwrap();
                 let mut body = vec![0; request.length as usize];
                 peer.read_exact(&mut body).unwrap();
-                let payload = response.encode_to_vec();
+                let asked = pb::Request::decode(body.as_slice()).unwrap();
+                let payload = answer(&asked.service).encode_to_vec();
                 let header = Header {
                     length: u32::try_from(payload.len()).unwrap(),
                     kind: Kind::Response,
@@ -214,16 +220,21 @@ fn fake_shim(socket: &Path, response: pb::Response) {
     });
 }
 
-fn not_found() -> pb::Response {
+fn refusal(code: i32) -> pb::Response {
+    let message = "no".into();
     let status = pb::Status {
-        code: code::NOT_FOUND,
-        message: "no".into(),
+        code,
+        message,
         details: vec![],
     };
     pb::Response {
         status: Some(status),
         payload: vec![],
     }
+}
+
+fn not_found() -> pb::Response {
+    refusal(code::NOT_FOUND)
 }
 
 fn lock(socket: &Path) -> fs::File {
@@ -455,6 +466,27 @@ fn a_shim_that_serves_the_group_is_joined_and_its_address_left_for_every_contain
     );
     assert_eq!(names(&bundle), ["address", "bootstrap.json", "config.json"]);
     assert_eq!(node.leftovers().len(), 1);
+}
+
+#[test]
+fn a_stock_shim_that_has_only_version_3_is_answered_as_such() {
+    let node = Node::new();
+    let bundle = node.make_bundle("c", "{}");
+    let socket = node.socket("c");
+    fake_shim_of(&socket, |service| match service {
+        "containerd.task.v3.Task" => pb::Response::default(),
+        _ => refusal(code::UNIMPLEMENTED),
+    });
+    let output = node.start("c", None);
+    let json = format!(
+        r#"{{"version":3,"address":"unix://{}","protocol":"ttrpc"}}"#,
+        socket.display()
+    );
+    assert_eq!(text(&output.stdout), json);
+    assert_eq!(
+        fs::read_to_string(bundle.join("bootstrap.json")).unwrap(),
+        json
+    );
 }
 
 #[test]

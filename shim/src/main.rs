@@ -19,25 +19,35 @@ use std::{
 
 mod args;
 mod bootstrap;
-#[allow(dead_code)] // used by the service
+mod children;
+mod connections;
+#[allow(dead_code)] // restoring is for a successor
 mod context;
 mod delete;
 mod delete_rule;
+mod event_log;
+mod events;
 mod info;
+mod journal;
 mod lock;
-#[allow(dead_code)] // used by the service
+mod log;
+mod mounts;
+#[allow(dead_code)] // the counter is for a successor
 mod oom;
-#[allow(dead_code)] // used by the service
 mod options;
+mod reaper;
 mod remains;
+mod runc;
 mod serve;
-#[allow(dead_code)] // used by the service
 mod serve_args;
+mod service;
 mod socket;
 mod start;
-#[allow(dead_code)] // used by the service
+mod state;
 mod stats;
+mod stdio;
 mod sys;
+mod tasks;
 
 use args::Invocation;
 use serve_args::ServeArgs;

@@ -129,6 +129,7 @@ pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()
 }
 
 /// Sets the scheduling priority of this process.
+#[allow(dead_code)] // restoring is for a successor
 pub fn set_nice(nice: libc::c_int) -> io::Result<()> {
     // SAFETY: setpriority takes three numbers; 0 is the calling process.
     if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } == 0 {
@@ -162,3 +163,167 @@ pub fn apart(work: impl FnOnce() -> u8) -> io::Result<libc::pid_t> {
 }
 
 // ---- end of launch ----
+
+// ---- serve ----
+
+use nix::unistd::{ForkResult, Pid};
+
+/// How a child ended, as the kernel says it: a signal may be a real-time one, which nix's types
+/// cannot hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// With this exit code.
+    Exited(libc::c_int),
+    /// By this signal.
+    Signalled(libc::c_int),
+}
+
+/// An exited child, any or the one given, that is not collected unless `collect` says so.
+pub fn exited_child(which: Option<Pid>, collect: bool) -> Option<(Pid, Ended)> {
+    let (kind, id) = match which {
+        None => (libc::P_ALL, 0),
+        Some(pid) => (libc::P_PID, libc::id_t::try_from(pid.as_raw()).ok()?),
+    };
+    let keep = if collect { 0 } else { libc::WNOWAIT };
+    let flags = libc::WEXITED | libc::WNOHANG | keep;
+    // SAFETY: siginfo_t is plain numbers; all zero is what waitid leaves when nobody has exited.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: waitid writes one siginfo_t.
+    if unsafe { libc::waitid(kind, id, &raw mut info, flags) } == -1 {
+        // ECHILD: no children. WNOHANG is never interrupted.
+        return None;
+    }
+    // SAFETY: waitid fills these fields, or they are zero.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    if pid == 0 {
+        return None;
+    }
+    let ended = match info.si_code {
+        libc::CLD_EXITED => Ended::Exited(status),
+        _ => Ended::Signalled(status),
+    };
+    Some((Pid::from_raw(pid), ended))
+}
+
+/// Forks. Only for a process with one thread, which the shim is: the child may then do whatever
+/// the parent may.
+pub fn fork() -> io::Result<ForkResult> {
+    // SAFETY: there is one thread (SPEC, section 8), so no lock can be held by another one.
+    Ok(unsafe { nix::unistd::fork() }?)
+}
+
+/// In a child: makes `files` its descriptors 0, 1, 2…, inherited by what it executes, and `last`
+/// the one after, closed when it executes something; everything else is closed. Gives the number
+/// of `last`.
+pub fn keep_only(files: &[&OwnedFd], last: &OwnedFd) -> io::Result<RawFd> {
+    let first_free = RawFd::try_from(files.len()).map_err(io::Error::other)?;
+    let mut moved = Vec::with_capacity(files.len() + 1);
+    for file in files.iter().chain([&last]) {
+        // Out of the way of all targets, so that no dup2 closes a source that is still needed.
+        moved.push(nix::fcntl::fcntl(
+            file,
+            nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(first_free + 64),
+        )?);
+    }
+    for (target, source) in (0..).zip(&moved) {
+        let flags = if target == first_free {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
+        // SAFETY: dup3 touches no memory; what was open at `target` belongs to the parent's
+        // structures, which this child does not use any more.
+        if unsafe { libc::dup3(*source, target, flags) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let from = libc::c_uint::try_from(first_free + 1).map_err(io::Error::other)?;
+    // SAFETY: close_range touches no memory; as above.
+    if unsafe { libc::syscall(libc::SYS_close_range, from, libc::c_uint::MAX, 0) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(first_free)
+}
+
+/// In a child: puts `file` at `number`, inherited by what it executes.
+pub fn place(file: OwnedFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: dup2 touches no memory; `number` is one of those that `keep_only` has filled.
+    if unsafe { libc::dup2(file.as_raw_fd(), number) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// In a child: closes what [`keep_only`] put at `number`.
+pub fn drop_kept(number: RawFd) {
+    // SAFETY: the child alone uses the number, and not after this.
+    unsafe { libc::close(number) };
+}
+
+/// In a child: writes to a descriptor by its number, ends the process.
+pub fn last_words(fd: RawFd, text: &[u8], status: i32) -> ! {
+    // SAFETY: the pointer and the length are of one slice; a closed descriptor gives EBADF.
+    unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
+    // SAFETY: ends this process without running what the parent has registered.
+    unsafe { libc::_exit(status) }
+}
+
+/// In a child: a descriptor that [`keep_only`] put at `number`, borrowed for as long as it lives.
+pub fn kept<'a>(number: RawFd) -> BorrowedFd<'a> {
+    // SAFETY: `keep_only` has just opened it, and nothing in the child closes it.
+    unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// In a child: signals as every program expects them at its start.
+pub fn default_signals() {
+    // SAFETY: restores the default action, no handler is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let none = nix::sys::signal::SigSet::empty();
+    // Fails for a wrong `how` only.
+    let _ = none.thread_set_mask();
+}
+
+/// Sets the size of the terminal whose master is `fd`.
+pub fn set_window_size(fd: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: height,
+        ws_col: width,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Bytes waiting in a pipe.
+pub fn waiting_bytes(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut count) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// A descriptor that came with a message.
+pub fn received(number: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just opened it for us, and the message names it once.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Signals a process group that our child leads; the child is not reaped yet.
+pub fn kill_group(leader: Pid) {
+    // SAFETY: kill takes two numbers. The group exists as long as its leader is not reaped.
+    unsafe { libc::kill(-leader.as_raw(), libc::SIGKILL) };
+}
+
+/// Makes descriptor 2 a duplicate of `fd`: where the message of a panic goes.
+pub fn become_stderr(fd: BorrowedFd<'_>) {
+    // SAFETY: dup2 touches no memory; descriptor 2 is /dev/null and nobody owns it.
+    unsafe { libc::dup2(fd.as_raw_fd(), 2) };
+}
+
+// ---- end of serve ----

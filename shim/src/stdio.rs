@@ -564,7 +564,7 @@ impl Stdio {
         let Some((key, logged)) = found else {
             return false;
         };
-        if !logged.is_empty() {
+        if logged.iter().any(|pipe| !has_ended(pipe)) {
             heard.push(Heard::Warning(format!(
                 "logger of {} has ended, output goes nowhere",
                 key.id
@@ -986,6 +986,15 @@ fn last_words(fifo: OwnedFd) -> Option<Hold> {
         fifo: writer,
         last_words: true,
     })
+}
+
+/// True if this read end has no writer and nothing to read: a logger that ends with its
+/// container is no dead logger.
+fn has_ended(reader: &OwnedFd) -> bool {
+    let mut wait = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+    let _ = poll(&mut wait, PollTimeout::ZERO);
+    let [entry] = &wait;
+    entry.revents() == Some(PollFlags::POLLHUP)
 }
 
 /// True if nothing is lost by closing this write end: somebody reads, or all is read.

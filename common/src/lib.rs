@@ -13,5 +13,6 @@ pub mod read;
 pub mod record;
 pub mod runc;
 pub mod seen;
+pub mod shim_client;
 pub mod timestamp;
 pub mod ttrpc;

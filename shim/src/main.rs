@@ -1,4 +1,5 @@
-//! `containerd-shim-recoverd-v1`, runtime name `io.containerd.recoverd.v1`.
+//! `containerd-shim-recoverd-v1`, runtime name `io.containerd.recoverd.v1`: one binary for what
+//! containerd runs once (`start`, `delete`, `-v`, `-info`) and for the daemon behind the socket.
 #![cfg_attr(
     not(test),
     deny(
@@ -8,8 +9,112 @@
         clippy::panic
     )
 )]
+
+use std::{
+    env,
+    error::Error,
+    io::{self, Write},
+    process::ExitCode,
+};
+
 mod args;
+mod bootstrap;
+mod children;
+mod connections;
+#[allow(dead_code)] // restoring is for a successor
+mod context;
+mod delete;
+mod delete_rule;
+mod event_log;
+mod events;
+mod info;
+mod journal;
+mod lock;
+mod log;
+mod mounts;
+#[allow(dead_code)] // the counter is for a successor
 mod oom;
 mod options;
+mod reaper;
+mod remains;
+mod runc;
+mod serve;
+mod serve_args;
+mod service;
+mod socket;
+mod start;
+mod state;
 mod stats;
-fn main() {}
+mod stdio;
+mod sys;
+mod tasks;
+
+use args::Invocation;
+use serve_args::ServeArgs;
+
+fn main() -> ExitCode {
+    let invocation = match args::parse(env::args_os().skip(1)) {
+        Ok(invocation) => invocation,
+        Err(refusal) => {
+            complain(&refusal);
+            return ExitCode::from(refusal.exit_status());
+        }
+    };
+    match invoke(invocation) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            complain(error.as_ref());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn invoke(invocation: Invocation) -> Result<(), Box<dyn Error>> {
+    match invocation {
+        Invocation::Help => answer(args::HELP.as_bytes()),
+        Invocation::Version => answer(info::VERSION.as_bytes()),
+        Invocation::RuntimeInfo => answer(&info::runtime_info()),
+        Invocation::Start(flags) => Ok(start::run(flags, &mut io::stdout().lock())?),
+        Invocation::Delete(flags) => {
+            let outcome = delete::run(&flags)?;
+            for remark in &outcome.remarks {
+                say(remark);
+            }
+            answer(&outcome.answer)
+        }
+        Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),
+    }
+}
+
+/// Everything that goes to standard output goes through here, once.
+fn answer(bytes: &[u8]) -> Result<(), Box<dyn Error>> {
+    let mut out = io::stdout().lock();
+    out.write_all(bytes)?;
+    Ok(out.flush()?)
+}
+
+/// One line, whatever the error's text: containerd shows it as it is.
+fn complain(error: &dyn Error) {
+    let mut line = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let cause_text = cause.to_string();
+        // A transparent error has the text of its source.
+        if !line.ends_with(&cause_text) {
+            line.push_str(": ");
+            line.push_str(&cause_text);
+        }
+        source = cause.source();
+    }
+    say(&line);
+}
+
+/// A closed standard error is no reason to fail.
+fn say(text: &str) {
+    let line = text
+        .split('\n')
+        .map(str::trim)
+        .collect::<Vec<_>>()
+        .join("; ");
+    let _ = writeln!(io::stderr(), "{line}");
+}

@@ -213,4 +213,34 @@ mod tests {
         ));
         assert!(OomWatch::new(&Cgroup::V2("/nonexistent".into()), None).is_err());
     }
+
+    #[test]
+    fn v1_kills_of_a_real_kernel_are_counted_and_the_end_of_the_group_is_none() {
+        let name = format!("recoverd-oom-{}", std::process::id());
+        let folder = Path::new("/sys/fs/cgroup/memory").join(name);
+        if fs::create_dir(&folder).is_err() {
+            eprintln!("SKIPPED: this test has to make a cgroup v1 memory group");
+            return;
+        }
+        let limited = fs::write(folder.join("memory.limit_in_bytes"), "8388608");
+        let cgroup = Cgroup::V1(vec![("memory".into(), folder.clone())]);
+        let mut watch = OomWatch::new(&cgroup, None).unwrap();
+        // A shell that joins the group and doubles a string until it is killed.
+        let hungry = "echo $$ > \"$0/cgroup.procs\"; x=x; while :; do x=$x$x; done";
+        let killed = std::process::Command::new("sh")
+            .args(["-c", hungry])
+            .arg(&folder)
+            .status()
+            .unwrap();
+        let woken = readable(&watch);
+        let (first, second) = (watch.read(), watch.read());
+        let removed = fs::remove_dir(&folder);
+        let after = (readable(&watch), watch.read());
+        limited.unwrap();
+        removed.unwrap();
+        assert!(!killed.success() && woken, "{killed:?}");
+        assert_eq!((first, second), (1, 0));
+        // The kernel wakes for the removal as well.
+        assert_eq!(after, (true, 0));
+    }
 }

@@ -779,4 +779,32 @@ mod tests {
         assert!(read(&Roots::default(), &Cgroup::V2(gone.clone())).is_absent());
         assert!(read(&Roots::default(), &Cgroup::V1(vec![("pids".into(), gone)])).is_absent());
     }
+
+    #[test]
+    fn the_group_of_this_process_has_metrics() {
+        let roots = Roots::default();
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let Seen::Present(cgroup) = Cgroup::of(&roots, pid) else {
+            eprintln!("SKIPPED: this test needs cgroups");
+            return;
+        };
+        let any = read(&roots, &cgroup).present().cloned().unwrap();
+        let memory = match &cgroup {
+            Cgroup::V1(_) => {
+                let memory = v1::Metrics::decode(any.value.as_slice()).unwrap().memory;
+                memory
+                    .and_then(|memory| memory.usage)
+                    .map(|entry| (entry.usage, entry.limit))
+            }
+            Cgroup::V2(_) => {
+                let memory = v2::Metrics::decode(any.value.as_slice()).unwrap().memory;
+                memory.map(|memory| (memory.usage, memory.usage_limit))
+            }
+        };
+        if let (Some((usage, limit)), Some(folder)) = (memory, cgroup.folder("memory"))
+            && folder.join("memory.limit_in_bytes").exists()
+        {
+            assert!(usage > 0 && limit >= usage, "{usage} of {limit}");
+        }
+    }
 }

@@ -3,7 +3,7 @@
 //! The writer keeps two files of one size, `<socket>.record` and `<socket>.record.spare`: it
 //! writes the spare and exchanges the names. So a reader sees the old record or the new one,
 //! and a state change needs no new block and no new inode of a full `/run`: what it will need is
-//! asked for by [`Store::reserve`] before anything runs. The rest of a file is new-lines, which
+//! asked for by [`Store::reserve`] before anything runs. The rest of a file is blanks, which
 //! JSON allows. Nothing is synced: a machine crash makes the record void anyway (boot id).
 
 use std::{
@@ -77,7 +77,7 @@ impl Store {
             let file = open(path)?;
             let length = usize::try_from(file.metadata()?.len()).unwrap_or(usize::MAX);
             // Real bytes, not holes: posix_fallocate may be emulated, writing never lies.
-            let missing = vec![b'\n'; room.saturating_sub(length)];
+            let missing = vec![b' '; room.saturating_sub(length)];
             file.write_all_at(&missing, length as u64)?;
         }
         self.room = room;
@@ -95,7 +95,7 @@ impl Store {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
         let wanted = bytes.len().next_multiple_of(GRAIN).max(self.room);
-        bytes.resize(wanted, b'\n');
+        bytes.resize(wanted, b' ');
         let mut file = open(&self.spare)?;
         file.write_all(&bytes)?;
         // A longer spare of before; never shorter than what is reserved.

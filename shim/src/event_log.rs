@@ -1,0 +1,254 @@
+//! `<socket>.events`: events accepted and not yet acknowledged by containerd, in order, so that a
+//! successor can send what its predecessor could not.
+//!
+//! ```text
+//! "rcvd-ev1"  then entries:  length u32 · sum u32 · number u64 · flags u32 · payload, zeros to 8
+//! ```
+//!
+//! Entries are appended; one is acknowledged by setting a flag in place, and when all are, the
+//! file begins anew. A length of zero ends it. Every entry carries a sum, so that one which was
+//! cut by a SIGKILL is no entry. Room for later events is made before something runs that will
+//! cause them: a full `/run` loses none.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io,
+    os::unix::fs::{FileExt, OpenOptionsExt},
+    path::{Path, PathBuf},
+};
+
+use nix::fcntl::OFlag;
+use recoverd_common::{
+    read::{MAX_FILE, read_file},
+    seen::Seen,
+};
+
+const MAGIC: &[u8; 8] = b"rcvd-ev1";
+const HEAD: usize = 20;
+const ACKNOWLEDGED: u32 = 1;
+const ECHO: u32 = 2;
+/// Room is made in steps of this, bytes.
+const GRAIN: u64 = 4096;
+
+/// The log's writer.
+#[derive(Debug)]
+pub struct EventLog {
+    path: PathBuf,
+    file: Option<File>,
+    /// Where the next entry goes.
+    end: u64,
+    /// Bytes that the file has for sure.
+    room: u64,
+    /// Offsets of entries not acknowledged, with their flags.
+    open: BTreeMap<u64, (u64, u32)>,
+}
+
+/// One entry as read.
+pub type Kept = (u64, bool, Vec<u8>);
+
+/// FNV-1a over number and payload. Flags change in place and are not in it.
+fn sum(number: u64, payload: &[u8]) -> u32 {
+    let step = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let sum = number.to_le_bytes().iter().fold(0x811c_9dc5, step);
+    payload.iter().fold(sum, step)
+}
+
+/// The unacknowledged entries of the log at `path`, in order; up to where it is whole.
+pub fn read(path: &Path) -> Seen<Vec<Kept>> {
+    read_file(path, MAX_FILE).and_then(|bytes| match bytes.strip_prefix(MAGIC) {
+        Some(entries) => Seen::Present(parse(entries)),
+        None => Seen::Unknown("is no log of events".to_owned()),
+    })
+}
+
+fn parse(mut rest: &[u8]) -> Vec<Kept> {
+    let mut kept = Vec::new();
+    while let Some((number, flags, payload, after)) = entry(rest) {
+        if flags & ACKNOWLEDGED == 0 {
+            kept.push((number, flags & ECHO != 0, payload.to_vec()));
+        }
+        rest = after;
+    }
+    kept
+}
+
+fn entry(bytes: &[u8]) -> Option<(u64, u32, &[u8], &[u8])> {
+    let (length, rest) = bytes.split_first_chunk::<4>()?;
+    let (stored, rest) = rest.split_first_chunk::<4>()?;
+    let (number, rest) = rest.split_first_chunk::<8>()?;
+    let (flags, rest) = rest.split_first_chunk::<4>()?;
+    let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
+    let number = u64::from_le_bytes(*number);
+    let payload = rest.get(..length).filter(|_| length > 0)?;
+    if sum(number, payload) != u32::from_le_bytes(*stored) {
+        return None;
+    }
+    let after = rest
+        .get(length.checked_next_multiple_of(8)?..)
+        .unwrap_or_default();
+    Some((number, u32::from_le_bytes(*flags), payload, after))
+}
+
+impl EventLog {
+    /// A writer for `path`; what is there is replaced by the first write.
+    pub fn new(path: &Path) -> Self {
+        Self {
+            path: path.to_owned(),
+            file: None,
+            end: MAGIC.len() as u64,
+            room: 0,
+            open: BTreeMap::new(),
+        }
+    }
+
+    fn file(&mut self) -> io::Result<&File> {
+        if self.file.is_none() {
+            let file = File::options()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+                .open(&self.path)?;
+            if !file.metadata()?.is_file() {
+                return Err(io::Error::other("is not a regular file"));
+            }
+            // The end of an empty log before its head: never a head over old entries.
+            file.write_all_at(&[0; 8], MAGIC.len() as u64)?;
+            file.write_all_at(MAGIC, 0)?;
+            self.file = Some(file);
+        }
+        self.file
+            .as_ref()
+            .ok_or_else(|| io::ErrorKind::NotFound.into())
+    }
+
+    /// Makes sure that `bytes` more can be appended on a file system that is then full.
+    pub fn reserve(&mut self, bytes: u64) -> io::Result<()> {
+        let wanted = (self.end + bytes).next_multiple_of(GRAIN);
+        let (end, room) = (self.end, self.room);
+        if wanted <= room {
+            return Ok(());
+        }
+        let file = self.file()?;
+        let length = file.metadata()?.len().max(end + 8);
+        let missing = usize::try_from(wanted.saturating_sub(length)).unwrap_or(0);
+        file.write_all_at(&vec![0; missing], length)?;
+        self.room = wanted;
+        Ok(())
+    }
+
+    /// Appends an event. The entry is valid with its last byte, and the end after it is in the
+    /// same write.
+    pub fn append(&mut self, number: u64, echo: bool, payload: &[u8]) -> io::Result<()> {
+        let flags = if echo { ECHO } else { 0 };
+        let length = u32::try_from(payload.len()).map_err(io::Error::other)?;
+        let padded = payload.len().next_multiple_of(8);
+        let mut bytes = Vec::with_capacity(HEAD + padded + 8);
+        bytes.extend_from_slice(&length.to_le_bytes());
+        bytes.extend_from_slice(&sum(number, payload).to_le_bytes());
+        bytes.extend_from_slice(&number.to_le_bytes());
+        bytes.extend_from_slice(&flags.to_le_bytes());
+        bytes.extend_from_slice(payload);
+        bytes.resize(HEAD + padded, 0);
+        let whole = bytes.len() as u64;
+        bytes.extend_from_slice(&[0; 8]);
+        let at = self.end;
+        self.file()?.write_all_at(&bytes, at)?;
+        self.open.insert(number, (at, flags));
+        self.end = at + whole;
+        Ok(())
+    }
+
+    /// An event needs no second sending.
+    pub fn acknowledge(&mut self, number: u64) -> io::Result<()> {
+        let Some((at, flags)) = self.open.remove(&number) else {
+            return Ok(());
+        };
+        if self.open.is_empty() {
+            self.end = MAGIC.len() as u64;
+            let end = self.end;
+            return self.file()?.write_all_at(&[0; 8], end);
+        }
+        let flags = flags | ACKNOWLEDGED;
+        self.file()?.write_all_at(&flags.to_le_bytes(), at + 16)
+    }
+
+    /// Removes the file.
+    pub fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn numbers(path: &Path) -> Vec<u64> {
+        let Seen::Present(kept) = read(path) else {
+            panic!("unreadable")
+        };
+        kept.into_iter().map(|(number, ..)| number).collect()
+    }
+
+    #[test]
+    fn what_is_not_acknowledged_is_read_back_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        let mut log = EventLog::new(&path);
+        for number in 1..=4 {
+            let payload = vec![7; usize::try_from(number).unwrap() * 5];
+            log.append(number, number == 2, &payload).unwrap();
+        }
+        log.acknowledge(1).unwrap();
+        log.acknowledge(3).unwrap();
+        let expected = vec![(2, true, vec![7; 10]), (4, false, vec![7; 20])];
+        assert_eq!(read(&path), Seen::Present(expected));
+        log.acknowledge(2).unwrap();
+        log.acknowledge(4).unwrap();
+        assert_eq!(numbers(&path), [0; 0]);
+        log.append(5, false, b"anew").unwrap();
+        assert_eq!(numbers(&path), [5]);
+        log.remove().unwrap();
+        assert_eq!(read(&path), Seen::Absent);
+    }
+
+    #[test]
+    fn a_cut_at_any_byte_loses_the_cut_entry_only() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        let mut log = EventLog::new(&path);
+        log.append(1, true, b"first").unwrap();
+        let after_first = fs::read(&path).unwrap().len();
+        log.append(2, true, b"second one").unwrap();
+        let whole = fs::read(&path).unwrap();
+        for cut in after_first..whole.len() {
+            fs::write(&path, &whole[..cut]).unwrap();
+            let found = numbers(&path);
+            assert_eq!(found[0], 1);
+            // The padding and the end may be missing.
+            assert_eq!(found.len() == 2, cut >= whole.len() - 8 - 6, "{cut}");
+        }
+    }
+
+    #[test]
+    fn a_new_writer_begins_anew_and_reserved_room_is_real() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        let mut log = EventLog::new(&path);
+        log.append(1, true, &[1; 100]).unwrap();
+        let mut log = EventLog::new(&path);
+        log.reserve(5000).unwrap();
+        assert_eq!(fs::metadata(&path).unwrap().len(), 8192);
+        assert_eq!(numbers(&path), [0; 0]);
+        log.append(2, false, b"x").unwrap();
+        assert_eq!(numbers(&path), [2]);
+        assert_eq!(fs::metadata(&path).unwrap().len(), 8192);
+        fs::write(&path, "something else").unwrap();
+        assert!(matches!(read(&path), Seen::Unknown(_)));
+    }
+}

@@ -1,0 +1,667 @@
+//! Events on their way to containerd: kept in order until containerd has acknowledged them, for
+//! as long as that takes. Pure; `serve` owns the socket, `event_log` the file.
+//!
+//! One event is under way at a time: containerd's server works on requests at once, and would
+//! mix up the order of two.
+//!
+//! What comes back after a downtime of containerd is not only containerd: its subscribers (the
+//! CRI, a client) come later, and an event that nobody subscribes to is gone. So exits and OOM
+//! kills that had to wait are sent once more, [`ECHO_MS`] after the first acknowledgement.
+
+use std::collections::VecDeque;
+
+use prost::Message;
+use prost_types::Any;
+use recoverd_common::{
+    pb::{events, task, ttrpc as envelope, type_url},
+    timestamp::Timestamp,
+    ttrpc::{HEADER, Header, Kind, MAX_PAYLOAD, code},
+};
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    service::{Mount, proto_time},
+    tasks::{Notice, Now},
+};
+
+const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
+/// After the first acknowledgement that follows a downtime.
+pub const ECHO_MS: u64 = 10_000;
+/// containerd acknowledges within a millisecond; one that does not for this long is hung, and
+/// another connection may fare better.
+const ANSWER_MS: u64 = 5_000;
+/// First and longest pause between two tries to connect.
+const RETRY_MS: (u64, u64) = (50, 1_000);
+/// An event that a living containerd has refused so often will never be taken; it must not hold
+/// back the others for ever.
+const MAX_REFUSALS: u32 = 20;
+
+/// One event not yet acknowledged.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Its place in the order; also its name in the log.
+    pub number: u64,
+    /// The `ForwardRequest`.
+    pub payload: Vec<u8>,
+    /// An exit or OOM kill: worth saying twice.
+    pub echo: bool,
+    /// A try to send it has failed.
+    waited: bool,
+    /// Sent and acknowledged once; to be said again at this time.
+    again_at: Option<u64>,
+    refusals: u32,
+}
+
+/// The connection to containerd's event service.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum Link {
+    /// Not connected; next try at this time, with this pause before the one after.
+    Down { retry_at: u64, pause: u64 },
+    /// Connected.
+    Up {
+        unread: Vec<u8>,
+        stream: u32,
+        /// The event under way, and when its answer is overdue.
+        under_way: Option<(u64, u64)>,
+    },
+}
+
+/// What the outbox wants done.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Post {
+    /// Connect; `opened` follows.
+    Open,
+    /// Send these bytes; `lost` follows if that fails.
+    Send(Vec<u8>),
+    /// Close the connection.
+    Close,
+    /// The log may forget this event.
+    Acknowledged(u64),
+    /// A line for the log.
+    Say(String),
+}
+
+/// The outbox.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Outbox {
+    entries: VecDeque<Entry>,
+    last: u64,
+    link: Link,
+    /// When events of a downtime are said again; set by the first acknowledgement after it.
+    echo_at: Option<u64>,
+    /// Nobody can be told later: say the second time at once.
+    hurry: bool,
+}
+
+impl Default for Outbox {
+    fn default() -> Self {
+        Self {
+            entries: VecDeque::new(),
+            last: 0,
+            link: Link::Down {
+                retry_at: 0,
+                pause: RETRY_MS.0,
+            },
+            echo_at: None,
+            hurry: false,
+        }
+    }
+}
+
+impl Outbox {
+    /// True when everything was acknowledged.
+    pub fn is_empty(&self) -> bool {
+        self.entries.is_empty()
+    }
+
+    /// Takes what a predecessor left unacknowledged, in order.
+    pub fn restore(&mut self, entries: Vec<(u64, bool, Vec<u8>)>) {
+        for (number, echo, payload) in entries {
+            self.last = self.last.max(number);
+            self.entries.push_back(Entry {
+                number,
+                payload,
+                echo,
+                waited: true,
+                again_at: None,
+                refusals: 0,
+            });
+        }
+    }
+
+    /// Takes an event; gives what has to be in the log before it is sent.
+    pub fn push(&mut self, notice: &Notice, namespace: &str, at: Timestamp) -> Entry {
+        let (topic, event) = message(notice);
+        let request = events::ForwardRequest {
+            envelope: Some(events::Envelope {
+                timestamp: Some(proto_time(at)),
+                namespace: namespace.to_owned(),
+                topic: topic.to_owned(),
+                event: Some(event),
+            }),
+        };
+        self.last += 1;
+        let entry = Entry {
+            number: self.last,
+            payload: request.encode_to_vec(),
+            echo: matches!(notice, Notice::Exit { .. } | Notice::Oom(_)),
+            waited: false,
+            again_at: None,
+            refusals: 0,
+        };
+        self.entries.push_back(entry.clone());
+        entry
+    }
+
+    /// The shim wants to leave: no echo waits for its time any more.
+    pub fn hurry(&mut self) {
+        self.hurry = true;
+    }
+
+    /// A new task came instead.
+    pub fn no_hurry(&mut self) {
+        self.hurry = false;
+    }
+
+    /// When [`Outbox::tick`] has to be called at the latest.
+    pub fn deadline(&self) -> Option<u64> {
+        let echoes = self.entries.iter().filter_map(|entry| entry.again_at);
+        let next = if self.hurry { Some(0) } else { echoes.min() };
+        match &self.link {
+            _ if self.entries.is_empty() => None,
+            Link::Up {
+                under_way: Some((_, overdue)),
+                ..
+            } => Some(*overdue),
+            Link::Up {
+                under_way: None, ..
+            } if self.first_due(u64::MAX).is_none() => None,
+            Link::Up {
+                under_way: None, ..
+            } => {
+                if self.entries.iter().any(|entry| entry.again_at.is_none()) {
+                    Some(0)
+                } else {
+                    next
+                }
+            }
+            Link::Down { retry_at, .. } => {
+                if self.entries.iter().any(|entry| entry.again_at.is_none()) {
+                    Some(*retry_at)
+                } else {
+                    next.map(|at| at.max(*retry_at))
+                }
+            }
+        }
+    }
+
+    /// The first event that is to be sent now. New ones go before the second tellings, whose time
+    /// is not exact.
+    fn first_due(&self, now: u64) -> Option<&Entry> {
+        let fresh = self.entries.iter().find(|entry| entry.again_at.is_none());
+        fresh.or_else(|| {
+            self.entries
+                .iter()
+                .find(|entry| self.hurry || entry.again_at.is_some_and(|at| at <= now))
+        })
+    }
+
+    /// Does what is due.
+    pub fn tick(&mut self, now: Now) -> Vec<Post> {
+        let now = now.mono_ms;
+        let Some((number, payload)) = self
+            .first_due(now)
+            .map(|entry| (entry.number, entry.payload.clone()))
+        else {
+            return Vec::new();
+        };
+        match &mut self.link {
+            Link::Down { retry_at, .. } if *retry_at <= now => vec![Post::Open],
+            Link::Down { .. } => Vec::new(),
+            Link::Up {
+                under_way: Some((_, overdue)),
+                ..
+            } => {
+                if *overdue > now {
+                    return Vec::new();
+                }
+                let mut out = vec![Post::Close];
+                self.lost_at(now, "event service does not answer", &mut out);
+                out
+            }
+            Link::Up {
+                stream, under_way, ..
+            } => {
+                *under_way = Some((number, now.saturating_add(ANSWER_MS)));
+                let request = envelope::Request {
+                    service: SERVICE.to_owned(),
+                    method: "Forward".to_owned(),
+                    payload,
+                    timeout_nano: 0,
+                    metadata: Vec::new(),
+                }
+                .encode_to_vec();
+                let header = Header {
+                    length: u32::try_from(request.len()).unwrap_or(u32::MAX),
+                    stream: *stream,
+                    kind: Kind::Request,
+                    flags: 0,
+                };
+                // Client streams are odd; a connection does not live for two billion events, and
+                // if it does, the server refuses and we connect anew.
+                *stream = stream.wrapping_add(2);
+                vec![Post::Send([&header.bytes()[..], &request].concat())]
+            }
+        }
+    }
+
+    /// The connection is made.
+    pub fn opened(&mut self) {
+        self.link = Link::Up {
+            unread: Vec::new(),
+            stream: 1,
+            under_way: None,
+        };
+    }
+
+    /// The connection could not be made, or ended. One that ends while nothing is to be sent is
+    /// no news.
+    pub fn lost(&mut self, now: Now, why: &str) -> Vec<Post> {
+        let mut out = Vec::new();
+        self.lost_at(now.mono_ms, why, &mut out);
+        out
+    }
+
+    fn lost_at(&mut self, now: u64, why: &str, out: &mut Vec<Post>) {
+        let pause = match self.link {
+            Link::Down { pause, .. } => pause.saturating_mul(2).min(RETRY_MS.1),
+            Link::Up { .. } => RETRY_MS.0,
+        };
+        let waiting = self.entries.iter().filter(|entry| !entry.waited).count();
+        for entry in &mut self.entries {
+            entry.waited = true;
+        }
+        // The downtime has begun anew: echoes are due after its end.
+        self.echo_at = None;
+        self.link = Link::Down {
+            retry_at: now.saturating_add(pause),
+            pause,
+        };
+        // Once per event, not once per try.
+        if waiting > 0 {
+            out.push(Post::Say(format!(
+                "{waiting} events wait for containerd: {why}"
+            )));
+        }
+    }
+
+    /// Bytes of containerd.
+    pub fn feed(&mut self, bytes: &[u8], now: Now) -> Vec<Post> {
+        let Link::Up { unread, .. } = &mut self.link else {
+            return Vec::new();
+        };
+        unread.extend_from_slice(bytes);
+        let mut out = Vec::new();
+        loop {
+            let Link::Up { unread, stream, .. } = &mut self.link else {
+                return out;
+            };
+            let Some(header) = Header::parse(unread) else {
+                return out;
+            };
+            let length = usize::try_from(header.length).unwrap_or(usize::MAX);
+            if length > MAX_PAYLOAD {
+                out.push(Post::Close);
+                self.lost_at(now.mono_ms, "event service sent a giant frame", &mut out);
+                return out;
+            }
+            let Some(payload) = unread.get(HEADER..HEADER.saturating_add(length)) else {
+                return out;
+            };
+            let answer = envelope::Response::decode(payload);
+            let expected = header.kind == Kind::Response && header.stream == stream.wrapping_sub(2);
+            *unread = unread.get(HEADER + length..).unwrap_or_default().to_vec();
+            match answer {
+                Ok(answer) if expected => {
+                    let status = answer.status.unwrap_or_default();
+                    self.answered(status.code, &status.message, now.mono_ms, &mut out);
+                }
+                // Of a request that we gave up, or garbage: both end with the connection.
+                _ => {
+                    out.push(Post::Close);
+                    self.lost_at(
+                        now.mono_ms,
+                        "event service sent no answer of ours",
+                        &mut out,
+                    );
+                    return out;
+                }
+            }
+        }
+    }
+
+    fn answered(&mut self, status: i32, message: &str, now: u64, out: &mut Vec<Post>) {
+        let Link::Up { under_way, .. } = &mut self.link else {
+            return;
+        };
+        let Some((number, _)) = under_way.take() else {
+            return;
+        };
+        let Some(index) = self.entries.iter().position(|e| e.number == number) else {
+            return;
+        };
+        let echo_at = *self.echo_at.get_or_insert(now.saturating_add(ECHO_MS));
+        let hurry = self.hurry;
+        let Some(entry) = self.entries.get_mut(index) else {
+            return;
+        };
+        if status == code::OK {
+            if entry.echo && entry.waited && entry.again_at.is_none() && !hurry {
+                entry.again_at = Some(echo_at);
+                return;
+            }
+        } else {
+            entry.refusals += 1;
+            // A malformed event stays malformed; everything else may pass.
+            if status != code::INVALID_ARGUMENT && entry.refusals < MAX_REFUSALS {
+                out.push(Post::Close);
+                self.lost_at(now, message, out);
+                return;
+            }
+            out.push(Post::Say(format!(
+                "containerd refuses an event, dropped: {message}"
+            )));
+        }
+        self.entries.remove(index);
+        out.push(Post::Acknowledged(number));
+    }
+}
+
+fn message(notice: &Notice) -> (&'static str, Any) {
+    fn any(type_url: &str, message: &impl Message) -> Any {
+        Any {
+            type_url: type_url.to_owned(),
+            value: message.encode_to_vec(),
+        }
+    }
+    match notice {
+        Notice::Create {
+            id,
+            bundle,
+            rootfs,
+            stdio,
+            pid,
+        } => (
+            "/tasks/create",
+            any(
+                type_url::TASK_CREATE,
+                &events::TaskCreate {
+                    container_id: id.clone(),
+                    bundle: bundle.clone(),
+                    rootfs: rootfs.iter().map(proto_mount).collect(),
+                    io: Some(events::TaskIo {
+                        stdin: stdio.stdin.clone(),
+                        stdout: stdio.stdout.clone(),
+                        stderr: stdio.stderr.clone(),
+                        terminal: stdio.terminal,
+                    }),
+                    checkpoint: String::new(),
+                    pid: *pid,
+                },
+            ),
+        ),
+        Notice::Start { id, pid } => (
+            "/tasks/start",
+            any(
+                type_url::TASK_START,
+                &events::TaskStart {
+                    container_id: id.clone(),
+                    pid: *pid,
+                },
+            ),
+        ),
+        Notice::ExecAdded(key) => (
+            "/tasks/exec-added",
+            any(
+                type_url::TASK_EXEC_ADDED,
+                &events::TaskExecAdded {
+                    container_id: key.id.clone(),
+                    exec_id: key.exec_id.clone(),
+                },
+            ),
+        ),
+        Notice::ExecStarted { key, pid } => (
+            "/tasks/exec-started",
+            any(
+                type_url::TASK_EXEC_STARTED,
+                &events::TaskExecStarted {
+                    container_id: key.id.clone(),
+                    exec_id: key.exec_id.clone(),
+                    pid: *pid,
+                },
+            ),
+        ),
+        Notice::Exit { key, ended } => (
+            "/tasks/exit",
+            any(
+                type_url::TASK_EXIT,
+                &events::TaskExit {
+                    container_id: key.id.clone(),
+                    id: if key.is_init() {
+                        key.id.clone()
+                    } else {
+                        key.exec_id.clone()
+                    },
+                    pid: ended.pid,
+                    exit_status: ended.status,
+                    exited_at: ended.at.map(proto_time),
+                },
+            ),
+        ),
+        Notice::Delete { id, ended } => (
+            "/tasks/delete",
+            any(
+                type_url::TASK_DELETE,
+                &events::TaskDelete {
+                    container_id: id.clone(),
+                    pid: ended.pid,
+                    exit_status: ended.status,
+                    exited_at: ended.at.map(proto_time),
+                    id: String::new(),
+                },
+            ),
+        ),
+        Notice::Oom(id) => (
+            "/tasks/oom",
+            any(
+                type_url::TASK_OOM,
+                &events::TaskOom {
+                    container_id: id.clone(),
+                },
+            ),
+        ),
+        Notice::Paused(id) => (
+            "/tasks/paused",
+            any(
+                type_url::TASK_PAUSED,
+                &events::TaskPaused {
+                    container_id: id.clone(),
+                },
+            ),
+        ),
+        Notice::Resumed(id) => (
+            "/tasks/resumed",
+            any(
+                type_url::TASK_RESUMED,
+                &events::TaskResumed {
+                    container_id: id.clone(),
+                },
+            ),
+        ),
+    }
+}
+
+fn proto_mount(mount: &Mount) -> task::Mount {
+    task::Mount {
+        r#type: mount.kind.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::service::{Ended, Key};
+
+    fn at(mono_ms: u64) -> Now {
+        Now {
+            mono_ms,
+            wall: Timestamp {
+                seconds: 0,
+                nanos: 0,
+            },
+        }
+    }
+
+    fn exit(id: &str) -> Notice {
+        Notice::Exit {
+            key: Key::init(id),
+            ended: Ended {
+                pid: 1,
+                status: 42,
+                at: None,
+            },
+        }
+    }
+
+    fn push(outbox: &mut Outbox, notice: &Notice) -> u64 {
+        outbox.push(notice, "ns", at(0).wall).number
+    }
+
+    /// Sends the next event and answers it; gives its number when the log may forget it.
+    fn deliver(outbox: &mut Outbox, now: u64) -> Option<u64> {
+        let posts = outbox.tick(at(now));
+        let [Post::Send(bytes)] = posts.as_slice() else {
+            panic!("{posts:?}");
+        };
+        let stream = Header::parse(bytes).unwrap().stream;
+        match outbox.feed(&answer(stream, 0), at(now)).as_slice() {
+            [] => None,
+            [Post::Acknowledged(number)] => Some(*number),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn answer(stream: u32, code: i32) -> Vec<u8> {
+        let payload = envelope::Response {
+            status: Some(envelope::Status {
+                code,
+                ..Default::default()
+            }),
+            payload: Vec::new(),
+        }
+        .encode_to_vec();
+        let header = Header {
+            length: payload.len() as u32,
+            stream,
+            kind: Kind::Response,
+            flags: 0,
+        };
+        [&header.bytes()[..], &payload].concat()
+    }
+
+    #[test]
+    fn events_go_one_at_a_time_and_in_order() {
+        let mut outbox = Outbox::default();
+        let first = push(&mut outbox, &exit("a"));
+        let second = push(&mut outbox, &Notice::Oom("b".into()));
+        assert_eq!(outbox.tick(at(0)), [Post::Open]);
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 0), Some(first));
+        assert_eq!(deliver(&mut outbox, 0), Some(second));
+        assert!(outbox.is_empty());
+        assert_eq!(outbox.deadline(), None);
+        assert_eq!(outbox.tick(at(9)), []);
+    }
+
+    #[test]
+    fn a_downtime_of_any_length_loses_nothing_and_exits_are_said_again() {
+        let mut outbox = Outbox::default();
+        let start = push(
+            &mut outbox,
+            &Notice::Start {
+                id: "a".into(),
+                pid: 1,
+            },
+        );
+        let ended = push(&mut outbox, &exit("a"));
+        let mut now = 0;
+        for _ in 0..10_000 {
+            assert_eq!(outbox.tick(at(now)), [Post::Open]);
+            outbox.lost(at(now), "connection refused");
+            now = outbox.deadline().unwrap();
+        }
+        assert!(now > 9_000_000, "tries are seconds apart: {now}");
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, now), Some(start));
+        assert_eq!(deliver(&mut outbox, now), None);
+        assert_eq!(outbox.deadline(), Some(now + ECHO_MS));
+        assert_eq!(outbox.tick(at(now + ECHO_MS - 1)), []);
+        assert_eq!(deliver(&mut outbox, now + ECHO_MS), Some(ended));
+        assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn who_leaves_says_the_second_time_at_once() {
+        let mut outbox = Outbox::default();
+        let ended = push(&mut outbox, &exit("a"));
+        outbox.lost(at(0), "x");
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 100), None);
+        outbox.hurry();
+        assert_eq!(deliver(&mut outbox, 101), Some(ended));
+    }
+
+    #[test]
+    fn silence_and_refusals_are_tried_again_but_a_poisoned_event_holds_nothing_back_for_ever() {
+        let mut outbox = Outbox::default();
+        let number = push(&mut outbox, &exit("a"));
+        outbox.opened();
+        assert!(matches!(outbox.tick(at(0))[..], [Post::Send(_)]));
+        assert_eq!(outbox.tick(at(4_999)), []);
+        assert_eq!(outbox.tick(at(5_000))[0], Post::Close);
+        for refused in 1..=MAX_REFUSALS {
+            outbox.opened();
+            assert!(matches!(outbox.tick(at(10_000))[..], [Post::Send(_)]));
+            let posts = outbox.feed(&answer(1, code::UNKNOWN), at(10_000));
+            if refused == MAX_REFUSALS {
+                assert_eq!(posts[1], Post::Acknowledged(number));
+            } else {
+                assert_eq!(posts[0], Post::Close);
+            }
+        }
+        assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn an_idle_connection_that_ends_is_no_news() {
+        let mut outbox = Outbox::default();
+        outbox.opened();
+        assert_eq!(outbox.lost(at(0), "closed"), []);
+        assert_eq!(outbox.deadline(), None);
+    }
+
+    #[test]
+    fn garbage_from_the_event_service_ends_the_connection_only() {
+        for garbage in [&[0xff; 10][..], &answer(7, 0), &answer(2, 0)[..]] {
+            let mut outbox = Outbox::default();
+            push(&mut outbox, &exit("a"));
+            outbox.opened();
+            outbox.tick(at(0));
+            assert_eq!(outbox.feed(garbage, at(0))[0], Post::Close);
+            assert!(!outbox.is_empty());
+        }
+    }
+}

@@ -1,0 +1,126 @@
+//! The lock that says who is responsible for a group's tasks: `flock` on `<socket>.lock`.
+//!
+//! `start` takes it before it touches the socket and hands it to the daemon together with the
+//! listener; no other `start`, `delete` or adopter can come between. The daemon keeps it as long
+//! as it lives. `delete` takes it before it ends anything, but shares it with the `delete`s of the
+//! group's other tasks: containerd runs one for each at once.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io,
+    os::unix::fs::{MetadataExt, OpenOptionsExt},
+    path::Path,
+};
+
+use crate::sys::{self, Hold};
+
+/// What trying to take the lock found.
+#[derive(Debug)]
+pub enum Attempt {
+    /// It is ours until the file (and every duplicate) is closed.
+    Taken(File),
+    /// Somebody is responsible.
+    Held,
+}
+
+/// Tries once to take the lock at `path`, making the file if it is missing.
+pub fn attempt(path: &Path) -> io::Result<Attempt> {
+    attempt_as(path, Hold::Alone)
+}
+
+/// As [`attempt`], for `delete`: keeps away everybody but other `delete`s.
+pub fn attempt_shared(path: &Path) -> io::Result<Attempt> {
+    attempt_as(path, Hold::Shared)
+}
+
+fn attempt_as(path: &Path, hold: Hold) -> io::Result<Attempt> {
+    // Whoever removes the files of a group holds the lock meanwhile, so a lock on a file that is
+    // no longer at its path is worth nothing: again. A few times are plenty.
+    for _ in 0..10 {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .mode(0o600)
+            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+            .open(path)?;
+        if !file.metadata()?.is_file() {
+            return Err(io::Error::other("is not a regular file"));
+        }
+        if !sys::try_lock(&file, hold)? {
+            return Ok(Attempt::Held);
+        }
+        if is_at(&file, path)? {
+            return Ok(Attempt::Taken(file));
+        }
+    }
+    Err(io::Error::other("is replaced again and again"))
+}
+
+/// Whether `file` is (still) what is at `path`.
+pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let own = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Ok(there) => Ok((there.dev(), there.ino()) == (own.dev(), own.ino())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_holder_at_a_time_and_a_removed_file_is_no_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.lock");
+        let Attempt::Taken(first) = attempt(&path).unwrap() else {
+            panic!("held")
+        };
+        assert_eq!(first.metadata().unwrap().mode() & 0o777, 0o600);
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Held));
+        // A duplicate keeps it: this is how the daemon inherits it.
+        let duplicate = first.try_clone().unwrap();
+        drop(first);
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Held));
+        drop(duplicate);
+        let Attempt::Taken(old) = attempt(&path).unwrap() else {
+            panic!("held")
+        };
+        fs::remove_file(&path).unwrap();
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Taken(_)));
+        drop(old);
+    }
+
+    #[test]
+    fn deletes_share_it_and_keep_everybody_else_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.lock");
+        let shared = [
+            attempt_shared(&path).unwrap(),
+            attempt_shared(&path).unwrap(),
+        ];
+        assert!(
+            shared
+                .iter()
+                .all(|attempt| matches!(attempt, Attempt::Taken(_)))
+        );
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Held));
+        drop(shared);
+        let alone = attempt(&path).unwrap();
+        assert!(matches!(alone, Attempt::Taken(_)));
+        assert!(matches!(attempt_shared(&path).unwrap(), Attempt::Held));
+    }
+
+    #[test]
+    fn only_a_regular_file_is_a_lock() {
+        let dir = tempfile::tempdir().unwrap();
+        let link = dir.path().join("link");
+        std::os::unix::fs::symlink("target", &link).unwrap();
+        assert!(attempt(&link).is_err());
+        assert!(!dir.path().join("target").exists());
+        assert!(attempt(dir.path()).is_err());
+    }
+}

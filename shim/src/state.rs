@@ -1,0 +1,296 @@
+//! The whole loop as plain data: tasks, connections, outgoing events, deadlines. Input in,
+//! effects out; everything but the descriptors, so that it can be taken into another process
+//! between any two inputs.
+
+use recoverd_common::timestamp::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    connections::{Caller, Connections, Violation},
+    events::{Outbox, Post},
+    service::{self, Call, Refusal, Reply},
+    tasks::{Effect, Event, Notice, Now, Tasks, Timer},
+};
+
+/// Shutdown waits this long for the last events; containerd gives up after three seconds.
+const FLUSH_MS: u64 = 2_000;
+/// Without any answer of containerd the last events are given up, and the shim leaves.
+const LINGER_MS: u64 = 300_000;
+
+/// `google.rpc.Code`: a full disk.
+const RESOURCE_EXHAUSTED: i32 = 8;
+
+/// What the loop is told.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub enum Input {
+    /// A peer has connected.
+    Accepted,
+    /// Bytes came in on a connection.
+    Bytes(u64, Vec<u8>),
+    /// This much of what was unsent has been written.
+    Sent(u64, usize),
+    /// A connection ended.
+    Closed(u64),
+    /// Something happened to the tasks.
+    Event(Event),
+    /// A reply that needed a look at the host.
+    Reply(Caller, Result<Reply, Refusal>),
+    /// containerd's event service is connected.
+    EventsOpened,
+    /// It is not, or no longer.
+    EventsLost(String),
+    /// Bytes of containerd's event service.
+    EventsBytes(Vec<u8>),
+    /// Time has passed.
+    Tick,
+}
+
+/// What the loop does about it, in this order.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Output {
+    /// Of the tasks.
+    Effect(Effect),
+    /// Of the outgoing events.
+    Post(Post),
+    /// Write this event to the log of events.
+    Log {
+        /// Its number.
+        number: u64,
+        /// Worth saying twice.
+        echo: bool,
+        /// The request.
+        payload: Vec<u8>,
+    },
+    /// Close a connection.
+    Close(u64, Option<Violation>),
+    /// Nobody new: close the listener, remove the socket and the files beside it.
+    Retire,
+    /// End the process.
+    Exit,
+}
+
+/// Leaving, by stages.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+enum Leaving {
+    No,
+    /// The last events are on their way; the caller is answered when they are or time is up.
+    Flushing {
+        callers: Vec<Caller>,
+        until: u64,
+    },
+    /// Answered and retired; unacknowledged events are still tried.
+    Lingering {
+        until: u64,
+    },
+}
+
+/// Everything.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct LoopState {
+    namespace: String,
+    /// The tasks.
+    pub tasks: Tasks,
+    /// The connections.
+    pub connections: Connections,
+    /// The outgoing events.
+    pub outbox: Outbox,
+    timers: Vec<(u64, Timer)>,
+    leaving: Leaving,
+    /// Why nothing new can be taken on: no room on disk for what it would need.
+    pub no_room: Option<String>,
+}
+
+impl LoopState {
+    /// At the start of a shim with pid `shim_pid`.
+    pub fn new(namespace: &str, shim_pid: u32) -> Self {
+        Self {
+            namespace: namespace.to_owned(),
+            tasks: Tasks::new(shim_pid),
+            connections: Connections::default(),
+            outbox: Outbox::default(),
+            timers: Vec::new(),
+            leaving: Leaving::No,
+            no_room: None,
+        }
+    }
+
+    /// When [`Input::Tick`] is due at the latest, by the monotonic clock.
+    pub fn deadline(&self) -> Option<u64> {
+        let leaving = match &self.leaving {
+            Leaving::No => None,
+            Leaving::Flushing { until, .. } | Leaving::Lingering { until } => Some(*until),
+        };
+        let timers = self.timers.iter().map(|(at, _)| *at);
+        timers.chain(self.outbox.deadline()).chain(leaving).min()
+    }
+
+    /// Takes one input.
+    pub fn step(&mut self, input: Input, now: Now) -> Vec<Output> {
+        let mut out = Vec::new();
+        match input {
+            Input::Accepted => {
+                self.connections.open();
+            }
+            Input::Bytes(connection, bytes) => self.bytes(connection, &bytes, now, &mut out),
+            Input::Sent(connection, count) => self.connections.sent(connection, count),
+            Input::Closed(connection) => self.close(connection, None, now, &mut out),
+            Input::Event(event) => self.event(event, now, &mut out),
+            Input::Reply(to, reply) => self.reply(to, &reply, now, &mut out),
+            Input::EventsOpened => self.outbox.opened(),
+            Input::EventsLost(why) => post(self.outbox.lost(now, &why), &mut out),
+            Input::EventsBytes(bytes) => post(self.outbox.feed(&bytes, now), &mut out),
+            Input::Tick => {
+                let due = |(at, _): &(u64, Timer)| *at <= now.mono_ms;
+                let (past, rest) = std::mem::take(&mut self.timers).into_iter().partition(due);
+                self.timers = rest;
+                let past: Vec<_> = past;
+                for (_, timer) in past {
+                    self.event(Event::Timer(timer), now, &mut out);
+                }
+            }
+        }
+        post(self.outbox.tick(now), &mut out);
+        self.leave(now, &mut out);
+        out
+    }
+
+    fn bytes(&mut self, connection: u64, bytes: &[u8], now: Now, out: &mut Vec<Output>) {
+        let frames = match self.connections.feed(connection, bytes) {
+            Ok(frames) => frames,
+            Err(violation) => return self.close(connection, Some(violation), now, out),
+        };
+        for frame in frames {
+            let from = Caller {
+                connection,
+                stream: frame.stream,
+            };
+            match service::parse(&frame.payload) {
+                Ok((call, timeout)) => {
+                    let until = timeout.map(|nanos| now.mono_ms.saturating_add(nanos / 1_000_000));
+                    self.request(from, call, until, now, out);
+                }
+                Err(refusal) => self.reply(from, &Err(refusal), now, out),
+            }
+        }
+    }
+
+    fn request(
+        &mut self,
+        from: Caller,
+        call: Call,
+        until: Option<u64>,
+        now: Now,
+        out: &mut Vec<Output>,
+    ) {
+        if let Some(why) = &self.no_room
+            && service::needs_room(&call)
+        {
+            let refusal = Refusal::new(RESOURCE_EXHAUSTED, why.clone());
+            return self.reply(from, &Err(refusal), now, out);
+        }
+        if let Call::Create(_) = &call {
+            // It came while the last events of what was here before are on their way: stay.
+            if let Leaving::Flushing { callers, .. } =
+                std::mem::replace(&mut self.leaving, Leaving::No)
+            {
+                self.outbox.no_hurry();
+                for to in callers {
+                    self.reply(to, &Ok(Reply::Empty), now, out);
+                }
+            }
+        }
+        self.event(Event::Request { from, call, until }, now, out);
+    }
+
+    fn close(&mut self, connection: u64, why: Option<Violation>, now: Now, out: &mut Vec<Output>) {
+        self.connections.close(connection);
+        out.push(Output::Close(connection, why));
+        self.event(Event::Disconnected { connection }, now, out);
+    }
+
+    fn event(&mut self, event: Event, now: Now, out: &mut Vec<Output>) {
+        for effect in self.tasks.handle(event, now) {
+            match effect {
+                Effect::Reply { to, reply } => self.reply(to, &reply, now, out),
+                Effect::Publish(notice) => self.publish(&notice, now.wall, out),
+                Effect::Arm { at, timer } => self.timers.push((at, timer)),
+                Effect::Leave { to } => match &mut self.leaving {
+                    Leaving::Flushing { callers, .. } => callers.push(to),
+                    Leaving::No | Leaving::Lingering { .. } => {
+                        self.outbox.hurry();
+                        self.leaving = Leaving::Flushing {
+                            callers: vec![to],
+                            until: now.mono_ms.saturating_add(FLUSH_MS),
+                        };
+                    }
+                },
+                other => out.push(Output::Effect(other)),
+            }
+        }
+    }
+
+    fn reply(
+        &mut self,
+        to: Caller,
+        reply: &Result<Reply, Refusal>,
+        now: Now,
+        out: &mut Vec<Output>,
+    ) {
+        let payload = service::response(reply);
+        if let Err(violation) = self.connections.answer(to, &payload) {
+            self.close(to.connection, Some(violation), now, out);
+        }
+    }
+
+    fn publish(&mut self, notice: &Notice, at: Timestamp, out: &mut Vec<Output>) {
+        let entry = self.outbox.push(notice, &self.namespace, at);
+        out.push(Output::Log {
+            number: entry.number,
+            echo: entry.echo,
+            payload: entry.payload,
+        });
+    }
+
+    /// SIGTERM: leave now, whatever runs; containers go on.
+    pub fn leave_now(&mut self) -> Vec<Output> {
+        let mut out = Vec::new();
+        if self.tasks.is_idle() {
+            out.push(Output::Retire);
+        }
+        out.push(Output::Exit);
+        out
+    }
+
+    fn leave(&mut self, now: Now, out: &mut Vec<Output>) {
+        match &mut self.leaving {
+            Leaving::No => {}
+            Leaving::Flushing { callers, until } => {
+                let flushed = self.outbox.is_empty();
+                if !flushed && *until > now.mono_ms {
+                    return;
+                }
+                let callers = std::mem::take(callers);
+                self.leaving = Leaving::Lingering {
+                    until: now.mono_ms.saturating_add(LINGER_MS),
+                };
+                // Gone from the disk before containerd may begin anew under this name.
+                out.push(Output::Retire);
+                for to in callers {
+                    self.reply(to, &Ok(Reply::Empty), now, out);
+                }
+                if flushed {
+                    out.push(Output::Exit);
+                }
+            }
+            Leaving::Lingering { until } => {
+                if self.outbox.is_empty() || *until <= now.mono_ms {
+                    out.push(Output::Exit);
+                }
+            }
+        }
+    }
+}
+
+fn post(posts: Vec<Post>, out: &mut Vec<Output>) {
+    out.extend(posts.into_iter().map(Output::Post));
+}

@@ -1,0 +1,1011 @@
+//! Where init and execs read and write (SPEC 5.1), and the descriptors that it takes.
+//!
+//! | process, wish | it gets | we hold |
+//! | --- | --- | --- |
+//! | init, fifo | the fifo itself, read-write | a write end, until it is drained or read |
+//! | exec, fifo | a pipe of ours, read-write | its read end, spliced to the fifo |
+//! | any, `file://` or a file | the file | nothing |
+//! | any, `binary://` | a pipe to the logger, read-write | a read end, in case the logger dies |
+//! | any, terminal | a pty's slave | its master, spliced to and from the fifos |
+//! | any, stdin | a pipe of ours | its write end, and the client's fifo spliced to it |
+//!
+//! *Read-write*: the writer is its own reader, so neither a dead client nor a dead shim can raise
+//! SIGPIPE; when nobody reads, it waits.
+
+use std::{
+    collections::BTreeMap,
+    fs::{self, File},
+    io::{self, IoSliceMut},
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        unix::{
+            fs::{FileTypeExt, OpenOptionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{
+    cmsg_space,
+    errno::Errno,
+    fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::{
+        epoll::{Epoll, EpollEvent, EpollFlags},
+        socket::{ControlMessageOwned, MsgFlags, recvmsg},
+    },
+    unistd::{Gid, Pid, Uid, fchown, pipe2},
+};
+
+use crate::{
+    children::{self, ChildFile, Plan},
+    reaper,
+    service::{Key, StdioWish},
+    sys,
+};
+
+/// The fifo of an init holds this much, bytes, if the memory limit does not say less.
+const FIFO_SIZE: u64 = 1 << 20;
+/// One splice, bytes.
+const CHUNK: usize = 1 << 20;
+/// So many splices, then others have their turn.
+const TURN: u32 = 16;
+/// How often a fifo with last words is looked at for a reader, milliseconds: at first, at most.
+const LOOK_MS: (u64, u64) = (20, 1_000);
+/// A logger that was asked to end has this long, as with the stock shim.
+const LOGGER_END_MS: u64 = 12_000;
+
+/// What is known before a process is started.
+#[derive(Debug)]
+pub struct Wanted<'a> {
+    /// Whose.
+    pub key: &'a Key,
+    /// What was asked for.
+    pub wish: &'a StdioWish,
+    /// The task's bundle.
+    pub bundle: &'a Path,
+    /// containerd's namespace.
+    pub namespace: &'a str,
+    /// Owner of the pipes and fifos.
+    pub owner: (u32, u32),
+    /// The container's memory limit, bytes.
+    pub memory_limit: Option<u64>,
+}
+
+/// What the process's starter gets.
+#[derive(Debug)]
+pub struct Opened {
+    /// For 0, 1, 2; after them, when there is a logger to wait for, its two pipes.
+    pub files: Vec<ChildFile>,
+    /// A new logger has to be waited for.
+    pub wait_for_logger: bool,
+    /// The console socket, relative to the bundle.
+    pub console: Option<PathBuf>,
+}
+
+/// What happened to stdio that others must hear of.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// Nothing more to carry.
+    Drained(Key),
+    /// For the log.
+    Warning(String),
+}
+
+/// One direction of copying.
+#[derive(Debug)]
+struct Relay {
+    key: Key,
+    from: OwnedFd,
+    /// None: to nowhere.
+    to: Option<OwnedFd>,
+    kind: RelayKind,
+    /// Which end epoll watches, if any.
+    watched: Option<End>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum RelayKind {
+    Output,
+    /// `true`: ends when the client's fifo is empty.
+    Input(bool),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum End {
+    From,
+    To,
+}
+
+/// How a turn of copying ended.
+enum Turn {
+    Over,
+    Wait(End),
+    Again,
+}
+
+/// A fifo kept open.
+#[derive(Debug)]
+struct Hold {
+    fifo: OwnedFd,
+    /// Write-only now, and looked at for a reader.
+    last_words: bool,
+}
+
+#[derive(Debug)]
+enum Console {
+    Listening(UnixListener),
+    Connected(UnixStream),
+}
+
+/// A logger process.
+#[derive(Debug, Clone)]
+pub struct Logger {
+    /// Its pid.
+    pub pid: Pid,
+    /// Field 22 of its `stat`.
+    pub start_time: u64,
+    /// How it was started.
+    pub argv: Vec<String>,
+}
+
+/// All of one process.
+#[derive(Debug, Default)]
+struct Held {
+    relays: Vec<u64>,
+    holds: Vec<Hold>,
+    console: Option<(u64, Console, PathBuf)>,
+    /// Where the terminal's output goes and its input comes from, until the master is here.
+    output: Option<OwnedFd>,
+    input: Option<OwnedFd>,
+    master: Option<OwnedFd>,
+    logger: Option<Logger>,
+    /// Read ends of the logger's pipes.
+    logged: Vec<OwnedFd>,
+    /// The process has exited.
+    finishing: bool,
+    told: bool,
+}
+
+/// The descriptors of every process.
+#[derive(Debug)]
+pub struct Stdio {
+    held: BTreeMap<Key, Held>,
+    relays: BTreeMap<u64, Relay>,
+    last: u64,
+    /// Loggers whose task has gone, and when they are killed.
+    dismissed: Vec<(Pid, u64)>,
+    look_at: Option<(u64, u64)>,
+}
+
+/// Tokens that this file gives to epoll carry this bit.
+pub const TOKEN: u64 = 1 << 60;
+
+impl Stdio {
+    /// Nothing open.
+    pub fn new() -> Self {
+        Self {
+            held: BTreeMap::new(),
+            relays: BTreeMap::new(),
+            last: TOKEN,
+            dismissed: Vec::new(),
+            look_at: None,
+        }
+    }
+
+    /// Opens what `wanted` asks for. After an error nothing of it is left open.
+    pub fn open(&mut self, wanted: &Wanted<'_>, epoll: &Epoll) -> Result<Opened, String> {
+        let result = self.try_open(wanted, epoll);
+        if result.is_err() {
+            self.close(wanted.key, 0);
+        }
+        result
+    }
+
+    fn try_open(&mut self, wanted: &Wanted<'_>, epoll: &Epoll) -> Result<Opened, String> {
+        let mut held = Held::default();
+        let wish = wanted.wish;
+        let stdin = if wish.stdin.is_empty() {
+            None
+        } else {
+            Some(
+                open_fifo(&wish.stdin, wanted.owner)
+                    .map_err(|e| format!("open stdin {}: {e}", wish.stdin))?,
+            )
+        };
+        let target = Target::parse(&wish.stdout)?;
+        let mut opened = Opened {
+            files: vec![ChildFile::Null, ChildFile::Null, ChildFile::Null],
+            wait_for_logger: false,
+            console: None,
+        };
+        let mut relays = Vec::new();
+        if wish.terminal {
+            // A terminal has one output; stderr is not used, as with the stock shim.
+            held.output = match target {
+                Target::None => None,
+                Target::Path(path) => Some(open_output(&path, wanted.owner)?),
+                Target::File(path) => Some(
+                    File::options()
+                        .write(true)
+                        .create(true)
+                        .truncate(false)
+                        .mode(0o644)
+                        .custom_flags(OFlag::O_NONBLOCK.bits())
+                        .open(&path)
+                        .and_then(|mut file| {
+                            // Not O_APPEND: splice does not go to such a file.
+                            io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
+                            Ok(file.into())
+                        })
+                        .map_err(|e| format!("open {}: {e}", path.display()))?,
+                ),
+                Target::Binary(argv) => {
+                    let (write, _) = start_logger(&mut held, wanted, argv, &mut opened)?;
+                    set_nonblocking(&write);
+                    Some(write)
+                }
+            };
+            held.input = stdin;
+            let (console, name) = self
+                .listen(wanted.bundle, epoll)
+                .map_err(|e| format!("make console socket: {e}"))?;
+            opened.console = Some(name.clone());
+            held.console = Some((console.0, console.1, wanted.bundle.join(name)));
+        } else {
+            if let Some(fifo) = stdin {
+                let (theirs, ours) =
+                    pipe2(OFlag::O_CLOEXEC).map_err(|e| format!("make pipe: {e}"))?;
+                own(&theirs, wanted.owner);
+                set_nonblocking(&ours);
+                relays.push((fifo, Some(ours), RelayKind::Input(false)));
+                set_file(&mut opened, 0, ChildFile::Fd(theirs));
+            }
+            match target {
+                Target::Binary(argv) => {
+                    let (out, err) = start_logger(&mut held, wanted, argv, &mut opened)?;
+                    set_file(&mut opened, 1, ChildFile::Fd(out));
+                    set_file(&mut opened, 2, ChildFile::Fd(err));
+                }
+                Target::File(path) => {
+                    for at in [1, 2] {
+                        let path = path.clone();
+                        set_file(&mut opened, at, ChildFile::Append { path, create: true });
+                    }
+                }
+                Target::None | Target::Path(_) => {
+                    for (at, name) in [(1, &wish.stdout), (2, &wish.stderr)] {
+                        let file = match Target::parse(name)? {
+                            Target::None => ChildFile::Null,
+                            Target::Path(path) => output(&path, wanted, &mut held, &mut relays)?,
+                            Target::File(_) | Target::Binary(_) => {
+                                return Err(format!("stderr {name} does not go with stdout"));
+                            }
+                        };
+                        set_file(&mut opened, at, file);
+                    }
+                }
+            }
+        }
+        let key = wanted.key.clone();
+        self.held.insert(key.clone(), held);
+        for (from, to, kind) in relays {
+            self.relay(&key, from, to, kind, epoll)
+                .map_err(|e| format!("watch stdio: {e}"))?;
+        }
+        Ok(opened)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.last += 1;
+        self.last
+    }
+
+    fn relay(
+        &mut self,
+        key: &Key,
+        from: OwnedFd,
+        to: Option<OwnedFd>,
+        kind: RelayKind,
+        epoll: &Epoll,
+    ) -> io::Result<()> {
+        let number = self.next();
+        let mut relay = Relay {
+            key: key.clone(),
+            from,
+            to,
+            kind,
+            watched: None,
+        };
+        relay.watch(Some(End::From), number, epoll)?;
+        self.relays.insert(number, relay);
+        if let Some(held) = self.held.get_mut(key) {
+            held.relays.push(number);
+        }
+        Ok(())
+    }
+
+    /// A socket in the bundle, by a name that has no length limit for us (`/proc/self/fd`) and
+    /// none for the runtime (it is relative to its working directory).
+    fn listen(&mut self, bundle: &Path, epoll: &Epoll) -> io::Result<((u64, Console), PathBuf)> {
+        let number = self.next();
+        let folder = File::open(bundle)?;
+        let name = PathBuf::from(format!("console-{}.sock", number & !TOKEN));
+        let path = PathBuf::from(format!("/proc/self/fd/{}", folder.as_raw_fd())).join(&name);
+        match fs::remove_file(&path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+            _ => {}
+        }
+        let listener = UnixListener::bind(&path)?;
+        listener.set_nonblocking(true)?;
+        epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+        Ok(((number, Console::Listening(listener)), name))
+    }
+
+    /// Something is ready.
+    pub fn ready(&mut self, token: u64, epoll: &Epoll) -> Vec<Heard> {
+        let mut heard = Vec::new();
+        if self.relays.contains_key(&token) {
+            self.copy(token, epoll, &mut heard);
+            return heard;
+        }
+        let key = self.held.iter().find_map(|(key, held)| {
+            let (number, ..) = held.console.as_ref()?;
+            (*number == token).then(|| key.clone())
+        });
+        if let Some(key) = key {
+            self.receive(&key, epoll, &mut heard);
+        }
+        heard
+    }
+
+    /// Takes the terminal's master, if the runtime has sent it. Asked for once more when the
+    /// runtime has ended.
+    pub fn receive(&mut self, key: &Key, epoll: &Epoll, heard: &mut Vec<Heard>) {
+        let Some(held) = self.held.get_mut(key) else {
+            return;
+        };
+        let Some((number, console, path)) = held.console.take() else {
+            return;
+        };
+        match console.advance(number, epoll) {
+            Ok(Progress::Waits(console)) => held.console = Some((number, console, path)),
+            Ok(Progress::Got(master)) => {
+                let _ = fs::remove_file(&path);
+                if let Err(e) = self.terminal(key, master, epoll) {
+                    heard.push(Heard::Warning(format!(
+                        "set up terminal of {}: {e}",
+                        key.id
+                    )));
+                }
+            }
+            Err(e) => {
+                let _ = fs::remove_file(&path);
+                heard.push(Heard::Warning(format!(
+                    "receive terminal of {}: {e}",
+                    key.id
+                )));
+            }
+        }
+    }
+
+    fn terminal(&mut self, key: &Key, master: OwnedFd, epoll: &Epoll) -> io::Result<()> {
+        set_nonblocking(&master);
+        let Some(held) = self.held.get_mut(key) else {
+            return Ok(());
+        };
+        let (output, input) = (held.output.take(), held.input.take());
+        let (reader, writer) = (master.try_clone()?, master.try_clone()?);
+        held.master = Some(master);
+        // Without an output it still has to be read, or the terminal fills up and stops.
+        self.relay(key, reader, output, RelayKind::Output, epoll)?;
+        if let Some(input) = input {
+            self.relay(key, input, Some(writer), RelayKind::Input(false), epoll)?;
+        }
+        Ok(())
+    }
+
+    fn copy(&mut self, number: u64, epoll: &Epoll, heard: &mut Vec<Heard>) {
+        let Some(relay) = self.relays.get_mut(&number) else {
+            return;
+        };
+        match relay.turn() {
+            Turn::Again => {}
+            Turn::Wait(end) => {
+                if let Err(e) = relay.watch(Some(end), number, epoll) {
+                    heard.push(Heard::Warning(format!("watch stdio: {e}")));
+                    self.end_relay(number, epoll, heard);
+                }
+            }
+            Turn::Over => self.end_relay(number, epoll, heard),
+        }
+    }
+
+    /// A relay has nothing more to carry: an output leaves its fifo to last words.
+    fn end_relay(&mut self, number: u64, epoll: &Epoll, heard: &mut Vec<Heard>) {
+        let Some(mut relay) = self.relays.remove(&number) else {
+            return;
+        };
+        let _ = relay.watch(None, number, epoll);
+        let Some(held) = self.held.get_mut(&relay.key) else {
+            return;
+        };
+        held.relays.retain(|other| *other != number);
+        if relay.kind == RelayKind::Output
+            && let Some(fifo) = relay.to
+        {
+            held.holds.extend(last_words(fifo));
+        }
+        let key = relay.key;
+        self.look_soon();
+        self.check(&key, heard);
+    }
+
+    fn look_soon(&mut self) {
+        let waits = self
+            .held
+            .values()
+            .flat_map(|held| &held.holds)
+            .any(|hold| hold.last_words);
+        self.look_at = waits.then_some((0, LOOK_MS.0));
+    }
+
+    /// The process has exited: nobody reads its stdin, and what it wrote waits for a reader.
+    pub fn finish(&mut self, key: &Key, epoll: &Epoll) -> Vec<Heard> {
+        let mut heard = Vec::new();
+        let Some(held) = self.held.get_mut(key) else {
+            return vec![Heard::Drained(key.clone())];
+        };
+        held.finishing = true;
+        held.input = None;
+        held.logged.clear();
+        let holds = std::mem::take(&mut held.holds);
+        for hold in holds {
+            held.holds.extend(last_words(hold.fifo));
+        }
+        let relays = held.relays.clone();
+        for number in relays {
+            let input = self
+                .relays
+                .get(&number)
+                .is_some_and(|relay| relay.kind != RelayKind::Output);
+            if input {
+                self.end_relay(number, epoll, &mut heard);
+            } else {
+                // What is in the pipe goes at once, not at the next turn of the loop.
+                self.copy(number, epoll, &mut heard);
+            }
+        }
+        self.look_soon();
+        self.check(key, &mut heard);
+        heard
+    }
+
+    fn check(&mut self, key: &Key, heard: &mut Vec<Heard>) {
+        let Some(held) = self.held.get_mut(key) else {
+            return;
+        };
+        let carries = held
+            .relays
+            .iter()
+            .filter_map(|number| self.relays.get(number))
+            .any(|relay| relay.kind == RelayKind::Output);
+        if held.finishing && !held.told && !carries && held.logger.is_none() {
+            held.told = true;
+            heard.push(Heard::Drained(key.clone()));
+        }
+    }
+
+    /// CloseIO: what the client has written is carried, then the process reads the end.
+    pub fn close_stdin(&mut self, key: &Key, epoll: &Epoll) -> Vec<Heard> {
+        let mut heard = Vec::new();
+        let numbers = self
+            .held
+            .get(key)
+            .map(|held| held.relays.clone())
+            .unwrap_or_default();
+        for number in numbers {
+            if let Some(relay) = self.relays.get_mut(&number)
+                && matches!(relay.kind, RelayKind::Input(_))
+            {
+                relay.kind = RelayKind::Input(true);
+                self.copy(number, epoll, &mut heard);
+            }
+        }
+        heard
+    }
+
+    /// Sets a terminal's size.
+    pub fn resize(&self, key: &Key, width: u16, height: u16) -> io::Result<()> {
+        match self.held.get(key).and_then(|held| held.master.as_ref()) {
+            Some(master) => sys::set_window_size(master.as_fd(), width, height),
+            None => Ok(()),
+        }
+    }
+
+    /// Closes everything of a process. Its logger is asked to end.
+    pub fn close(&mut self, key: &Key, now: u64) {
+        let Some(held) = self.held.remove(key) else {
+            return;
+        };
+        for number in held.relays {
+            // Closing a descriptor that nobody else holds takes it out of epoll; the clones of a
+            // terminal's master are watched by their own numbers and closed here as well.
+            self.relays.remove(&number);
+        }
+        if let Some((_, _, path)) = held.console {
+            let _ = fs::remove_file(path);
+        }
+        if let Some(logger) = held.logger {
+            // Its pipes have ended or end now; most loggers have gone before this.
+            let _ = nix::sys::signal::kill(logger.pid, nix::sys::signal::SIGTERM);
+            let at = now.saturating_add(LOGGER_END_MS);
+            self.dismissed.push((logger.pid, at));
+        }
+    }
+
+    /// The logger of a process, for the record.
+    pub fn logger(&self, key: &Key) -> Option<&Logger> {
+        self.held.get(key)?.logger.as_ref()
+    }
+
+    /// A child has exited; true if it was a logger.
+    pub fn logger_exited(&mut self, pid: Pid, epoll: &Epoll, heard: &mut Vec<Heard>) -> bool {
+        if let Some(at) = self.dismissed.iter().position(|(other, _)| *other == pid) {
+            self.dismissed.remove(at);
+            return true;
+        }
+        let found = self.held.iter_mut().find_map(|(key, held)| {
+            held.logger.as_ref().filter(|logger| logger.pid == pid)?;
+            held.logger = None;
+            Some((key.clone(), std::mem::take(&mut held.logged)))
+        });
+        let Some((key, logged)) = found else {
+            return false;
+        };
+        if logged.iter().any(|pipe| !has_ended(pipe)) {
+            heard.push(Heard::Warning(format!(
+                "logger of {} has ended, output goes nowhere",
+                key.id
+            )));
+        }
+        // A dead logger costs no container: its output is read and dropped.
+        for from in logged {
+            set_nonblocking(&from);
+            if let Err(e) = self.relay(&key, from, None, RelayKind::Output, epoll) {
+                heard.push(Heard::Warning(format!("watch stdio: {e}")));
+            }
+        }
+        self.check(&key, heard);
+        true
+    }
+
+    /// When [`Stdio::tick`] is due.
+    pub fn deadline(&self) -> Option<u64> {
+        let kills = self.dismissed.iter().map(|(_, at)| *at);
+        kills.chain(self.look_at.map(|(at, _)| at)).min()
+    }
+
+    /// Looks whether last words have found a reader, and ends loggers that did not end.
+    pub fn tick(&mut self, now: u64) {
+        for (pid, at) in &mut self.dismissed {
+            if *at <= now {
+                let _ = nix::sys::signal::kill(*pid, nix::sys::signal::SIGKILL);
+                *at = u64::MAX;
+            }
+        }
+        let Some((at, pause)) = self.look_at else {
+            return;
+        };
+        if at > now {
+            return;
+        }
+        for held in self.held.values_mut() {
+            held.holds
+                .retain(|hold| !hold.last_words || !is_done(&hold.fifo));
+        }
+        self.look_soon();
+        if let Some((at, next)) = &mut self.look_at {
+            *at = now.saturating_add(pause);
+            *next = pause.saturating_mul(2).min(LOOK_MS.1);
+        }
+    }
+}
+
+impl Relay {
+    fn watch(&mut self, end: Option<End>, number: u64, epoll: &Epoll) -> io::Result<()> {
+        if self.watched == end {
+            return Ok(());
+        }
+        // One end at a time: an end that is not watched at all cannot report its hang-up again
+        // and again.
+        match self.watched {
+            Some(End::From) => epoll.delete(&self.from)?,
+            Some(End::To) => {
+                if let Some(to) = &self.to {
+                    epoll.delete(to)?;
+                }
+            }
+            None => {}
+        }
+        self.watched = None;
+        match end {
+            Some(End::From) => {
+                epoll.add(&self.from, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+            }
+            Some(End::To) => {
+                if let Some(to) = &self.to {
+                    epoll.add(to, EpollEvent::new(EpollFlags::EPOLLOUT, number))?;
+                }
+            }
+            None => {}
+        }
+        self.watched = end;
+        Ok(())
+    }
+
+    fn turn(&mut self) -> Turn {
+        for _ in 0..TURN {
+            match self.carry() {
+                Ok(0) => return Turn::Over,
+                Ok(_) => {}
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return self.blocked(),
+                // EIO: the terminal's last slave is closed. EPIPE: nobody reads any more.
+                Err(_) => return Turn::Over,
+            }
+        }
+        Turn::Again
+    }
+
+    fn carry(&self) -> Result<usize, Errno> {
+        let mut buffer = [0; 4096];
+        let Some(to) = &self.to else {
+            return nix::unistd::read(&self.from, &mut buffer);
+        };
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        match splice(&self.from, None, to, None, CHUNK, flags) {
+            // Neither end is a pipe (a terminal to a file).
+            Err(Errno::EINVAL) => {
+                let count = nix::unistd::read(&self.from, &mut buffer)?;
+                let mut rest = buffer.get(..count).unwrap_or_default();
+                while !rest.is_empty() {
+                    let written = nix::unistd::write(to, rest)?;
+                    rest = rest.get(written..).unwrap_or_default();
+                }
+                Ok(count)
+            }
+            other => other,
+        }
+    }
+
+    /// Which end waits?
+    fn blocked(&self) -> Turn {
+        let mut wait = [PollFd::new(self.from.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut wait, PollTimeout::ZERO);
+        let [entry] = &wait;
+        let seen = entry.revents().unwrap_or(PollFlags::empty());
+        if seen.contains(PollFlags::POLLIN) {
+            return Turn::Wait(End::To);
+        }
+        if self.kind == RelayKind::Input(true) || seen.contains(PollFlags::POLLHUP) {
+            return Turn::Over;
+        }
+        Turn::Wait(End::From)
+    }
+}
+
+enum Progress {
+    Waits(Console),
+    Got(OwnedFd),
+}
+
+impl Console {
+    fn advance(self, number: u64, epoll: &Epoll) -> io::Result<Progress> {
+        let stream = match self {
+            Console::Listening(listener) => match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(true)?;
+                    epoll.delete(&listener)?;
+                    epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+                    stream
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    return Ok(Progress::Waits(Console::Listening(listener)));
+                }
+                Err(e) => return Err(e),
+            },
+            Console::Connected(stream) => stream,
+        };
+        match receive_descriptor(stream.as_fd()) {
+            Ok(Some(master)) => {
+                epoll.delete(&stream)?;
+                Ok(Progress::Got(master))
+            }
+            Ok(None) => Err(io::Error::other("no descriptor came")),
+            Err(Errno::EAGAIN) => Ok(Progress::Waits(Console::Connected(stream))),
+            Err(e) => Err(e.into()),
+        }
+    }
+}
+
+fn receive_descriptor(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
+    // The message is the terminal's name; nobody needs it.
+    let mut name = [0; 256];
+    let mut slices = [IoSliceMut::new(&mut name)];
+    let mut space = cmsg_space!([std::os::fd::RawFd; 4]);
+    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+    let mut found = Vec::new();
+    for control in message.cmsgs()? {
+        if let ControlMessageOwned::ScmRights(fds) = control {
+            found.extend(fds.into_iter().map(sys::received));
+        }
+    }
+    // A second one, which no runtime sends, is closed.
+    Ok(found.into_iter().next())
+}
+
+/// Where output goes.
+#[derive(Debug, PartialEq, Eq)]
+enum Target {
+    None,
+    Path(PathBuf),
+    File(PathBuf),
+    Binary(Vec<String>),
+}
+
+impl Target {
+    fn parse(uri: &str) -> Result<Self, String> {
+        if uri.is_empty() {
+            return Ok(Target::None);
+        }
+        let Some((scheme, rest)) = uri.split_once("://") else {
+            return Ok(Target::Path(uri.into()));
+        };
+        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
+        let path = decode(path)?;
+        if !path.starts_with('/') {
+            return Err(format!("stdio {uri:?} names no absolute path"));
+        }
+        match scheme {
+            "fifo" => Ok(Target::Path(path.into())),
+            "file" => Ok(Target::File(path.into())),
+            "binary" => {
+                let mut argv = vec![path];
+                for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+                    let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
+                    argv.push(decode(&name.replace('+', " "))?);
+                    argv.push(decode(&value.replace('+', " "))?);
+                }
+                Ok(Target::Binary(argv))
+            }
+            other => Err(format!(
+                "unknown stdio scheme {other:?} (allowed: fifo, file, binary)"
+            )),
+        }
+    }
+}
+
+/// `%41` and the like.
+fn decode(text: &str) -> Result<String, String> {
+    let mut out = Vec::with_capacity(text.len());
+    let mut bytes = text.bytes();
+    while let Some(byte) = bytes.next() {
+        if byte != b'%' {
+            out.push(byte);
+            continue;
+        }
+        let mut digit = || {
+            let value = char::from(bytes.next()?).to_digit(16)?;
+            u8::try_from(value).ok()
+        };
+        let (Some(high), Some(low)) = (digit(), digit()) else {
+            return Err(format!("stdio {text:?} has a broken escape"));
+        };
+        out.push(high << 4 | low);
+    }
+    String::from_utf8(out).map_err(|_| format!("stdio {text:?} is not valid UTF-8"))
+}
+
+fn set_file(opened: &mut Opened, at: usize, file: ChildFile) {
+    if let Some(slot) = opened.files.get_mut(at) {
+        *slot = file;
+    }
+}
+
+type NewRelay = (OwnedFd, Option<OwnedFd>, RelayKind);
+
+/// One output that is a path: a fifo, or a file that is there.
+fn output(
+    path: &Path,
+    wanted: &Wanted<'_>,
+    held: &mut Held,
+    relays: &mut Vec<NewRelay>,
+) -> Result<ChildFile, String> {
+    let failed = |e: io::Error| format!("open {}: {e}", path.display());
+    let kind = fs::metadata(path).map_err(failed)?.file_type();
+    if kind.is_file() || kind.is_char_device() {
+        return Ok(ChildFile::Append {
+            path: path.to_owned(),
+            create: false,
+        });
+    }
+    let fifo = open_fifo(path, wanted.owner).map_err(failed)?;
+    if wanted.key.is_init() {
+        let size = wanted
+            .memory_limit
+            .map_or(FIFO_SIZE, |limit| FIFO_SIZE.min(limit / 16).max(4096));
+        // Refused above pipe-max-size without CAP_SYS_RESOURCE: then it stays as it is.
+        if let Ok(size) = i32::try_from(size) {
+            let _ = fcntl(&fifo, FcntlArg::F_SETPIPE_SZ(size));
+        }
+        // Another opening, so that its flags are its own: the container's writes wait.
+        let theirs = reopen(&fifo, true, true, OFlag::empty()).map_err(failed)?;
+        held.holds.push(Hold {
+            fifo,
+            last_words: false,
+        });
+        Ok(ChildFile::Fd(theirs))
+    } else {
+        let (read, write) = two_way_pipe(wanted.owner).map_err(|e| format!("make pipe: {e}"))?;
+        set_nonblocking(&read);
+        relays.push((read, Some(fifo), RelayKind::Output));
+        Ok(ChildFile::Fd(write))
+    }
+}
+
+/// A terminal's output: a fifo, or a file that is there.
+fn open_output(path: &Path, owner: (u32, u32)) -> Result<OwnedFd, String> {
+    let failed = |e: io::Error| format!("open {}: {e}", path.display());
+    let kind = fs::metadata(path).map_err(failed)?.file_type();
+    if kind.is_fifo() {
+        return open_fifo(path, owner).map_err(failed);
+    }
+    File::options()
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)
+        .map(OwnedFd::from)
+        .map_err(failed)
+}
+
+/// Starts the logger; gives the write ends for stdout and stderr.
+fn start_logger(
+    held: &mut Held,
+    wanted: &Wanted<'_>,
+    argv: Vec<String>,
+    opened: &mut Opened,
+) -> Result<(OwnedFd, OwnedFd), String> {
+    let failed = |e: io::Error| format!("make pipe: {e}");
+    let (out, out_write) = two_way_pipe(wanted.owner).map_err(failed)?;
+    let (err, err_write) = two_way_pipe(wanted.owner).map_err(failed)?;
+    let (ready, ready_write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+    let plan = Plan {
+        files: vec![
+            ChildFile::Null,
+            ChildFile::Null,
+            ChildFile::Null,
+            ChildFile::Fd(out.try_clone().map_err(failed)?),
+            ChildFile::Fd(err.try_clone().map_err(failed)?),
+            ChildFile::Fd(ready_write),
+        ],
+        folder: "/".into(),
+        steps: Vec::new(),
+        to_the_end: false,
+        argv: argv.clone(),
+        env: Some(vec![
+            format!("CONTAINER_ID={}", wanted.key.id),
+            format!("CONTAINER_NAMESPACE={}", wanted.namespace),
+        ]),
+    };
+    let (pid, words) = children::spawn(plan).map_err(|e| format!("start logger: {e}"))?;
+    held.logger = Some(Logger {
+        pid,
+        start_time: reaper::start_time(pid),
+        argv,
+    });
+    held.logged = vec![out, err];
+    opened.wait_for_logger = true;
+    opened.files.push(ChildFile::Fd(ready));
+    opened.files.push(ChildFile::Fd(words));
+    Ok((out_write, err_write))
+}
+
+/// A pipe whose write end is opened read-write: its writer is its own reader.
+fn two_way_pipe(owner: (u32, u32)) -> io::Result<(OwnedFd, OwnedFd)> {
+    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
+    own(&read, owner);
+    let both = reopen(&write, true, true, OFlag::empty())?;
+    Ok((read, both))
+}
+
+/// Opens a client's fifo read-write, which never waits.
+fn open_fifo(path: impl AsRef<Path>, owner: (u32, u32)) -> io::Result<OwnedFd> {
+    let path = path.as_ref();
+    // Looked at first: opening a device could do something.
+    if !fs::metadata(path)?.file_type().is_fifo() {
+        return Err(io::Error::other("is not a fifo"));
+    }
+    let fifo = File::options()
+        .read(true)
+        .write(true)
+        .custom_flags(OFlag::O_NONBLOCK.bits())
+        .open(path)?;
+    if !fifo.metadata()?.file_type().is_fifo() {
+        return Err(io::Error::other("is not a fifo"));
+    }
+    let fifo = OwnedFd::from(fifo);
+    own(&fifo, owner);
+    Ok(fifo)
+}
+
+/// Another opening of the same pipe or fifo.
+fn reopen(fd: &OwnedFd, read: bool, write: bool, flags: OFlag) -> io::Result<OwnedFd> {
+    File::options()
+        .read(read)
+        .write(write)
+        .custom_flags(flags.bits())
+        .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
+        .map(OwnedFd::from)
+}
+
+/// Gives a pipe to the owner that the options name. Root is the owner anyway.
+fn own(fd: &OwnedFd, (uid, gid): (u32, u32)) {
+    if (uid, gid) != (0, 0) {
+        // A fifo on a file system that cannot is still readable by root.
+        let _ = fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
+    }
+}
+
+fn set_nonblocking(fd: &OwnedFd) {
+    if let Ok(flags) = fcntl(fd, FcntlArg::F_GETFL) {
+        let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
+        let _ = fcntl(fd, FcntlArg::F_SETFL(flags));
+    }
+}
+
+/// The writer of `fifo` has gone. While nobody reads and something is in it, it has to stay
+/// open, write-only, so that a reader shows.
+fn last_words(fifo: OwnedFd) -> Option<Hold> {
+    let is_fifo =
+        nix::sys::stat::fstat(&fifo).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO);
+    if !is_fifo {
+        return None;
+    }
+    // Out of descriptors: closing would lose bytes, so it stays as it is until Delete.
+    let Ok(writer) = reopen(&fifo, false, true, OFlag::O_NONBLOCK) else {
+        return Some(Hold {
+            fifo,
+            last_words: false,
+        });
+    };
+    drop(fifo);
+    (!is_done(&writer)).then_some(Hold {
+        fifo: writer,
+        last_words: true,
+    })
+}
+
+/// True if this read end has no writer and nothing to read: a logger that ends with its
+/// container is no dead logger.
+fn has_ended(reader: &OwnedFd) -> bool {
+    let mut wait = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
+    let _ = poll(&mut wait, PollTimeout::ZERO);
+    let [entry] = &wait;
+    entry.revents() == Some(PollFlags::POLLHUP)
+}
+
+/// True if nothing is lost by closing this write end: somebody reads, or all is read.
+fn is_done(writer: &OwnedFd) -> bool {
+    let mut wait = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
+    if poll(&mut wait, PollTimeout::ZERO).is_err() {
+        return false;
+    }
+    let [entry] = &wait;
+    let unread = entry
+        .revents()
+        .is_some_and(|seen| seen.contains(PollFlags::POLLERR));
+    !unread || matches!(sys::waiting_bytes(writer.as_fd()), Ok(0))
+}

@@ -1,0 +1,342 @@
+//! The only unsafe code of the shim: what neither std nor nix offers safely.
+
+// ---- launch: start, delete, context ----
+
+use std::{
+    fs::File,
+    io,
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::process::CommandExt,
+    },
+    process::Command,
+};
+
+/// Takes over a descriptor that this process was started with, and marks it close-on-exec.
+/// `None` when there is no such descriptor. Call it once per number, before anything is opened.
+pub fn inherited(number: RawFd) -> Option<OwnedFd> {
+    // SAFETY: F_SETFD on any number touches no memory; on a closed one it fails with EBADF.
+    let set = unsafe { libc::fcntl(number, libc::F_SETFD, libc::FD_CLOEXEC) };
+    if set == -1 {
+        return None;
+    }
+    // SAFETY: the descriptor is open (fcntl succeeded), and nobody in this process owns it: it was
+    // there before main and the caller takes each number once.
+    Some(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Makes `command` start with `files` as its descriptors 3, 4, 5… and no others, in a session of its own and,
+/// when `core` is set, with a core scheduling cookie of its own.
+pub fn give(command: &mut Command, files: &[&OwnedFd], core: bool) -> io::Result<()> {
+    let mut pairs = Vec::with_capacity(files.len());
+    for (target, file) in (3..).zip(files) {
+        // Out of the way of all targets, so that no dup2 closes a source that is still needed.
+        let source = nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))?;
+        // SAFETY: fcntl has just opened `source` for us.
+        pairs.push((unsafe { OwnedFd::from_raw_fd(source) }, target));
+    }
+    let prepare = move || {
+        for (source, target) in &pairs {
+            // SAFETY: dup2 touches no memory; whatever was open at `target` in this freshly forked
+            // child is close-on-exec and of no use to the program it becomes.
+            if unsafe { libc::dup2(source.as_raw_fd(), *target) } == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        let first = 3u32.saturating_add(u32::try_from(pairs.len()).unwrap_or(0));
+        // Whatever else leaked in from whoever started us goes at exec. Before Linux 5.11 there is
+        // no such call, and the leak stays.
+        // SAFETY: close_range with CLOSE_RANGE_CLOEXEC takes three numbers and closes nothing now.
+        unsafe {
+            libc::syscall(
+                libc::SYS_close_range,
+                first,
+                u32::MAX,
+                libc::CLOSE_RANGE_CLOEXEC,
+            )
+        };
+        // SAFETY: setsid touches no memory. A freshly forked child leads no group: it succeeds.
+        if unsafe { libc::setsid() } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+        if core {
+            const PIDTYPE_PGID: libc::c_ulong = 2;
+            // SAFETY: PR_SCHED_CORE with PR_SCHED_CORE_CREATE takes four numbers and no pointer.
+            let made = unsafe {
+                libc::prctl(
+                    libc::PR_SCHED_CORE,
+                    libc::PR_SCHED_CORE_CREATE,
+                    0,
+                    PIDTYPE_PGID,
+                    0,
+                )
+            };
+            if made == -1 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: between fork and exec the closure makes system calls on memory that it owns and
+    // allocates nothing (`last_os_error` only reads errno).
+    unsafe { command.pre_exec(prepare) };
+    Ok(())
+}
+
+/// How a `flock` is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// By one.
+    Alone,
+    /// By any number who hold it so.
+    Shared,
+}
+
+/// Takes the `flock` of `file` without waiting; false when somebody is in the way. Not nix's
+/// `Flock`, whose drop unlocks: the lock has to pass to the daemon with the descriptor.
+pub fn try_lock(file: &File, hold: Hold) -> io::Result<bool> {
+    let how = match hold {
+        Hold::Alone => libc::LOCK_EX,
+        Hold::Shared => libc::LOCK_SH,
+    };
+    // SAFETY: flock touches no memory, and the descriptor is open as long as `file` is borrowed.
+    if unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } == 0 {
+        return Ok(true);
+    }
+    match io::Error::last_os_error() {
+        error if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+        error => Err(error),
+    }
+}
+
+/// A descriptor of the process `pid`; it stays of that process when the number is reused.
+pub fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
+    // SAFETY: pidfd_open takes two numbers.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
+    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Sends `signal` to the process of `pidfd`.
+pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
+    let no_info = std::ptr::null::<libc::siginfo_t>();
+    // SAFETY: the descriptor is open as long as it is borrowed, and a null siginfo is allowed.
+    let sent = unsafe {
+        libc::syscall(
+            libc::SYS_pidfd_send_signal,
+            pidfd.as_raw_fd(),
+            signal,
+            no_info,
+            0,
+        )
+    };
+    if sent == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Sets the scheduling priority of this process.
+#[allow(dead_code)] // restoring is for a successor
+pub fn set_nice(nice: libc::c_int) -> io::Result<()> {
+    // SAFETY: setpriority takes three numbers; 0 is the calling process.
+    if unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) } == 0 {
+        return Ok(());
+    }
+    Err(io::Error::last_os_error())
+}
+
+/// Runs `work` in a child whose descriptors 0, 1 and 2 are `/dev/null`, and returns its pid; the
+/// child ends with what `work` returns. For calls that may wait for a device for ever: the parent
+/// may leave without it, and nobody waits for an end of file on a pipe that it holds. Only for a
+/// process with one thread, because the child goes on using the heap.
+pub fn apart(work: impl FnOnce() -> u8) -> io::Result<libc::pid_t> {
+    let null = File::options().read(true).write(true).open("/dev/null")?;
+    // SAFETY: the process has one thread (see above), so no lock of the heap is held by another,
+    // and the child is an ordinary copy of this process.
+    match unsafe { libc::fork() } {
+        -1 => Err(io::Error::last_os_error()),
+        0 => {
+            for target in 0..3 {
+                // SAFETY: dup2 touches no memory. Whoever owned these numbers is never run again
+                // in this child.
+                unsafe { libc::dup2(null.as_raw_fd(), target) };
+            }
+            let status = work();
+            // SAFETY: _exit does not return and runs no destructor of the parent's objects.
+            unsafe { libc::_exit(libc::c_int::from(status)) }
+        }
+        pid => Ok(pid),
+    }
+}
+
+// ---- end of launch ----
+
+// ---- serve ----
+
+use nix::unistd::{ForkResult, Pid};
+
+/// How a child ended, as the kernel says it: a signal may be a real-time one, which nix's types
+/// cannot hold.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// With this exit code.
+    Exited(libc::c_int),
+    /// By this signal.
+    Signalled(libc::c_int),
+}
+
+/// An exited child, any or the one given, that is not collected unless `collect` says so.
+pub fn exited_child(which: Option<Pid>, collect: bool) -> Option<(Pid, Ended)> {
+    let (kind, id) = match which {
+        None => (libc::P_ALL, 0),
+        Some(pid) => (libc::P_PID, libc::id_t::try_from(pid.as_raw()).ok()?),
+    };
+    let keep = if collect { 0 } else { libc::WNOWAIT };
+    let flags = libc::WEXITED | libc::WNOHANG | keep;
+    // SAFETY: siginfo_t is plain numbers; all zero is what waitid leaves when nobody has exited.
+    let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+    // SAFETY: waitid writes one siginfo_t.
+    if unsafe { libc::waitid(kind, id, &raw mut info, flags) } == -1 {
+        // ECHILD: no children. WNOHANG is never interrupted.
+        return None;
+    }
+    // SAFETY: waitid fills these fields, or they are zero.
+    let (pid, status) = unsafe { (info.si_pid(), info.si_status()) };
+    if pid == 0 {
+        return None;
+    }
+    let ended = match info.si_code {
+        libc::CLD_EXITED => Ended::Exited(status),
+        _ => Ended::Signalled(status),
+    };
+    Some((Pid::from_raw(pid), ended))
+}
+
+/// Forks. Only for a process with one thread, which the shim is: the child may then do whatever
+/// the parent may.
+pub fn fork() -> io::Result<ForkResult> {
+    // SAFETY: there is one thread (SPEC, section 8), so no lock can be held by another one.
+    Ok(unsafe { nix::unistd::fork() }?)
+}
+
+/// In a child: makes `files` its descriptors 0, 1, 2…, inherited by what it executes, and `last`
+/// the one after, closed when it executes something; everything else is closed. Gives the number
+/// of `last`.
+pub fn keep_only(files: &[&OwnedFd], last: &OwnedFd) -> io::Result<RawFd> {
+    let first_free = RawFd::try_from(files.len()).map_err(io::Error::other)?;
+    let mut moved = Vec::with_capacity(files.len() + 1);
+    for file in files.iter().chain([&last]) {
+        // Out of the way of all targets, so that no dup2 closes a source that is still needed.
+        moved.push(nix::fcntl::fcntl(
+            file,
+            nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(first_free + 64),
+        )?);
+    }
+    for (target, source) in (0..).zip(&moved) {
+        let flags = if target == first_free {
+            libc::O_CLOEXEC
+        } else {
+            0
+        };
+        // SAFETY: dup3 touches no memory; what was open at `target` belongs to the parent's
+        // structures, which this child does not use any more.
+        if unsafe { libc::dup3(*source, target, flags) } == -1 {
+            return Err(io::Error::last_os_error());
+        }
+    }
+    let from = libc::c_uint::try_from(first_free + 1).map_err(io::Error::other)?;
+    // SAFETY: close_range touches no memory; as above.
+    if unsafe { libc::syscall(libc::SYS_close_range, from, libc::c_uint::MAX, 0) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(first_free)
+}
+
+/// In a child: puts `file` at `number`, inherited by what it executes.
+pub fn place(file: OwnedFd, number: RawFd) -> io::Result<()> {
+    // SAFETY: dup2 touches no memory; `number` is one of those that `keep_only` has filled.
+    if unsafe { libc::dup2(file.as_raw_fd(), number) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// In a child: closes what [`keep_only`] put at `number`.
+pub fn drop_kept(number: RawFd) {
+    // SAFETY: the child alone uses the number, and not after this.
+    unsafe { libc::close(number) };
+}
+
+/// In a child: writes to a descriptor by its number, ends the process.
+pub fn last_words(fd: RawFd, text: &[u8], status: i32) -> ! {
+    // SAFETY: the pointer and the length are of one slice; a closed descriptor gives EBADF.
+    unsafe { libc::write(fd, text.as_ptr().cast(), text.len()) };
+    // SAFETY: ends this process without running what the parent has registered.
+    unsafe { libc::_exit(status) }
+}
+
+/// In a child: a descriptor that [`keep_only`] put at `number`, borrowed for as long as it lives.
+pub fn kept<'a>(number: RawFd) -> BorrowedFd<'a> {
+    // SAFETY: `keep_only` has just opened it, and nothing in the child closes it.
+    unsafe { BorrowedFd::borrow_raw(number) }
+}
+
+/// In a child: signals as every program expects them at its start.
+pub fn default_signals() {
+    // SAFETY: restores the default action, no handler is involved.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+    let none = nix::sys::signal::SigSet::empty();
+    // Fails for a wrong `how` only.
+    let _ = none.thread_set_mask();
+}
+
+/// Sets the size of the terminal whose master is `fd`.
+pub fn set_window_size(fd: BorrowedFd<'_>, width: u16, height: u16) -> io::Result<()> {
+    let size = libc::winsize {
+        ws_row: height,
+        ws_col: width,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    // SAFETY: TIOCSWINSZ reads one winsize.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCSWINSZ, &raw const size) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Bytes waiting in a pipe.
+pub fn waiting_bytes(fd: BorrowedFd<'_>) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD writes one int.
+    if unsafe { libc::ioctl(fd.as_raw_fd(), libc::FIONREAD, &raw mut count) } == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(usize::try_from(count).unwrap_or(0))
+}
+
+/// A descriptor that came with a message.
+pub fn received(number: RawFd) -> OwnedFd {
+    // SAFETY: the kernel has just opened it for us, and the message names it once.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+/// Signals a process group that our child leads; the child is not reaped yet.
+pub fn kill_group(leader: Pid) {
+    // SAFETY: kill takes two numbers. The group exists as long as its leader is not reaped.
+    unsafe { libc::kill(-leader.as_raw(), libc::SIGKILL) };
+}
+
+/// Makes descriptor 2 a duplicate of `fd`: where the message of a panic goes.
+pub fn become_stderr(fd: BorrowedFd<'_>) {
+    // SAFETY: dup2 touches no memory; descriptor 2 is /dev/null and nobody owns it.
+    unsafe { libc::dup2(fd.as_raw_fd(), 2) };
+}
+
+// ---- end of serve ----

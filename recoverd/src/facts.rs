@@ -506,3 +506,45 @@ impl Look {
             .into_owned()
     }
 }
+
+/// What only `preflight` asks for, beside a look.
+#[derive(Debug)]
+pub struct Premises {
+    /// The systemd unit that runs containerd; *absent* when systemd does not run this machine.
+    pub unit: Seen<Unit>,
+    /// Every `shim-binary-path` of a bundle: is the file executable?
+    pub binaries: BTreeMap<PathBuf, Seen<bool>>,
+    /// The CRI's sandboxes by instance, as containerd's container records tell; *unknown* while
+    /// it cannot be asked.
+    pub sandboxes: Vec<Seen<Vec<Sandbox>>>,
+    /// By instance, sandboxes run by a shim's own sandbox service (their bundles).
+    pub shim_sandboxes: Vec<Seen<usize>>,
+    /// Processors.
+    pub cpus: usize,
+}
+
+/// What systemd says of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Its name.
+    pub name: String,
+    /// `loaded`, `not-found`, `masked`…
+    pub load_state: String,
+    /// `process`, `control-group`, `mixed`, `none`.
+    pub kill_mode: String,
+    /// It may make cgroups of its own.
+    pub delegate: bool,
+    /// Time for its start; `None` is endless.
+    pub start_timeout: Option<Duration>,
+    /// Its main process, when it runs.
+    pub main_pid: Option<i32>,
+}
+
+/// A sandbox that the CRI plugin remembers.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sandbox {
+    /// Its id, also the id of its pause task.
+    pub id: String,
+    /// The name that it reserves: `<pod>_<namespace>_<uid>_<attempt>`.
+    pub name: String,
+}

@@ -118,7 +118,9 @@ async fn facts(address: &str, limits: Limits) -> Result<ApiFacts, String> {
 /// `io.containerd.timeout.task.state`: after it containerd gives a hung shim's task as *unknown*.
 const TASK_STATE_TIMEOUT: Duration = Duration::from_secs(2);
 
-async fn connect(address: &str) -> Result<Channel, containerd_client::tonic::transport::Error> {
+pub(super) async fn connect(
+    address: &str,
+) -> Result<Channel, containerd_client::tonic::transport::Error> {
     containerd_client::connect(address).await
 }
 
@@ -232,7 +234,7 @@ fn task(status: i32, pid: u32) -> ContainerdTask {
     }
 }
 
-fn in_namespace<T>(message: T, namespace: &str) -> Result<Request<T>, String> {
+pub(super) fn in_namespace<T>(message: T, namespace: &str) -> Result<Request<T>, String> {
     let mut request = Request::new(message);
     let value = MetadataValue::try_from(namespace)
         .map_err(|error| format!("namespace {namespace:?}: {error}"))?;
@@ -240,11 +242,11 @@ fn in_namespace<T>(message: T, namespace: &str) -> Result<Request<T>, String> {
     Ok(request)
 }
 
-fn said(what: &str, status: &Status) -> String {
+pub(super) fn said(what: &str, status: &Status) -> String {
     format!("{what}: {:?}: {}", status.code(), status.message())
 }
 
-fn chain(what: &str, error: &dyn std::error::Error) -> String {
+pub(super) fn chain(what: &str, error: &dyn std::error::Error) -> String {
     let mut text = format!("{what}: {error}");
     let mut source = error.source();
     while let Some(error) = source {

@@ -9,11 +9,14 @@
 mod answers;
 mod bundles;
 mod cgroups;
+pub mod command;
 mod containerd;
 mod host;
 mod instances;
 mod leftovers;
+pub mod premises;
 mod processes;
+mod unit;
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 

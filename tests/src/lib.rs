@@ -30,16 +30,22 @@
 //! recoverd_tests::tests! { on_every_release: [healthy_task_has_no_finding] }
 //! ```
 
+mod api;
 mod container;
 mod containerd;
+mod fifo;
 mod node;
 mod process;
 mod recoverd;
 mod releases;
 mod wait;
 
+pub use api::{Api, Ended, Refused, Stdio, assert_refused, oci_process, oci_spec, runc_options};
 pub use container::{Container, Task};
 pub use containerd::{Containerd, TaskRow};
+pub use containerd_client::tonic::Code;
+pub use containerd_client::types::v1::Status;
+pub use fifo::{Fifos, Input, Output, make_fifo};
 pub use node::{Node, Running};
 pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};

@@ -435,7 +435,7 @@ impl Shim {
         while let Some(input) = self.inbox.pop_front() {
             self.make_room(&input);
             let now = now();
-            let outputs = self.state.step(input, now);
+            let outputs = self.step(input, now);
             for output in &outputs {
                 if let Output::Log {
                     number,
@@ -455,6 +455,12 @@ impl Shim {
             }
         }
         self.flush();
+    }
+
+    fn step(&mut self, input: Input, now: Now) -> Vec<Output> {
+        #[cfg(feature = "trace")]
+        trace(&input, now);
+        self.state.step(input, now)
     }
 
     fn make_room(&mut self, input: &Input) {
@@ -1080,7 +1086,7 @@ impl Shim {
             } else {
                 Input::Sent(number, sent)
             };
-            for output in self.state.step(input, now) {
+            for output in self.step(input, now) {
                 self.perform(output, now);
             }
         }
@@ -1153,6 +1159,17 @@ impl Shim {
                 }
             }
         }
+    }
+}
+
+/// See the feature in Cargo.toml.
+#[cfg(feature = "trace")]
+fn trace(input: &Input, now: Now) {
+    if let Some(path) = std::env::var_os("RECOVERD_SHIM_TRACE")
+        && let Ok(mut file) = File::options().append(true).create(true).open(path)
+        && let Ok(line) = serde_json::to_string(&(input, now))
+    {
+        let _ = writeln!(file, "{line}");
     }
 }
 

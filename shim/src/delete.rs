@@ -50,7 +50,8 @@ use crate::{
     },
     lock::{self, Attempt},
     options::Options,
-    remains, sys,
+    remains,
+    sys::{self, Hold},
 };
 
 /// For everything; containerd allows 5 s at its start.
@@ -217,17 +218,10 @@ impl Observed {
             (Seen::Present(_), None) | (Seen::Absent, _) => Recorded::NotNamed,
             (Seen::Unknown(why), _) => Recorded::Unusable(why.clone()),
         };
-        let others = |record: &Record| record.tasks.iter().filter(|t| t.id != self.name()).count();
-        let others_in_record = match &self.record {
-            Seen::Present(record) => Some(others(record)),
-            Seen::Absent => Some(0),
-            Seen::Unknown(_) => None,
-        };
         Facts {
             answer: self.answer,
             locked_by_us: self.lock.is_some(),
             recorded,
-            others_in_record,
             init: self.init,
         }
     }
@@ -282,7 +276,7 @@ fn ask(socket: &Path, namespace: &str, id: &str) -> (Answer, Option<fs::File>) {
             Answer::Claims | Answer::Disclaims => return (answer, None),
             Answer::Silent | Answer::Nobody => {}
         }
-        match lock::attempt(&lock_path) {
+        match lock::attempt_shared(&lock_path) {
             Ok(Attempt::Taken(lock)) => {
                 if answer == Answer::Nobody {
                     return (answer, Some(lock));
@@ -421,14 +415,10 @@ impl Observed {
             let (pid, id) = (init.pid, self.id.clone());
             return Err(DeleteError::StillAlive { pid, id });
         }
-        match clean_up.group {
-            Group::Keep => {}
-            Group::Strike => {
-                if let Err(e) = self.strike() {
-                    remark(format!("take task out of the record: {e}"));
-                }
-            }
-            Group::Remove => remains::remove_group(&self.socket),
+        if clean_up.group == Group::Settle
+            && let Err(e) = self.settle()
+        {
+            remark(format!("take task out of the record: {e}"));
         }
         let (exit_status, at) = match &clean_up.status {
             Status::Recorded { status, at } => (*status, *at),
@@ -593,16 +583,41 @@ impl Observed {
             .map_err(|why| format!("unmount {}: {why}", rootfs.display()))
     }
 
-    /// Takes the task out of the record of a group whose other tasks have no shim either.
-    fn strike(&self) -> io::Result<()> {
-        let Some(record) = self.record.present() else {
-            return Ok(());
+    /// Takes the task out of the record, and removes everything of the group with its last one.
+    /// One `delete` at a time, by a lock on the folder: each has to see what the others took out.
+    fn settle(&self) -> io::Result<()> {
+        let folder = fs::File::open(self.socket.parent().unwrap_or(Path::new("/")))?;
+        while !sys::try_lock(&folder, Hold::Alone)? {
+            if Instant::now() >= self.deadline {
+                return Err(io::Error::from(io::ErrorKind::TimedOut));
+            }
+            thread::sleep(Duration::from_millis(2));
+        }
+        // Another `delete` may have removed everything, the lock file too, and a new shim may be
+        // there already: then there is nothing of ours any more.
+        let beside = Beside::of(&self.socket);
+        match &self.lock {
+            Some(lock) if lock::is_at(lock, &beside.lock)? => {}
+            Some(_) | None => return Ok(()),
+        }
+        let path = beside.record;
+        let mut record = match record::read(&path) {
+            Seen::Present(record) => record,
+            Seen::Absent => {
+                remains::remove_group(&self.socket);
+                return Ok(());
+            }
+            Seen::Unknown(why) => return Err(io::Error::other(why)),
         };
-        let mut record = record.clone();
         record.tasks.retain(|task| task.id != self.name());
         record.running.retain(|running| running.id != self.name());
         record.written_at = Timestamp::now();
-        Store::new(&Beside::of(&self.socket).record).write(&record)
+        let of_this_boot = self.record.present().is_some();
+        if record.tasks.is_empty() || !of_this_boot {
+            remains::remove_group(&self.socket);
+            return Ok(());
+        }
+        Store::new(&path).write(&record)
     }
 }
 

@@ -59,12 +59,10 @@ pub enum Recorded {
 pub struct Facts {
     /// Who answers.
     pub answer: Answer,
-    /// We took the lock: nobody is responsible but us.
+    /// We have the lock: nobody but `delete`s is responsible.
     pub locked_by_us: bool,
     /// The record's word.
     pub recorded: Recorded,
-    /// How many other tasks the record names; `None` when it cannot be read.
-    pub others_in_record: Option<usize>,
     /// The init.
     pub init: Init,
 }
@@ -118,10 +116,8 @@ pub const STAND_IN: u32 = 137;
 pub enum Group {
     /// Somebody else is responsible for them, or they cannot be understood.
     Keep,
-    /// Other tasks remain without a shim: take this one out of the record.
-    Strike,
-    /// No task remains.
-    Remove,
+    /// Nobody is: this task is taken out of the record, and with the last one everything goes.
+    Settle,
 }
 
 /// Decides.
@@ -170,10 +166,10 @@ fn group(facts: &Facts) -> Group {
     if !facts.locked_by_us || facts.answer != Answer::Nobody {
         return Group::Keep;
     }
-    match facts.others_in_record {
-        Some(0) => Group::Remove,
-        Some(_) => Group::Strike,
-        None => Group::Keep,
+    match facts.recorded {
+        Recorded::Named(_) | Recorded::NotNamed => Group::Settle,
+        // What it says of other tasks is not known.
+        Recorded::Unusable(_) => Group::Keep,
     }
 }
 
@@ -195,7 +191,6 @@ mod tests {
             answer: Answer::Nobody,
             locked_by_us: true,
             recorded: Recorded::Named(None),
-            others_in_record: Some(0),
             init: Init::Gone(INIT),
         }
     }
@@ -305,20 +300,22 @@ mod tests {
 
     #[test]
     fn the_files_of_a_group_go_with_its_last_task_and_never_while_somebody_may_need_them() {
-        for (answer, locked_by_us, others_in_record, group) in [
-            (Answer::Nobody, true, Some(0), Group::Remove),
-            (Answer::Nobody, true, Some(2), Group::Strike),
-            (Answer::Nobody, true, None, Group::Keep),
-            (Answer::Nobody, false, Some(0), Group::Keep),
-            (Answer::Silent, true, Some(0), Group::Keep),
-            (Answer::Silent, false, Some(0), Group::Keep),
-            (Answer::Disclaims, true, Some(0), Group::Keep),
-            (Answer::Disclaims, false, Some(1), Group::Keep),
+        let named = Recorded::Named(None);
+        let unusable = Recorded::Unusable("it is cut".into());
+        for (answer, locked_by_us, recorded, group) in [
+            (Answer::Nobody, true, &named, Group::Settle),
+            (Answer::Nobody, true, &Recorded::NotNamed, Group::Settle),
+            (Answer::Nobody, true, &unusable, Group::Keep),
+            (Answer::Nobody, false, &named, Group::Keep),
+            (Answer::Silent, true, &named, Group::Keep),
+            (Answer::Silent, false, &named, Group::Keep),
+            (Answer::Disclaims, true, &named, Group::Keep),
+            (Answer::Disclaims, false, &named, Group::Keep),
         ] {
             let facts = Facts {
                 answer,
                 locked_by_us,
-                others_in_record,
+                recorded: recorded.clone(),
                 ..facts()
             };
             assert_eq!(clean_up(&facts).group, group, "{facts:?}");

@@ -2,7 +2,8 @@
 //!
 //! `start` takes it before it touches the socket and hands it to the daemon together with the
 //! listener; no other `start`, `delete` or adopter can come between. The daemon keeps it as long
-//! as it lives. `delete` takes it before it ends anything.
+//! as it lives. `delete` takes it before it ends anything, but shares it with the `delete`s of the
+//! group's other tasks: containerd runs one for each at once.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -11,7 +12,7 @@ use std::{
     path::Path,
 };
 
-use crate::sys;
+use crate::sys::{self, Hold};
 
 /// What trying to take the lock found.
 #[derive(Debug)]
@@ -24,6 +25,15 @@ pub enum Attempt {
 
 /// Tries once to take the lock at `path`, making the file if it is missing.
 pub fn attempt(path: &Path) -> io::Result<Attempt> {
+    attempt_as(path, Hold::Alone)
+}
+
+/// As [`attempt`], for `delete`: keeps away everybody but other `delete`s.
+pub fn attempt_shared(path: &Path) -> io::Result<Attempt> {
+    attempt_as(path, Hold::Shared)
+}
+
+fn attempt_as(path: &Path, hold: Hold) -> io::Result<Attempt> {
     // Whoever removes the files of a group holds the lock meanwhile, so a lock on a file that is
     // no longer at its path is worth nothing: again. A few times are plenty.
     for _ in 0..10 {
@@ -38,7 +48,7 @@ pub fn attempt(path: &Path) -> io::Result<Attempt> {
         if !file.metadata()?.is_file() {
             return Err(io::Error::other("is not a regular file"));
         }
-        if !sys::try_lock(&file)? {
+        if !sys::try_lock(&file, hold)? {
             return Ok(Attempt::Held);
         }
         if is_at(&file, path)? {
@@ -48,7 +58,8 @@ pub fn attempt(path: &Path) -> io::Result<Attempt> {
     Err(io::Error::other("is replaced again and again"))
 }
 
-fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+/// Whether `file` is (still) what is at `path`.
+pub fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let own = file.metadata()?;
     match fs::symlink_metadata(path) {
         Ok(there) => Ok((there.dev(), there.ino()) == (own.dev(), own.ino())),
@@ -81,6 +92,26 @@ mod tests {
         fs::remove_file(&path).unwrap();
         assert!(matches!(attempt(&path).unwrap(), Attempt::Taken(_)));
         drop(old);
+    }
+
+    #[test]
+    fn deletes_share_it_and_keep_everybody_else_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.lock");
+        let shared = [
+            attempt_shared(&path).unwrap(),
+            attempt_shared(&path).unwrap(),
+        ];
+        assert!(
+            shared
+                .iter()
+                .all(|attempt| matches!(attempt, Attempt::Taken(_)))
+        );
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Held));
+        drop(shared);
+        let alone = attempt(&path).unwrap();
+        assert!(matches!(alone, Attempt::Taken(_)));
+        assert!(matches!(attempt_shared(&path).unwrap(), Attempt::Held));
     }
 
     #[test]

@@ -83,11 +83,24 @@ pub fn give(command: &mut Command, files: &[&OwnedFd], core: bool) -> io::Result
     Ok(())
 }
 
-/// Takes the exclusive `flock` of `file` without waiting; false when somebody else has it. Not
-/// nix's `Flock`, whose drop unlocks: the lock has to pass to the daemon with the descriptor.
-pub fn try_lock(file: &File) -> io::Result<bool> {
+/// How a `flock` is held.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Hold {
+    /// By one.
+    Alone,
+    /// By any number who hold it so.
+    Shared,
+}
+
+/// Takes the `flock` of `file` without waiting; false when somebody is in the way. Not nix's
+/// `Flock`, whose drop unlocks: the lock has to pass to the daemon with the descriptor.
+pub fn try_lock(file: &File, hold: Hold) -> io::Result<bool> {
+    let how = match hold {
+        Hold::Alone => libc::LOCK_EX,
+        Hold::Shared => libc::LOCK_SH,
+    };
     // SAFETY: flock touches no memory, and the descriptor is open as long as `file` is borrowed.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+    if unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } == 0 {
         return Ok(true);
     }
     match io::Error::last_os_error() {

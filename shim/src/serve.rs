@@ -54,7 +54,7 @@ use crate::{
     journal::{Fixed, Journal},
     log::{Level, Log},
     oom::OomWatch,
-    reaper,
+    reaper, remains,
     runc::{self, Place},
     serve_args::ServeArgs,
     service::{Key, Refusal, Reply},
@@ -239,11 +239,11 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     };
-    // `start` may have been killed meanwhile; containerd then does not know of us, and says so
-    // with `delete`.
-    let told = readiness.ready();
-    if let Err(e) = told {
-        shim.log.say(Level::Warning, &format!("tell start: {e}"));
+    if let Err(e) = readiness.ready() {
+        // `start` was killed meanwhile: containerd has forgotten this task, without `delete`, and
+        // nobody would ever tell this daemon to go.
+        remains::remove_group(&shim.socket);
+        return Err(failed::<io::Error>("tell start")(e).into());
     }
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
     let result = shim.serve(&signals);

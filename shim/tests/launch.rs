@@ -18,6 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
@@ -26,6 +30,7 @@ use recoverd_common::{
     proc::{Proc, ProcessId},
     record::{self, Context, Exit, Phase, Process, Record, Runtime, Shim, Stdio as Io, Task},
     seen::Seen,
+    shim_client::ShimClient,
     timestamp::Timestamp,
     ttrpc::{HEADER, Header, Kind, code},
 };
@@ -572,6 +577,195 @@ fn a_full_run_is_one_line_and_leaves_nothing() {
             (vec!["ballast".into()], vec!["config.json".into()])
         );
     }
+}
+
+/// Who answers at `socket`.
+fn shim_at(socket: &Path) -> u32 {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut client = ShimClient::connect(socket, "ns", deadline).unwrap();
+    let response = client.connect_task("c").unwrap();
+    assert_eq!(response.task_pid, 0);
+    response.shim_pid
+}
+
+/// A daemon that ends with the test.
+struct Daemon(u32);
+
+impl Daemon {
+    fn at(socket: &Path) -> Self {
+        Self(shim_at(socket))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.0).unwrap()), signal).unwrap();
+    }
+
+    fn link(&self, name: &str) -> PathBuf {
+        fs::read_link(format!("/proc/{}/{name}", self.0)).unwrap()
+    }
+
+    /// Ends it and waits until its socket refuses.
+    fn end(self, socket: &Path) {
+        drop(self);
+        until(|| std::os::unix::net::UnixStream::connect(socket).is_err());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.signal(Signal::SIGKILL);
+    }
+}
+
+#[track_caller]
+fn until(holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "it never came to that");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn start_brings_up_a_daemon_of_its_own_session_with_nothing_of_ours() {
+    let node = Node::new();
+    let bundle = node.make_bundle(
+        "c",
+        r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#,
+    );
+    let output = node.start("c", None);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let socket = node.socket("g");
+    let address = format!("unix://{}", socket.display());
+    assert_eq!((text(&output.stdout), output.stderr), (address, vec![]));
+    assert_eq!(
+        fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+
+    let daemon = Daemon::at(&socket);
+    assert_eq!(daemon.link("cwd"), bundle);
+    for number in ["fd/0", "fd/1"] {
+        assert_eq!(daemon.link(number), Path::new("/dev/null"));
+    }
+    let words = Proc::new("/proc").arguments(i32::try_from(daemon.0).unwrap());
+    let expected = [
+        BINARY,
+        "-namespace",
+        "ns",
+        "-id",
+        "c",
+        "-address",
+        GRPC,
+        "-group=g",
+    ];
+    assert_eq!(words, Seen::Present(expected.map(str::to_owned).to_vec()));
+    let session = nix::unistd::getsid(Some(Pid::from_raw(i32::try_from(daemon.0).unwrap())));
+    assert_eq!(session.unwrap().as_raw(), i32::try_from(daemon.0).unwrap());
+    let score = |pid: u32| -> i32 {
+        let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    assert_eq!(score(daemon.0), (score(std::process::id()) + 1).min(1000));
+    assert!(matches!(
+        record::read(&Beside::of(&socket).record),
+        Seen::Present(_)
+    ));
+
+    // The next of the group joins it; after its death the next replaces it.
+    node.make_bundle(
+        "d",
+        r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#,
+    );
+    assert_eq!(node.start("d", None).stdout, output.stdout);
+    assert_eq!(shim_at(&socket), daemon.0);
+    let before = daemon.0;
+    daemon.end(&socket);
+    assert_eq!(node.start("d", None).stdout, output.stdout);
+    let next = Daemon::at(&socket);
+    assert_ne!(next.0, before);
+    next.end(&socket);
+    deleted(&node.delete("d"));
+    assert_eq!(node.leftovers(), [""; 0]);
+}
+
+#[test]
+fn starts_of_one_group_at_once_bring_up_one_daemon() {
+    let node = Node::new();
+    let ids = ["a", "b", "c", "d", "e", "f"];
+    let socket = node.socket("pod");
+    for id in ids {
+        let config = r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#;
+        node.make_bundle(id, config);
+    }
+    for round in 0..5 {
+        let outputs = thread::scope(|scope| {
+            let starts: Vec<_> = ids.map(|id| scope.spawn(|| node.start(id, None))).into();
+            starts
+                .into_iter()
+                .map(|start| start.join().unwrap())
+                .collect::<Vec<_>>()
+        });
+        for output in &outputs {
+            assert!(
+                output.status.success(),
+                "round {round}: {}",
+                text(&output.stderr)
+            );
+            assert_eq!(text(&output.stdout), format!("unix://{}", socket.display()));
+        }
+        let ours = socket.to_str().unwrap();
+        let table = fs::read_to_string("/proc/net/unix").unwrap();
+        let listening = |line: &&str| line.ends_with(ours) && line.contains(" 00010000 ");
+        assert_eq!(table.lines().filter(listening).count(), 1, "{table}");
+        // The next round finds a stale socket.
+        Daemon::at(&socket).end(&socket);
+    }
+}
+
+#[test]
+fn a_start_of_which_nobody_reads_the_answer_leaves_nothing() {
+    let node = Node::new();
+    let bundle = node.make_bundle("c", "{}");
+    let (reads, writes) = std::io::pipe().unwrap();
+    drop(reads);
+    let mut child = Command::new(BINARY)
+        .args(["-namespace", "ns", "-address", GRPC, "-id", "c", "start"])
+        .current_dir(&bundle)
+        .stdin(Stdio::piped())
+        .stdout(writes)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(&node.params("c", None))
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(
+        (node.leftovers(), names(&bundle)),
+        (vec![], vec!["config.json".to_owned()])
+    );
+}
+
+#[test]
+fn a_stopped_shim_is_neither_joined_nor_replaced() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let socket = node.socket("c");
+    assert!(node.start("c", None).status.success());
+    let daemon = Daemon::at(&socket);
+    daemon.signal(Signal::SIGSTOP);
+    assert_refused(
+        &node.start("c", None),
+        1,
+        "shim of group \"c\" is unresponsive",
+    );
+    daemon.signal(Signal::SIGCONT);
+    assert!(node.start("c", None).status.success());
+    assert_eq!(shim_at(&socket), daemon.0);
 }
 
 // ---- delete ----

@@ -80,6 +80,7 @@ impl Node {
         bootstrap::BootstrapParams {
             instance_id: id.into(),
             namespace: "ns".into(),
+            containerd_ttrpc_address: "unix:///run/test/events.sock".into(),
             extensions: vec![bootstrap::Extension { value: any }],
             socket_dir: Some(self.sockets().to_str().unwrap().into()),
             ..Default::default()
@@ -163,6 +164,7 @@ fn names(folder: &Path) -> Vec<String> {
 fn run(here: &Path, words: &[&str], input: &[u8]) -> Output {
     let mut child = Command::new(BINARY)
         .args(words)
+        .env_remove("TTRPC_ADDRESS")
         .current_dir(here)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -645,6 +647,9 @@ fn start_brings_up_a_daemon_of_its_own_session_with_nothing_of_ours() {
 
     let daemon = Daemon::at(&socket);
     assert_eq!(daemon.link("cwd"), bundle);
+    let environment = fs::read(format!("/proc/{}/environ", daemon.0)).unwrap();
+    let variables: Vec<_> = environment.split(|byte| *byte == 0).collect();
+    assert!(variables.contains(&b"TTRPC_ADDRESS=/run/test/events.sock".as_slice()));
     for number in ["fd/0", "fd/1"] {
         assert_eq!(daemon.link(number), Path::new("/dev/null"));
     }
@@ -687,6 +692,41 @@ fn start_brings_up_a_daemon_of_its_own_session_with_nothing_of_ours() {
     next.end(&socket);
     deleted(&node.delete("d"));
     assert_eq!(node.leftovers(), [""; 0]);
+}
+
+#[test]
+fn the_daemon_is_in_the_cgroup_that_the_options_name() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let name = format!("recoverd-shims-{}", std::process::id());
+    let root = Path::new("/sys/fs/cgroup");
+    // One v1 hierarchy is enough; on v2 it is the only one.
+    let parent = if root.join("pids").is_dir() {
+        root.join("pids")
+    } else {
+        root.into()
+    };
+    let folder = parent.join(&name);
+    if fs::create_dir(&folder).is_err() {
+        eprintln!("SKIPPED: this test has to make a cgroup");
+        return;
+    }
+    let options = runc::Options {
+        shim_cgroup: format!("/{name}"),
+        ..Default::default()
+    };
+    let output = node.start("c", Some(options));
+    let members = fs::read_to_string(folder.join("cgroup.procs")).unwrap();
+    let started = output
+        .status
+        .success()
+        .then(|| Daemon::at(&node.socket("c")));
+    let pid = started.as_ref().map_or(0, |daemon| daemon.0);
+    if let Some(daemon) = started {
+        daemon.end(&node.socket("c"));
+    }
+    until(|| fs::remove_dir(&folder).is_ok());
+    assert_eq!(members.trim(), pid.to_string(), "{}", text(&output.stderr));
 }
 
 #[test]
@@ -860,6 +900,58 @@ fn delete_ends_a_living_init_and_never_the_owner_of_a_reused_pid() {
         assert_eq!(victim.ended(), !reused, "{id}");
     }
     assert_eq!(node.leftovers(), [""; 0]);
+}
+
+#[test]
+fn delete_takes_a_shim_that_does_not_answer_for_dead_and_leaves_its_files_to_it() {
+    let node = Node::new();
+    node.deserted("c", "c", "rmdir \"$2/$5\"");
+    let socket = node.socket("c");
+    let (mut victim, init) = Victim::new();
+    write_record(&socket, vec![recorded("c", Some(init), None)]);
+    // Listens, holds the lock, and never accepts: as under SIGSTOP.
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let _held = lock(&socket);
+    let before = node.leftovers();
+    let started = Instant::now();
+    let response = deleted(&node.delete("c"));
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!((response.pid, response.exit_status), (init.pid, 137));
+    assert!(victim.ended());
+    assert_eq!(node.leftovers(), before);
+}
+
+#[test]
+fn delete_asks_the_kernel_for_the_status_of_an_init_that_nobody_has_reaped() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let socket = node.socket("c");
+    let address = format!("unix://{}", socket.display());
+    fs::write(node.bundle("c").join("address"), address).unwrap();
+    let mut child = Command::new("sh").args(["-c", "exit 7"]).spawn().unwrap();
+    let stat = || {
+        Proc::new("/proc")
+            .stat(i32::try_from(child.id()).unwrap())
+            .present()
+            .cloned()
+    };
+    until(|| stat().is_some_and(|stat| !stat.alive()));
+    let init = Process {
+        pid: child.id(),
+        start_time: stat().unwrap().id.start_time,
+    };
+    write_record(&socket, vec![recorded("c", Some(init), None)]);
+    let output = node.delete("c");
+    let response = deleted(&output);
+    child.wait().unwrap();
+    assert_eq!(
+        (response.exit_status, text(&output.stderr).as_str()),
+        (7, "")
+    );
 }
 
 #[test]

@@ -504,6 +504,8 @@ pub struct Tasks {
     tasks: BTreeMap<String, Task>,
     jobs: BTreeMap<JobId, Job>,
     last_job: JobId,
+    /// Callers of Shutdown that wait for the fate of what is being made.
+    shutdown: Vec<Caller>,
     /// The record no longer says all.
     dirty: bool,
 }
@@ -581,6 +583,7 @@ impl Tasks {
             tasks: BTreeMap::new(),
             jobs: BTreeMap::new(),
             last_job: 0,
+            shutdown: Vec::new(),
             dirty: true,
         }
     }
@@ -628,7 +631,23 @@ impl Tasks {
             Event::Disconnected { connection } => self.disconnected(connection),
             Event::Timer(timer) => self.timer(timer, now, &mut out),
         }
+        self.shut_down(&mut out);
         out
+    }
+
+    /// Decides on Shutdown when there is nothing more to wait for.
+    fn shut_down(&mut self, out: &mut Vec<Effect>) {
+        if self.shutdown.is_empty() {
+            return;
+        }
+        if self.tasks.values().any(Task::known) {
+            for to in std::mem::take(&mut self.shutdown) {
+                answer(Some(to), Ok(Reply::Empty), out);
+            }
+        } else if self.is_idle() {
+            let callers = std::mem::take(&mut self.shutdown);
+            out.extend(callers.into_iter().map(|to| Effect::Leave { to }));
+        }
     }
 
     fn request(
@@ -645,12 +664,14 @@ impl Tasks {
                 task_pid: self.tasks.get(&id).map_or(0, |task| task.init.pid()),
             })),
             Call::Shutdown => {
-                // The stock shim says yes and stays while it has containers.
-                if self.is_idle() {
-                    out.push(Effect::Leave { to: from });
-                    Ok(None)
-                } else {
+                // The stock shim says yes and stays while it has containers. What is still being
+                // made, or cleaned up, decides when it is done: a client that gave up on Create
+                // asks once and does not come back.
+                if self.tasks.values().any(Task::known) {
                     Ok(Some(Reply::Empty))
+                } else {
+                    self.shutdown.push(from);
+                    Ok(None)
                 }
             }
             Call::Create(create) => self.create(from, *create, until, now, out),
@@ -1019,7 +1040,10 @@ impl Tasks {
                 reply: Err(no_exec(&key.exec_id)),
             });
         }
-        Some(Reply::Deleted(exec.member.ended()))
+        let reply = Reply::Deleted(exec.member.ended());
+        // A Delete of it that waits for stdio, when its task goes first.
+        answer(exec.deleting, Ok(reply.clone()), out);
+        Some(reply)
     }
 
     fn resize(
@@ -1361,9 +1385,14 @@ impl Tasks {
     }
 
     fn delete_done(&mut self, id: &str, caller: Option<Caller>, out: &mut Vec<Effect>) {
-        let Some(task) = self.tasks.get(id) else {
+        let Some(task) = self.tasks.get_mut(id) else {
             return;
         };
+        if task.phase != Phase::Stopped && task.init.exit.is_some() {
+            // It waited for an exec that nobody will hear of any more.
+            task.phase = Phase::Stopped;
+            tell(&Key::init(id), &mut task.init, out);
+        }
         let ended = task.init.ended();
         out.push(Effect::CloseStdio(Key::init(id)));
         out.push(Effect::Publish(Notice::Delete {
@@ -2125,6 +2154,21 @@ mod tests {
         let mut driver = Driver::new();
         let out = driver.call(Call::Shutdown);
         assert_eq!(out, [Effect::Leave { to: caller(1) }]);
+    }
+
+    #[test]
+    fn shutdown_during_create_is_decided_by_how_that_ends() {
+        let mut driver = Driver::new();
+        driver.call(create());
+        driver.call(Call::Shutdown);
+        driver.fail("create");
+        let out = driver.done("cleanup");
+        assert_eq!(out.last(), Some(&Effect::Leave { to: caller(2) }));
+        let mut driver = Driver::new();
+        driver.call(create());
+        driver.call(Call::Shutdown);
+        driver.done("create");
+        assert_eq!(driver.take(), ["create", "#1 ok", "#2 ok"]);
     }
 
     /// Anything may come at any time.

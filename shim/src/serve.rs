@@ -117,6 +117,7 @@ struct Child {
     log_offset: u64,
     program: String,
     private_pids: bool,
+    memory_limit: Option<u64>,
 }
 
 /// The part of `config.json` that the shim itself needs.
@@ -642,9 +643,9 @@ impl Shim {
             env: None,
         };
         let mut private_pids = task.private_pids;
+        let mut memory_limit = task.memory_limit;
         match work {
             Work::Create | Work::Exec => {
-                let mut memory_limit = None;
                 if *work == Work::Create {
                     let config = Config::read(bundle)?;
                     private_pids = config.private_pids();
@@ -710,6 +711,7 @@ impl Shim {
             log_offset,
             program,
             private_pids,
+            memory_limit,
         })
     }
 
@@ -743,6 +745,7 @@ impl Shim {
     fn report(&self, child: &Child) -> Report {
         let mut report = Report {
             private_pids: child.private_pids,
+            memory_limit: child.memory_limit,
             ..Report::default()
         };
         if !matches!(child.work, Work::Create | Work::Exec) {

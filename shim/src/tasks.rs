@@ -128,6 +128,9 @@ pub struct Report {
     pub cgroup: Option<Cgroup>,
     /// Of Create: a pid namespace of its own, which ends with its init.
     pub private_pids: bool,
+    /// Of Create: the container's memory limit, bytes.
+    #[serde(default)]
+    pub memory_limit: Option<u64>,
 }
 
 /// What a failed child leaves.
@@ -473,6 +476,8 @@ pub struct Task {
     pub cgroup: Option<Cgroup>,
     /// Its pid namespace ends with its init.
     pub private_pids: bool,
+    /// Its memory limit, bytes: what its pipes hold counts.
+    pub memory_limit: Option<u64>,
     /// When Create was accepted.
     pub created_at: Timestamp,
     /// An OOM kill was told.
@@ -789,6 +794,7 @@ impl Tasks {
             rootfs: create.rootfs,
             cgroup: None,
             private_pids: false,
+            memory_limit: None,
             created_at: now.wall,
             oom: false,
             busy: Some(Busy::Job(job)),
@@ -1273,6 +1279,7 @@ impl Tasks {
                 task.init.process = Some(process);
                 task.cgroup = report.cgroup;
                 task.private_pids = report.private_pids;
+                task.memory_limit = report.memory_limit;
                 out.push(Effect::WatchOom { id: id.clone() });
                 out.push(Effect::Publish(Notice::Create {
                     id: id.clone(),

@@ -54,7 +54,7 @@ use crate::{
     journal::{Fixed, Journal},
     log::{Level, Log},
     oom::OomWatch,
-    reaper,
+    reaper, remains,
     runc::{self, Place},
     serve_args::ServeArgs,
     service::{Key, Refusal, Reply},
@@ -117,6 +117,7 @@ struct Child {
     log_offset: u64,
     program: String,
     private_pids: bool,
+    memory_limit: Option<u64>,
 }
 
 /// The part of `config.json` that the shim itself needs.
@@ -239,11 +240,11 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     };
-    // `start` may have been killed meanwhile; containerd then does not know of us, and says so
-    // with `delete`.
-    let told = readiness.ready();
-    if let Err(e) = told {
-        shim.log.say(Level::Warning, &format!("tell start: {e}"));
+    if let Err(e) = readiness.ready() {
+        // `start` was killed meanwhile: containerd has forgotten this task, without `delete`, and
+        // nobody would ever tell this daemon to go.
+        remains::remove_group(&shim.socket);
+        return Err(failed::<io::Error>("tell start")(e).into());
     }
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
     let result = shim.serve(&signals);
@@ -642,9 +643,9 @@ impl Shim {
             env: None,
         };
         let mut private_pids = task.private_pids;
+        let mut memory_limit = task.memory_limit;
         match work {
             Work::Create | Work::Exec => {
-                let mut memory_limit = None;
                 if *work == Work::Create {
                     let config = Config::read(bundle)?;
                     private_pids = config.private_pids();
@@ -710,6 +711,7 @@ impl Shim {
             log_offset,
             program,
             private_pids,
+            memory_limit,
         })
     }
 
@@ -743,6 +745,7 @@ impl Shim {
     fn report(&self, child: &Child) -> Report {
         let mut report = Report {
             private_pids: child.private_pids,
+            memory_limit: child.memory_limit,
             ..Report::default()
         };
         if !matches!(child.work, Work::Create | Work::Exec) {

@@ -8,8 +8,8 @@ use recoverd_common::pb::{runc, task};
 use recoverd_common::shim_client::{CallError, ShimClient};
 use recoverd_common::ttrpc::code;
 use recoverd_tests::{
-    Code, Container, Node, Process, Release, ShimUnderTest, Status, Stdio,
-    assert_refused, oci_process, oci_spec, wait_for,
+    Code, Container, Node, Process, Release, ShimUnderTest, Status, Stdio, assert_refused,
+    oci_process, oci_spec, wait_for,
 };
 use serde_json::{Value, json};
 

@@ -875,33 +875,78 @@ impl Shim {
                 }
                 continue;
             }
-            let mut heard = Vec::new();
-            if self
-                .stdio
-                .logger_exited(exited.pid, &self.epoll, &mut heard)
-            {
-                reaper::collect(exited.pid);
-                self.hear(heard);
-                self.work_off();
+            if self.is_known(exited.pid) || !self.starts_processes() {
+                self.exited(exited);
                 continue;
             }
-            let pid = u32::try_from(exited.pid.as_raw()).unwrap_or(0);
-            // The exit may be seen before what caused it.
-            let id = self
-                .state
-                .tasks
-                .iter()
-                .find(|(_, task)| task.init.process.is_some_and(|p| p.pid == pid))
-                .map(|(id, _)| id.clone());
-            if let Some(id) = id {
-                self.look_for_oom(&id);
+            // A runtime has many threads, which end one by one: what it started can become ours,
+            // and exit, before the runtime itself can be seen to have ended. Then nobody knows
+            // yet whose this is; the kernel keeps it until the runtime's end comes.
+            let others: Vec<reaper::Exited> = self
+                .known()
+                .filter_map(|pid| reaper::peek(Some(pid)))
+                .collect();
+            if others.is_empty() {
+                return;
             }
-            self.handle(Input::Event(Event::Exited {
-                pid,
-                status: exited.status,
-            }));
-            reaper::collect(exited.pid);
+            for other in others {
+                self.exited(other);
+            }
         }
+    }
+
+    /// True while a runtime command is at work that may leave us a process.
+    fn starts_processes(&self) -> bool {
+        self.children
+            .values()
+            .any(|child| matches!(child.work, Work::Create | Work::Exec))
+    }
+
+    fn is_known(&self, pid: Pid) -> bool {
+        self.known().any(|known| known == pid)
+    }
+
+    /// Every process whose exit we wait for, but for the short-lived children.
+    fn known(&self) -> impl Iterator<Item = Pid> {
+        let members = self.state.tasks.iter().flat_map(|(_, task)| {
+            let execs = task.execs.values().map(|exec| &exec.member);
+            std::iter::once(&task.init).chain(execs)
+        });
+        members
+            .filter(|member| member.exit.is_none())
+            .filter_map(|member| member.process)
+            .filter_map(|process| i32::try_from(process.pid).ok().map(Pid::from_raw))
+            .chain(self.stdio.loggers())
+    }
+
+    /// An exit that is no short-lived child's; the kernel still knows it.
+    fn exited(&mut self, exited: reaper::Exited) {
+        let mut heard = Vec::new();
+        if self
+            .stdio
+            .logger_exited(exited.pid, &self.epoll, &mut heard)
+        {
+            reaper::collect(exited.pid);
+            self.hear(heard);
+            self.work_off();
+            return;
+        }
+        let pid = u32::try_from(exited.pid.as_raw()).unwrap_or(0);
+        // The exit may be seen before what caused it.
+        let id = self
+            .state
+            .tasks
+            .iter()
+            .find(|(_, task)| task.init.process.is_some_and(|p| p.pid == pid))
+            .map(|(id, _)| id.clone());
+        if let Some(id) = id {
+            self.look_for_oom(&id);
+        }
+        self.handle(Input::Event(Event::Exited {
+            pid,
+            status: exited.status,
+        }));
+        reaper::collect(exited.pid);
     }
 
     // ---- out of memory ----

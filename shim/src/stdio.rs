@@ -63,6 +63,8 @@ pub struct Wanted<'a> {
     pub key: &'a Key,
     /// What was asked for.
     pub wish: &'a StdioWish,
+    /// CloseIO came before the start.
+    pub stdin_closed: bool,
     /// The task's bundle.
     pub bundle: &'a Path,
     /// containerd's namespace.
@@ -275,7 +277,7 @@ impl Stdio {
                 wanted.size(&fifo);
                 wanted.size(&ours);
                 set_nonblocking(&ours);
-                relays.push((fifo, Some(ours), RelayKind::Input(false)));
+                relays.push((fifo, Some(ours), RelayKind::Input(wanted.stdin_closed)));
                 set_file(&mut opened, 0, ChildFile::Fd(theirs));
             }
             match target {
@@ -309,6 +311,11 @@ impl Stdio {
         for (from, to, kind) in relays {
             self.relay(&key, from, to, kind, epoll)
                 .map_err(|e| format!("watch stdio: {e}"))?;
+        }
+        if wanted.stdin_closed {
+            // Nothing more will wake it; a client ends stdin after its last write is taken, so
+            // what there is, is in the fifo. Nobody can have exited yet: nothing is heard.
+            self.close_stdin(&key, epoll);
         }
         Ok(opened)
     }

@@ -5,6 +5,7 @@
 //! Whoever dies between two of them has told nobody anything that is not written down.
 
 mod effects;
+mod exits;
 mod looks;
 mod sockets;
 
@@ -515,71 +516,6 @@ impl Shim {
                 }
                 Heard::Warning(text) => self.log.say(Level::Warning, &text),
             }
-        }
-    }
-
-    // ---- exits ----
-
-    fn signalled(&mut self, signals: &SignalFd) {
-        while let Ok(Some(info)) = signals.read_signal() {
-            let number = i32::try_from(info.ssi_signo).unwrap_or(0);
-            if number == Signal::SIGTERM as i32 || number == Signal::SIGINT as i32 {
-                self.log.say(Level::Info, "shim leaves on a signal");
-                let now = now();
-                for output in self.state.leave_now() {
-                    self.perform(output, now);
-                }
-                return;
-            }
-        }
-        self.reap();
-    }
-
-    fn reap(&mut self) {
-        while let Some(exited) = reaper::peek(None) {
-            // What a runtime command started comes to us when the command has ended: that end
-            // comes first, it says whose the process is.
-            let ended: Vec<(JobId, Pid, u32)> = self
-                .children
-                .iter()
-                .filter_map(|(job, child)| {
-                    let seen = reaper::peek(Some(child.pid))?;
-                    Some((*job, child.pid, seen.status))
-                })
-                .collect();
-            if !ended.is_empty() {
-                for (job, pid, status) in ended {
-                    self.child_ended(job, status);
-                    reaper::collect(pid);
-                }
-                continue;
-            }
-            let mut heard = Vec::new();
-            if self
-                .stdio
-                .logger_exited(exited.pid, &self.epoll, &mut heard)
-            {
-                reaper::collect(exited.pid);
-                self.hear(heard);
-                self.work_off();
-                continue;
-            }
-            let pid = u32::try_from(exited.pid.as_raw()).unwrap_or(0);
-            // The exit may be seen before what caused it.
-            let id = self
-                .state
-                .tasks
-                .iter()
-                .find(|(_, task)| task.init.process.is_some_and(|p| p.pid == pid))
-                .map(|(id, _)| id.clone());
-            if let Some(id) = id {
-                self.look_for_oom(&id);
-            }
-            self.handle(Input::Event(Event::Exited {
-                pid,
-                status: exited.status,
-            }));
-            reaper::collect(exited.pid);
         }
     }
 }

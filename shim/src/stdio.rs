@@ -528,6 +528,13 @@ impl Stdio {
         self.held.get(key)?.logger.as_ref()
     }
 
+    /// Every logger that runs, those of deleted tasks too.
+    pub fn loggers(&self) -> impl Iterator<Item = Pid> {
+        let held = self.held.values().filter_map(|held| held.logger.as_ref());
+        let dismissed = self.dismissed.iter().map(|(pid, _)| *pid);
+        held.map(|logger| logger.pid).chain(dismissed)
+    }
+
     /// A child has exited; true if it was a logger.
     pub fn logger_exited(&mut self, pid: Pid, epoll: &Epoll, heard: &mut Vec<Heard>) -> bool {
         if let Some(at) = self.dismissed.iter().position(|(other, _)| *other == pid) {

@@ -32,7 +32,7 @@ pub(super) struct Child {
     pub(super) pid: Pid,
     words: OwnedFd,
     key: Key,
-    work: Work,
+    pub(super) work: Work,
     log: PathBuf,
     log_offset: u64,
     program: String,

@@ -294,6 +294,7 @@ impl Stdio {
             from,
             to,
             kind,
+            pending: Vec::new(),
             watched: None,
         };
         relay.watch(Some(End::From), number, epoll)?;

@@ -214,7 +214,7 @@ impl Deletion {
             .map_err(|e| format!("execute {}: {e}", self.task.binary))?;
         let pid = i32::try_from(child.id()).map_err(|e| e.to_string())?;
         let what = format!("{} delete --force", self.task.binary);
-        finish(pid, self.until(RUNTIME)).map_err(|why| format!("{what}: {why}"))?;
+        finish(Pid::from_raw(pid), self.until(RUNTIME)).map_err(|why| format!("{what}: {why}"))?;
         if self.has_state() {
             Err(format!("{what} left its state"))
         } else {
@@ -426,15 +426,15 @@ fn wait_for(pidfd: std::os::fd::BorrowedFd<'_>, until: Instant) -> io::Result<bo
 }
 
 /// Waits for our child `pid`; one that does not end in time is killed and left to PID 1.
-fn finish(pid: i32, until: Instant) -> Result<(), String> {
-    let pidfd = sys::pidfd_open(pid).map_err(|e| e.to_string())?;
+fn finish(pid: Pid, until: Instant) -> Result<(), String> {
+    let pidfd = sys::pidfd_open(pid.as_raw()).map_err(|e| e.to_string())?;
     if !wait_for(pidfd.as_fd(), until).map_err(|e| e.to_string())? {
         let _ = sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
         // And what it started, if it leads a group: not reaped yet, it still owns the number.
-        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+        let _ = killpg(pid, Signal::SIGKILL);
         return Err("did not end in time".into());
     }
-    match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
+    match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
         Ok(WaitStatus::Exited(_, 0)) => Ok(()),
         Ok(WaitStatus::Exited(_, code)) => Err(format!("ended with status {code}")),
         Ok(other) => Err(format!("ended by {other:?}")),

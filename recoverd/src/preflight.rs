@@ -209,6 +209,10 @@ pub struct Input<'a> {
     pub cases: &'a [Case<'a>],
     /// What the scan finds in it.
     pub findings: &'a [Finding],
+    /// What it could not see.
+    pub gaps: &'a [Gap],
+    /// The address of the only containerd to judge.
+    pub only: Option<&'a str>,
     /// What only preflight looks at.
     pub premises: &'a Premises,
     /// The release that is to start; else the one that runs.
@@ -222,7 +226,7 @@ pub fn judge(input: &Input<'_>) -> Report {
     let mut judge = Judge {
         input,
         reasons: BTreeSet::new(),
-        gaps: input.look.gaps.iter().cloned().collect(),
+        gaps: input.gaps.iter().cloned().collect(),
         told: told(input.findings),
     };
     if input.look.instances.is_empty() {
@@ -234,6 +238,9 @@ pub fn judge(input: &Input<'_>) -> Report {
     let mut hops = Vec::new();
     let mut latest = None;
     for (at, instance) in input.look.instances.iter().enumerate() {
+        if input.only.is_some_and(|only| only != instance.address) {
+            continue;
+        }
         let running = instance.api.up().map(|api| api.version.as_str());
         let from = running.and_then(Release::parse);
         let to = input.to.or(from);
@@ -315,10 +322,8 @@ impl Judge<'_> {
     }
 
     fn gap(&mut self, what: impl Into<String>, why: impl Into<String>) {
-        self.gaps.insert(Gap {
-            what: one_line(&what.into()),
-            why: one_line(&why.into()),
-        });
+        self.gaps
+            .insert(Gap::new(one_line(&what.into()), one_line(&why.into())));
     }
 
     fn hop(
@@ -1131,6 +1136,7 @@ mod tests {
                 listeners: Seen::Present(HashMap::new()),
                 answers: BTreeMap::from([(SOCKET.to_owned(), answer(2, Phase::Running))]),
                 processes: Seen::Present(HashMap::new()),
+                memberships: HashMap::new(),
                 mounts: Seen::Present(vec![mount("/", "ext4"), mount("/run", "tmpfs")]),
                 mount_ages: HashMap::new(),
                 cgroups: Vec::new(),
@@ -1214,6 +1220,8 @@ mod tests {
                 look: &self.look,
                 cases: &cases,
                 findings: &self.findings,
+                gaps: &self.look.gaps,
+                only: None,
                 premises: &self.premises,
                 to: self.to,
                 run_full: 90,
@@ -1529,10 +1537,7 @@ mod tests {
             }),
             ("KillMode", |n| n.unit().kill_mode = "new".into()),
             ("the look's own gaps", |n| {
-                n.look.gaps.push(super::Gap {
-                    what: "mounts".into(),
-                    why: "hidden".into(),
-                });
+                n.look.gaps.push(super::Gap::new("mounts", "hidden"));
             }),
         ];
         for (what, hides) in rows {

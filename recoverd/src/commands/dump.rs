@@ -10,8 +10,10 @@ use std::{
 
 use recoverd_common::proc::Proc;
 
+use super::{look, show};
 use crate::{
-    cli,
+    Failure, Verdict, cli,
+    config::Config,
     correlate::Case,
     dump::{
         archive::Archive,
@@ -19,29 +21,64 @@ use crate::{
         stack::{self, Outcome},
     },
     facts::{Api, Look},
+    report::{Report, json},
 };
 
 /// A text that other commands make of the same look, as a file of the tar.
 #[derive(Debug)]
-pub struct Text {
-    /// Its name.
-    pub name: &'static str,
-    /// Its content.
-    pub content: String,
+struct Text {
+    name: &'static str,
+    content: String,
 }
 
-/// Writes the tar of `case` to where the flags say, and gives what to tell on standard error.
-pub fn run(
-    args: &cli::Dump,
-    look: &Look,
-    case: &Case<'_>,
-    proc_root: &Path,
-    texts: &[Text],
-) -> io::Result<Vec<String>> {
-    let mut out = open(&args.output)?;
-    let told = write(&mut out, args.stack, look, case, proc_root, texts)?;
+/// Looks and writes the tar. What was done to the shim is told on standard error.
+pub fn run(args: &cli::Dump, global: &cli::Global, config: &Config) -> Result<Verdict, Failure> {
+    let name = look::task_name(&args.task)?;
+    // Before the look, which may take a while.
+    let mut out = open(&args.output).map_err(|error| Failure::Usage(error.to_string()))?;
+    let plan = look::plan(global, config);
+    let narrow = look::narrow(global, &plan);
+    let examined = look::examine(&plan, config)?;
+    let cases = examined.cases(&plan);
+    let report = Report::new(&examined, &cases, &narrow);
+    let found = look::cases_named(&report, &name);
+    let case = match found.as_deref() {
+        Ok([case]) => *case,
+        Ok(_) => {
+            discard(&args.output);
+            let why = "several containerds have a task of that name: choose one with --address";
+            return Err(Failure::Usage(why.into()));
+        }
+        Err(_) => {
+            discard(&args.output);
+            return found.map(|_| Verdict::Clean);
+        }
+    };
+    let texts = [
+        Text {
+            name: "show.txt",
+            content: show::text(&report, case),
+        },
+        Text {
+            name: "scan.json",
+            content: json::scan(&report),
+        },
+    ];
+    let look = &examined.look;
+    for line in write(&mut out, args.stack, look, case, &plan.roots.proc, &texts)? {
+        // Whoever does not read standard error still gets the tar.
+        let _ = writeln!(io::stderr(), "recoverd: {line}");
+    }
     out.flush()?;
-    Ok(told)
+    Ok(Verdict::Clean)
+}
+
+/// Removes the file that was made for a tar that there will not be.
+fn discard(path: &Path) {
+    if path != Path::new("-") {
+        // Made by us a moment ago; an empty file is all that a failure leaves.
+        let _ = std::fs::remove_file(path);
+    }
 }
 
 /// Standard output, or a new file that only its owner may read. An existing file is not touched:

@@ -1,41 +1,61 @@
 //! `recoverd preflight`: will a restart or upgrade of containerd be harmless now?
 
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+};
 
 use serde::Serialize;
 
+use super::look;
 use crate::{
-    cli,
+    Failure, Verdict, cli,
     config::Config,
-    correlate::Case,
-    facts::{Gap, Look},
+    facts::Gap,
     findings::Finding,
-    observe::{Limits, premises},
+    observe::premises,
     preflight::{self, Hop, Input, Reason, Report},
 };
 
-/// Judges a look; asks systemd and containerd for what only preflight needs.
-pub async fn report(
+/// Looks, asks systemd and containerd for what only preflight needs, judges and prints.
+pub fn run(
     args: &cli::Preflight,
+    global: &cli::Global,
     config: &Config,
-    limits: Limits,
-    look: &Look,
-    cases: &[Case<'_>],
-    findings: &[Finding],
-) -> Report {
-    let premises = premises::observe(look, &args.unit, limits).await;
-    preflight::judge(&Input {
-        look,
-        cases,
-        findings,
+) -> Result<Verdict, Failure> {
+    let plan = look::plan(global, config);
+    let narrow = look::narrow(global, &plan);
+    let runtime = look::runtime()?;
+    let examined = look::examine_in(&runtime, &plan, config);
+    let premises = runtime.block_on(premises::observe(&examined.look, &args.unit, plan.limits));
+    let cases = examined.cases(&plan);
+    let seen = crate::report::Report::new(&examined, &cases, &narrow);
+    let findings: Vec<Finding> = seen.findings.iter().map(|s| s.finding.clone()).collect();
+    let gaps: Vec<Gap> = seen.gaps.iter().map(|gap| (*gap).clone()).collect();
+    let report = preflight::judge(&Input {
+        look: &examined.look,
+        cases: &cases.cases,
+        findings: &findings,
+        gaps: &gaps,
+        only: narrow.address.as_deref(),
         premises: &premises,
         to: args.to,
         run_full: config.scan.run_full,
+    });
+    let text = print(&report, args.output)
+        .map_err(|error| Failure::Blind(format!("encode the report: {error}")))?;
+    let mut out = io::stdout().lock();
+    out.write_all(text.as_bytes())?;
+    out.flush()?;
+    Ok(match report.exit_code() {
+        0 => Verdict::Clean,
+        1 => Verdict::Findings,
+        _ => Verdict::Gaps,
     })
 }
 
 /// The report as text or JSON, with a newline at the end.
-pub fn print(report: &Report, format: cli::TextOrJson) -> Result<String, serde_json::Error> {
+fn print(report: &Report, format: cli::TextOrJson) -> Result<String, serde_json::Error> {
     match format {
         cli::TextOrJson::Text => Ok(text(report)),
         cli::TextOrJson::Json => Ok(serde_json::to_string_pretty(&Json::of(report))? + "\n"),
@@ -77,7 +97,7 @@ fn text(report: &Report) -> String {
         let (severity, check) = (severity.word(), check.word());
         let _ = writeln!(out, "{severity:<8}  {subject}  {check}: {why}");
     }
-    for Gap { what, why } in &report.gaps {
+    for Gap { what, why, .. } in &report.gaps {
         let _ = writeln!(out, "{:<8}  {what}: {why}", "unseen");
     }
     for hop in &report.instances {
@@ -116,10 +136,7 @@ mod tests {
                 subject: "default/c1".into(),
                 why: "because".into(),
             }],
-            gaps: vec![Gap {
-                what: "mounts".into(),
-                why: "not root".into(),
-            }],
+            gaps: vec![Gap::new("mounts", "not root")],
         }
     }
 

@@ -153,11 +153,7 @@ impl Config {
 
     /// The group whose members share one shim, when the annotations name one.
     pub fn group(&self) -> Option<&str> {
-        let named = |key: &&str| self.annotations.get(*key).filter(|group| !group.is_empty());
-        crate::paths::GROUP_ANNOTATIONS
-            .iter()
-            .find_map(named)
-            .map(String::as_str)
+        crate::paths::group(&self.annotations)
     }
 }
 
@@ -208,6 +204,28 @@ impl Bundle {
             }
         })?;
         Some(address).filter(|address| !address.is_empty())
+    }
+
+    /// Files that are there and could not be read, each with the reason.
+    pub fn unreadable(&self) -> Vec<(&'static str, &str)> {
+        fn why<T>(file: &Seen<T>) -> Option<&str> {
+            match file {
+                Seen::Unknown(why) => Some(why),
+                Seen::Present(_) | Seen::Absent => None,
+            }
+        }
+        [
+            ("address", why(&self.address)),
+            ("bootstrap.json", why(&self.bootstrap)),
+            ("shim-binary-path", why(&self.shim_binary)),
+            ("runtime", why(&self.runtime)),
+            ("options.json", why(&self.options)),
+            ("init.pid", why(&self.init_pid)),
+            ("config.json", why(&self.config)),
+        ]
+        .into_iter()
+        .filter_map(|(file, why)| Some((file, why?)))
+        .collect()
     }
 
     /// The task API version that the bundle names, when it does.

@@ -25,6 +25,12 @@ pub const GROUP_ANNOTATIONS: [&str; 2] = [
     "io.kubernetes.cri.sandbox-id",
 ];
 
+/// The group that annotations name, whose members share one shim.
+pub fn group(annotations: &std::collections::BTreeMap<String, String>) -> Option<&str> {
+    let named = |key: &&str| annotations.get(*key).filter(|group| !group.is_empty());
+    GROUP_ANNOTATIONS.iter().find_map(named).map(String::as_str)
+}
+
 /// `<state>/io.containerd.runtime.v2.task/<namespace>/<id>`.
 pub fn bundle(state: &Path, namespace: &Namespace, id: &Id) -> PathBuf {
     state

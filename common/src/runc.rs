@@ -22,8 +22,17 @@ pub struct RuncState {
     pub init: Option<ProcessId>,
     /// The bundle, from the label that runc writes.
     pub bundle: Option<PathBuf>,
+    /// The spec's annotations, which runc keeps as labels.
+    pub annotations: BTreeMap<String, String>,
     /// The container's cgroup in each hierarchy (controller name, empty for v2), absolute paths.
     pub cgroups: BTreeMap<String, PathBuf>,
+}
+
+impl RuncState {
+    /// The group whose members share one shim, when the annotations name one.
+    pub fn group(&self) -> Option<&str> {
+        crate::paths::group(&self.annotations)
+    }
 }
 
 #[derive(Deserialize)]
@@ -55,14 +64,17 @@ pub fn parse(bytes: &[u8]) -> Result<RuncState, String> {
         }),
         Ok(_) | Err(_) => return Err(format!("names the pid {}", state.init_process_pid)),
     };
-    let bundle = state
-        .config
-        .labels
-        .iter()
-        .find_map(|label| label.strip_prefix("bundle="));
+    let mut annotations: BTreeMap<String, String> = BTreeMap::new();
+    for label in &state.config.labels {
+        if let Some((key, value)) = label.split_once('=') {
+            annotations.insert(key.to_owned(), value.to_owned());
+        }
+    }
+    let bundle = annotations.remove("bundle");
     Ok(RuncState {
         init,
         bundle: bundle.map(PathBuf::from),
+        annotations,
         cgroups: state.cgroup_paths,
     })
 }
@@ -129,6 +141,7 @@ mod tests {
         );
         assert_eq!(state.bundle.as_deref(), Some(Path::new("/run/b/c1")));
         assert_eq!(state.cgroups.len(), 1);
+        assert_eq!(state.annotations.get("x").map(String::as_str), Some("y"));
         assert_eq!(parse(b"{}").unwrap().init, None);
         for bad in [
             "",

@@ -37,6 +37,17 @@ impl Timestamp {
     }
 }
 
+/// Before 1970 reads 1970; fractions are cut, as whoever reads a time of a process wants none.
+impl From<SystemTime> for Timestamp {
+    fn from(time: SystemTime) -> Self {
+        let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();
+        Self {
+            seconds: i64::try_from(since.as_secs()).unwrap_or(i64::MAX),
+            nanos: 0,
+        }
+    }
+}
+
 const DAY: i64 = 86_400;
 /// 9999-12-31T23:59:59Z: a later one has no four-digit year, and protobuf refuses it too.
 const LAST: i64 = 253_402_300_799;

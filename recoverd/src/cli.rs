@@ -95,7 +95,13 @@ pub enum Command {
 #[derive(Debug, Args)]
 pub struct Scan {
     /// How to print
-    #[arg(short, long, value_enum, default_value = "table", value_name = "FORMAT")]
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
     pub output: ScanFormat,
     /// Report leaked resources only when they are at least this old, such as 0s, 90s, 10m
     #[arg(long, value_name = "TIME", value_parser = crate::config::parse_duration)]
@@ -140,8 +146,8 @@ pub struct Show {
 #[derive(Debug, Args)]
 pub struct Preflight {
     /// The containerd release that is to start, such as 2.1 [default: the one that runs]
-    #[arg(long, value_name = "VERSION")]
-    pub to: Option<String>,
+    #[arg(long, value_name = "VERSION", value_parser = crate::preflight::Release::of_word)]
+    pub to: Option<crate::preflight::Release>,
     /// The systemd unit that runs containerd
     #[arg(long, default_value = "containerd.service", value_name = "UNIT")]
     pub unit: String,

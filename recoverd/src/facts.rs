@@ -43,11 +43,14 @@ pub struct Look {
     pub listeners: Seen<HashMap<Address, Vec<i32>>>,
     /// What each asked socket answered.
     pub answers: BTreeMap<Address, Answer>,
-    /// Processes that runc's state, a bundle's `init.pid` or a record name.
-    pub processes: HashMap<i32, Seen<Stat>>,
+    /// The process table, read after bundles and runc's state; *unknown* when some processes are
+    /// hidden from us.
+    pub processes: Seen<HashMap<i32, Stat>>,
+    /// Cgroup paths of processes that only a bundle's `init.pid` names.
+    pub memberships: HashMap<i32, Seen<Vec<String>>>,
     /// The mount table.
     pub mounts: Seen<Vec<Mount>>,
-    /// When the mount points below a bundle folder were last changed.
+    /// When the folder that holds a mount point below a bundle was last changed.
     pub mount_ages: HashMap<PathBuf, SystemTime>,
     /// Cgroups that belong to containers, by name and by runc's word.
     pub cgroups: Vec<CgroupFacts>,
@@ -419,10 +422,12 @@ pub struct Exec {
     pub shim: i32,
     /// The task whose cgroup it is in.
     pub name: TaskName,
-    /// The fifos that the shim holds for it and who else has them open; empty when none is known.
-    pub fifo_users: Seen<Vec<i32>>,
-    /// Those fifos.
+    /// Its id, from the name of its pid file.
+    pub exec_id: Option<String>,
+    /// The fifos that the shim has open for it.
     pub fifos: Vec<PathBuf>,
+    /// Processes other than the shim that have one of them open.
+    pub fifo_users: Seen<Vec<i32>>,
 }
 
 /// A record beside a socket.
@@ -458,6 +463,28 @@ pub struct Gap {
     pub what: String,
     /// Why.
     pub why: String,
+    /// The containerd that alone is concerned, by its address.
+    #[serde(skip)]
+    pub instance: Option<String>,
+}
+
+impl Gap {
+    /// A gap that concerns the whole look.
+    pub fn new(what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            what: what.into(),
+            why: why.into(),
+            instance: None,
+        }
+    }
+
+    /// As [`Gap::new`], for one containerd's part of it.
+    pub fn of(instance: &Instance, what: impl Into<String>, why: impl Into<String>) -> Self {
+        Self {
+            instance: Some(instance.address.clone()),
+            ..Self::new(what, why)
+        }
+    }
 }
 
 impl Look {
@@ -478,4 +505,46 @@ impl Look {
             .to_string_lossy()
             .into_owned()
     }
+}
+
+/// What only `preflight` asks for, beside a look.
+#[derive(Debug)]
+pub struct Premises {
+    /// The systemd unit that runs containerd; *absent* when systemd does not run this machine.
+    pub unit: Seen<Unit>,
+    /// Every `shim-binary-path` of a bundle: is the file executable?
+    pub binaries: BTreeMap<PathBuf, Seen<bool>>,
+    /// The CRI's sandboxes by instance, as containerd's container records tell; *unknown* while
+    /// it cannot be asked.
+    pub sandboxes: Vec<Seen<Vec<Sandbox>>>,
+    /// By instance, sandboxes run by a shim's own sandbox service (their bundles).
+    pub shim_sandboxes: Vec<Seen<usize>>,
+    /// Processors.
+    pub cpus: usize,
+}
+
+/// What systemd says of a unit.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Unit {
+    /// Its name.
+    pub name: String,
+    /// `loaded`, `not-found`, `masked`…
+    pub load_state: String,
+    /// `process`, `control-group`, `mixed`, `none`.
+    pub kill_mode: String,
+    /// It may make cgroups of its own.
+    pub delegate: bool,
+    /// Time for its start; `None` is endless.
+    pub start_timeout: Option<Duration>,
+    /// Its main process, when it runs.
+    pub main_pid: Option<i32>,
+}
+
+/// A sandbox that the CRI plugin remembers.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Sandbox {
+    /// Its id, also the id of its pause task.
+    pub id: String,
+    /// The name that it reserves: `<pod>_<namespace>_<uid>_<attempt>`.
+    pub name: String,
 }

@@ -1,3 +1,128 @@
-//! `recoverd`: the command line.
+//! `recoverd`: the command line. Parses, loads the configuration, runs one command and turns its
+//! result into an exit code; everything else is in `commands`.
 
-fn main() {}
+mod classify;
+mod cli;
+mod commands;
+mod config;
+mod correlate;
+mod dump;
+mod explain;
+mod facts;
+mod findings;
+mod observe;
+mod preflight;
+mod report;
+mod sys;
+mod verify;
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::Parser;
+
+use cli::{Cli, Command};
+use config::Config;
+
+/// How a command ended, as `--help` says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Verdict {
+    /// Nothing found.
+    Clean,
+    /// Findings.
+    Findings,
+    /// Could not see everything.
+    Gaps,
+}
+
+/// Why a command did not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Failure {
+    /// The words were wrong; exit 2.
+    #[error("{0}")]
+    Usage(String),
+    /// Output could not be written.
+    #[error("write output: {0}")]
+    Output(#[from] io::Error),
+    /// Something that a look needs is missing; exit 3.
+    #[error("{0}")]
+    Blind(String),
+}
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return refused(&error),
+    };
+    match run(&cli) {
+        Ok(Verdict::Clean) => ExitCode::from(0),
+        Ok(Verdict::Findings) => ExitCode::from(1),
+        Ok(Verdict::Gaps) => ExitCode::from(3),
+        // Whoever reads our output has seen enough.
+        Err(Failure::Output(error)) if error.kind() == io::ErrorKind::BrokenPipe => {
+            ExitCode::from(0)
+        }
+        Err(failure) => {
+            complain(&failure.to_string());
+            ExitCode::from(match failure {
+                Failure::Usage(_) => 2,
+                Failure::Output(_) | Failure::Blind(_) => 3,
+            })
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<Verdict, Failure> {
+    if let Command::Explain(args) = &cli.command {
+        let text = commands::explain::text(args).map_err(|e| Failure::Usage(e.to_string()))?;
+        commands::explain::run(&text, &mut io::stdout().lock())?;
+        return Ok(Verdict::Clean);
+    }
+    let mut config = Config::load(&cli.global).map_err(|e| Failure::Usage(e.to_string()))?;
+    match &cli.command {
+        Command::Scan(args) => {
+            if let Some(min_age) = args.min_age {
+                config.override_min_age(min_age);
+            }
+            commands::scan::run(args, &cli.global, &config)
+        }
+        Command::Show(args) => commands::show::run(args, &cli.global, &config),
+        Command::Preflight(args) => commands::preflight::run(args, &cli.global, &config),
+        Command::Dump(args) => commands::dump::run(args, &cli.global, &config),
+        Command::Explain(_) => Ok(Verdict::Clean),
+        Command::Config => {
+            commands::config::run(&config, &mut io::stdout().lock())?;
+            Ok(Verdict::Clean)
+        }
+    }
+}
+
+/// One line for a usage error, all of it for `--help` and `--version`.
+fn refused(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        // A closed pipe is no error.
+        let _ = error.print();
+        return ExitCode::from(0);
+    }
+    let text = error.render().to_string();
+    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty());
+    let first = lines.next().unwrap_or("usage error");
+    let mut line = first.strip_prefix("error: ").unwrap_or(first).to_owned();
+    // What is allowed stands in brackets or, for what is missing, on lines of its own.
+    for more in lines {
+        if more.starts_with("Usage:") || more.starts_with("For more information") {
+            break;
+        }
+        line.push(' ');
+        line.push_str(more);
+    }
+    complain(&line);
+    ExitCode::from(2)
+}
+
+fn complain(line: &str) {
+    // There is nobody left to tell when standard error is gone.
+    let _ = writeln!(io::stderr(), "recoverd: {line}");
+}

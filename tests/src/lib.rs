@@ -1,1 +1,47 @@
-//! The harness of the end-to-end tests.
+//! The harness of the end-to-end tests: a host of its own with real containerds in it.
+//!
+//! ```text
+//! Release ── one containerd release, unpacked by tests/setup; or why it cannot be had
+//! Node ───── a host: own mounts, pids, network, cgroups, an empty /run and /var/lib, a reaping init
+//!   └ Containerd ── a real one in it; start, kill, stop, switch to another release
+//!       └ Task ──── a real container: its init, its shim, its bundle, its socket
+//! Recoverd ─ the binary under test, run in the node; its JSON report, parsed strictly
+//! ```
+//!
+//! Everything fails by panicking with what it tried: a test has no use for an error value. A failed
+//! test prints the logs of its containerds and the processes of its node. A node that goes takes
+//! everything with it, also when the test panicked or was killed.
+//!
+//! A test file lists its tests with [`tests!`], which registers each once per release; one that
+//! takes a [`ShimUnderTest`] too is listed under `with_each_shim`, one that needs no particular
+//! release under `once`. Its `[[test]]` in `Cargo.toml` says `harness = false`.
+//!
+//! ```no_run
+//! use recoverd_tests::{Container, Node, Release};
+//!
+//! fn healthy_task_has_no_finding(release: &Release) {
+//!     let node = Node::start();
+//!     let containerd = node.containerd(release);
+//!     let task = containerd.run(&Container::new("well"));
+//!     let scan = containerd.scan();
+//!     assert_eq!((scan.exit, scan.codes(&task.name()).len()), (0, 0), "{scan:?}");
+//! }
+//!
+//! recoverd_tests::tests! { on_every_release: [healthy_task_has_no_finding] }
+//! ```
+
+mod container;
+mod containerd;
+mod node;
+mod process;
+mod recoverd;
+mod releases;
+mod wait;
+
+pub use container::{Container, Task};
+pub use containerd::{Containerd, TaskRow};
+pub use node::{Node, Running};
+pub use process::Process;
+pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
+pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim};
+pub use wait::{beside, wait_for, wait_within};

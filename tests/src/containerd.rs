@@ -1,0 +1,430 @@
+//! A real containerd in a node.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::Arc;
+use std::time::Duration;
+
+use crate::container::{Container, Task};
+use crate::node::{Node, Running};
+use crate::recoverd::{Scan, scan};
+use crate::releases::{Release, built, image_archive};
+use crate::wait::{wait_for, wait_within};
+
+/// Plugins that no test here needs and that look for things of the machine.
+const DISABLED: [&str; 8] = [
+    "io.containerd.grpc.v1.cri",
+    "io.containerd.cri.v1.images",
+    "io.containerd.cri.v1.runtime",
+    "io.containerd.snapshotter.v1.aufs",
+    "io.containerd.snapshotter.v1.btrfs",
+    "io.containerd.snapshotter.v1.devmapper",
+    "io.containerd.snapshotter.v1.zfs",
+    "io.containerd.internal.v1.opt",
+];
+
+/// A containerd with root, state and addresses of its own. Dropping it does not stop it; the
+/// node's end does.
+pub struct Containerd {
+    node: Arc<Node>,
+    release: Release,
+    address: PathBuf,
+    state: PathBuf,
+    root: PathBuf,
+    config: PathBuf,
+    log: PathBuf,
+    running: Option<Running>,
+}
+
+/// One line of `ctr tasks list`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TaskRow {
+    /// The task's id.
+    pub id: String,
+    /// Its init's pid; 0 when containerd does not know it.
+    pub pid: u32,
+    /// `RUNNING`, `STOPPED`, `PAUSED`, `CREATED`, `UNKNOWN`.
+    pub status: String,
+}
+
+impl Containerd {
+    pub(crate) fn new(node: &Arc<Node>, release: &Release, name: Option<&str>) -> Containerd {
+        let (state, root) = match name {
+            None => ("/run/containerd".into(), "/var/lib/containerd".into()),
+            Some(name) => (
+                PathBuf::from(format!("/run/containerd-{name}")),
+                PathBuf::from(format!("/var/lib/containerd-{name}")),
+            ),
+        };
+        let label = name.unwrap_or("containerd");
+        let containerd = Containerd {
+            address: state.join("containerd.sock"),
+            config: node.folder().join(format!("{label}.toml")),
+            log: node.folder().join(format!("{label}.log")),
+            node: Arc::clone(node),
+            release: release.clone(),
+            state,
+            root,
+            running: None,
+        };
+        containerd.write_config();
+        containerd
+    }
+
+    /// Version 2 is the format that every release reads.
+    fn write_config(&self) {
+        let disabled: Vec<String> = DISABLED.iter().map(|name| format!("{name:?}")).collect();
+        let text = format!(
+            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
+             [grpc]\n  address = {address:?}\n\
+             [ttrpc]\n  address = {ttrpc:?}\n\
+             [debug]\n  level = \"info\"\n",
+            root = self.root,
+            state = self.state,
+            disabled = disabled.join(", "),
+            address = self.address,
+            ttrpc = format!("{}.ttrpc", self.address.display()),
+        );
+        fs::write(&self.config, text)
+            .unwrap_or_else(|e| panic!("write {}: {e}", self.config.display()));
+    }
+
+    /// The node it runs in.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
+    /// The release that runs, or ran last.
+    pub fn release(&self) -> &Release {
+        &self.release
+    }
+
+    /// Its gRPC socket, as `--address` wants it.
+    pub fn address(&self) -> &Path {
+        &self.address
+    }
+
+    /// Its state folder.
+    pub fn state(&self) -> &Path {
+        &self.state
+    }
+
+    /// Its root folder.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// Its own process.
+    #[track_caller]
+    pub fn process(&self) -> crate::Process {
+        let running = self.running.as_ref();
+        running
+            .unwrap_or_else(|| panic!("containerd does not run"))
+            .process
+            .clone()
+    }
+
+    /// What all its runs logged.
+    pub fn log(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Starts it and returns when it answers.
+    #[track_caller]
+    pub fn start(&mut self) {
+        self.launch();
+        let limit = Duration::from_secs(120);
+        wait_within(limit, "containerd to answer", || {
+            let running = self.running.as_mut()?;
+            assert!(
+                running.is_running(),
+                "containerd ended at its start:\n{}",
+                tail(&self.log)
+            );
+            self.ctr("default", ["version"])
+                .output()
+                .ok()?
+                .status
+                .success()
+                .then_some(())
+        });
+    }
+
+    /// Starts it and returns at once: for starts that hang.
+    #[track_caller]
+    pub fn launch(&mut self) {
+        assert!(self.running.is_none(), "containerd runs already");
+        let shims = self.release.folder.display();
+        let ours = built("").display().to_string();
+        // Its own shim first: the machine may have another release's in /usr/bin.
+        let path = format!(
+            "PATH={shims}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{ours}"
+        );
+        let line = "log=$1; shift; exec \"$@\" >>\"$log\" 2>&1";
+        let command = self.node.command(
+            "env",
+            [
+                path.as_ref(),
+                "sh".as_ref(),
+                "-c".as_ref(),
+                line.as_ref(),
+                "sh".as_ref(),
+                self.log.as_os_str(),
+                self.release.folder.join("containerd").as_os_str(),
+                "--config".as_ref(),
+                self.config.as_os_str(),
+            ],
+        );
+        let mut running = self.node.spawn_command(command);
+        // Read once more: until now it may have been the shell before it.
+        running.process = wait_for("containerd's process", || {
+            let now = self.node.process(running.process.pid)?;
+            (now.program() == "containerd").then_some(now)
+        });
+        self.running = Some(running);
+    }
+
+    /// Whether it was started and not stopped.
+    pub fn is_running(&self) -> bool {
+        self.running.is_some()
+    }
+
+    /// SIGKILLs it.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        self.end("KILL");
+    }
+
+    /// Stops it as an operator would, with SIGTERM.
+    #[track_caller]
+    pub fn stop(&mut self) {
+        self.end("TERM");
+    }
+
+    #[track_caller]
+    fn end(&mut self, signal: &str) {
+        let Some(mut running) = self.running.take() else {
+            panic!("containerd does not run")
+        };
+        self.node.signal(&running.process, signal);
+        running.wait();
+        self.node.wait_gone(&running.process);
+    }
+
+    /// SIGKILLs it and starts it again.
+    #[track_caller]
+    pub fn restart(&mut self) {
+        self.kill();
+        self.start();
+    }
+
+    /// Another release on the same root and state from the next start on.
+    pub fn switch_to(&mut self, release: &Release) {
+        assert!(
+            self.running.is_none(),
+            "stop containerd before switching its release"
+        );
+        self.release = release.clone();
+    }
+
+    /// `ctr` of the same release on this containerd, not started yet.
+    pub fn ctr<I, S>(&self, namespace: &str, args: I) -> Command
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<std::ffi::OsStr>,
+    {
+        let mut command = self
+            .node
+            .command(self.release.folder.join("ctr"), ["--address"]);
+        command
+            .arg(&self.address)
+            .args(["--namespace", namespace])
+            .args(args);
+        command
+    }
+
+    /// Runs `ctr`, which must succeed; its stdout.
+    #[track_caller]
+    pub fn ctr_ok<I, S>(&self, namespace: &str, args: I) -> String
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<std::ffi::OsStr>,
+    {
+        let mut command = self.ctr(namespace, args);
+        let output = command
+            .output()
+            .unwrap_or_else(|e| panic!("start {command:?}: {e}"));
+        assert!(
+            output.status.success(),
+            "{command:?} failed: {}\n{}",
+            output.status,
+            String::from_utf8_lossy(&output.stderr)
+        );
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    /// Starts `ctr` and returns while it runs: attached `run`, `task attach`, `events`, …
+    #[track_caller]
+    pub fn ctr_spawn<I, S>(&self, namespace: &str, args: I) -> Running
+    where
+        I: IntoIterator<Item = S>,
+        S: AsRef<std::ffi::OsStr>,
+    {
+        self.node.spawn_command(self.ctr(namespace, args))
+    }
+
+    /// Runs a container detached; it is running when this returns.
+    #[track_caller]
+    pub fn run(&self, container: &Container) -> Task {
+        let mut args: Vec<String> = vec!["run".into(), "--detach".into()];
+        args.extend(container.run_args());
+        if container.has_terminal() {
+            // `ctr` wants a terminal of its own for that, even detached.
+            self.on_terminal(container.namespace(), &args).wait();
+        } else {
+            self.ctr_ok(container.namespace(), &args);
+        }
+        let task = Task::new(self, container);
+        wait_for(&format!("{} to run", task.name()), || {
+            let row = self.task(container.namespace(), container.id())?;
+            (row.status == "RUNNING").then_some(())
+        });
+        task
+    }
+
+    /// Runs a container with `ctr` attached to it; running when this returns.
+    #[track_caller]
+    pub fn run_attached(&self, container: &Container) -> (Task, Running) {
+        let mut args: Vec<String> = vec!["run".into()];
+        args.extend(container.run_args());
+        let mut running = if container.has_terminal() {
+            self.on_terminal(container.namespace(), &args)
+        } else {
+            self.ctr_spawn(container.namespace(), &args)
+        };
+        wait_for(&format!("{} to run", container.id()), || {
+            assert!(
+                running.is_running(),
+                "ctr run ended at once: {}",
+                running.text()
+            );
+            let row = self.task(container.namespace(), container.id())?;
+            (row.status == "RUNNING").then_some(())
+        });
+        (Task::new(self, container), running)
+    }
+
+    /// `ctr` on a terminal of its own; what the terminal shows is [`Running::text`].
+    #[track_caller]
+    pub fn on_terminal(&self, namespace: &str, args: &[String]) -> Running {
+        let ctr = self.release.folder.join("ctr").display().to_string();
+        let mut words = vec![ctr, "--address".into(), self.address.display().to_string()];
+        words.extend(["--namespace".to_owned(), namespace.to_owned()]);
+        words.extend_from_slice(args);
+        let quoted: Vec<String> = words
+            .iter()
+            .map(|word| format!("'{}'", word.replace('\'', r"'\''")))
+            .collect();
+        self.node.spawn(
+            "script",
+            [
+                "--quiet",
+                "--return",
+                "--flush",
+                "--command",
+                &quoted.join(" "),
+                "/dev/null",
+            ],
+        )
+    }
+
+    /// Runs a command in a task, detached, and returns when it runs.
+    #[track_caller]
+    pub fn exec(&self, task: &Task, exec_id: &str, command: &[&str]) {
+        let mut args = vec!["tasks", "exec", "--detach", "--exec-id", exec_id, task.id()];
+        args.extend_from_slice(command);
+        self.ctr_ok(task.namespace(), args);
+    }
+
+    /// Runs a command in a task with `ctr` attached to it.
+    #[track_caller]
+    pub fn exec_attached(&self, task: &Task, exec_id: &str, command: &[&str]) -> Running {
+        let mut args = vec!["tasks", "exec", "--exec-id", exec_id, task.id()];
+        args.extend_from_slice(command);
+        self.ctr_spawn(task.namespace(), args)
+    }
+
+    /// Ends a task and removes it and its container.
+    #[track_caller]
+    pub fn remove(&self, task: &Task) {
+        self.ctr_ok(task.namespace(), ["tasks", "delete", "--force", task.id()]);
+        self.ctr_ok(task.namespace(), ["containers", "delete", task.id()]);
+    }
+
+    /// containerd's own list of tasks.
+    #[track_caller]
+    pub fn tasks(&self, namespace: &str) -> Vec<TaskRow> {
+        let table = self.ctr_ok(namespace, ["tasks", "list"]);
+        table
+            .lines()
+            .skip(1)
+            .map(|line| {
+                let words: Vec<&str> = line.split_whitespace().collect();
+                match words.as_slice() {
+                    [id, pid, status] => TaskRow {
+                        id: (*id).to_owned(),
+                        pid: pid
+                            .parse()
+                            .unwrap_or_else(|e| panic!("pid in {line:?}: {e}")),
+                        status: (*status).to_owned(),
+                    },
+                    _ => panic!("a line of ctr tasks list is {line:?}"),
+                }
+            })
+            .collect()
+    }
+
+    /// containerd's own word on one task.
+    #[track_caller]
+    pub fn task(&self, namespace: &str, id: &str) -> Option<TaskRow> {
+        self.tasks(namespace).into_iter().find(|row| row.id == id)
+    }
+
+    /// Makes the image `localhost/busybox:latest` known, for [`Container::image`].
+    #[track_caller]
+    pub fn import_image(&self, namespace: &str) {
+        let archive = image_archive();
+        let archive = archive
+            .to_str()
+            .unwrap_or_else(|| panic!("path of the cache is not UTF-8"));
+        self.ctr_ok(namespace, ["images", "import", archive]);
+    }
+
+    /// `recoverd scan -o json`, told of this containerd only.
+    #[track_caller]
+    pub fn scan(&self) -> Scan {
+        scan(&self.node, &self.flags(), &[])
+    }
+
+    /// The flags that tell `recoverd` of this containerd only.
+    pub fn flags(&self) -> Vec<String> {
+        [
+            ("--address", &self.address),
+            ("--state", &self.state),
+            ("--root", &self.root),
+        ]
+        .into_iter()
+        .flat_map(|(flag, path)| [flag.to_owned(), path.display().to_string()])
+        .collect()
+    }
+}
+
+fn tail(log: &Path) -> String {
+    let text = String::from_utf8_lossy(&fs::read(log).unwrap_or_default()).into_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    lines
+        .get(lines.len().saturating_sub(20)..)
+        .unwrap_or_default()
+        .join("\n")
+}

@@ -1,0 +1,80 @@
+//! Processes of a node, read from its own `/proc`.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// One process as its node numbers it. Two with the same pid and start time are the same process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its pid in the node.
+    pub pid: u32,
+    /// Clock ticks since boot, field 22 of `stat`.
+    pub start_time: u64,
+    /// Parent in the node; 0 for one that was started from outside.
+    pub parent: u32,
+    /// `R`, `S`, `T`, `Z`, …
+    pub state: char,
+    /// Its command line.
+    pub argv: Vec<String>,
+}
+
+impl Process {
+    /// Reads one process; `None` if it is not there (any more).
+    pub fn read(proc: &Path, pid: u32) -> Option<Process> {
+        let folder = proc.join(pid.to_string());
+        let stat = fs::read_to_string(folder.join("stat")).ok()?;
+        // The name is in parentheses and may hold anything, also parentheses.
+        let (_, after_name) = stat.rsplit_once(") ")?;
+        let fields: Vec<&str> = after_name.split(' ').collect();
+        let argv = fs::read(folder.join("cmdline")).ok()?;
+        Some(Process {
+            pid,
+            state: fields.first()?.chars().next()?,
+            parent: fields.get(1)?.parse().ok()?,
+            start_time: fields.get(19)?.parse().ok()?,
+            argv: argv
+                .split(|byte| *byte == 0)
+                .filter(|word| !word.is_empty())
+                .map(|word| String::from_utf8_lossy(word).into_owned())
+                .collect(),
+        })
+    }
+
+    /// Every process of the node, by pid.
+    pub fn all(proc: &Path) -> Vec<Process> {
+        let mut all: Vec<Process> = fs::read_dir(proc)
+            .unwrap_or_else(|error| panic!("read {}: {error}", proc.display()))
+            .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+            .filter_map(|pid| Process::read(proc, pid))
+            .collect();
+        all.sort_by_key(|process| process.pid);
+        all
+    }
+
+    /// The file name of its program, from its command line.
+    pub fn program(&self) -> &str {
+        let first = self.argv.first().map_or("", String::as_str);
+        first.rsplit('/').next().unwrap_or(first)
+    }
+
+    /// The word that follows `flag` on its command line.
+    pub fn flag(&self, flag: &str) -> Option<&str> {
+        let at = self.argv.iter().position(|word| word == flag)?;
+        self.argv.get(at + 1).map(String::as_str)
+    }
+
+    /// Whether it is a shim process that serves (and not a short-lived `start` or `delete`).
+    pub fn is_shim(&self) -> bool {
+        self.program().starts_with("containerd-shim-")
+            && self.state != 'Z'
+            && !matches!(
+                self.argv.last().map(String::as_str),
+                Some("start" | "delete")
+            )
+    }
+}
+
+/// Where a process's executable is, as the kernel says it (with ` (deleted)`, if it is).
+pub(crate) fn executable(proc: &Path, pid: u32) -> Option<PathBuf> {
+    fs::read_link(proc.join(pid.to_string()).join("exe")).ok()
+}

@@ -1,0 +1,220 @@
+//! The containerd releases that every test runs on, and the registration of tests.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Trial};
+
+/// The releases that `tests/setup` provides.
+const RELEASES: [&str; 3] = ["1.6", "1.7", "2.1"];
+
+/// One containerd release, unpacked in the cache folder of `tests/setup`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Release {
+    /// `1.6`, `1.7` or `2.1`.
+    pub name: &'static str,
+    /// What the binary itself says, `1.6.20`.
+    pub version: String,
+    /// Holds `containerd`, `ctr` and `containerd-shim-runc-v2`.
+    pub folder: PathBuf,
+}
+
+impl Release {
+    /// The release of that name, or why it cannot be had.
+    pub fn find(name: &'static str) -> Result<Release, String> {
+        let folder = cache().join(format!("containerd-{name}"));
+        if let Ok(why) =
+            fs::read_to_string(folder.with_file_name(format!("containerd-{name}.unavailable")))
+        {
+            return Err(why.trim().to_owned());
+        }
+        match fs::read_to_string(folder.join("VERSION")) {
+            Ok(version) => Ok(Release {
+                name,
+                version: version.trim().to_owned(),
+                folder,
+            }),
+            Err(_) => Err(format!(
+                "{} is not there: run tests/setup",
+                folder.display()
+            )),
+        }
+    }
+
+    /// Every release that can be had, oldest first.
+    pub fn available() -> Vec<Release> {
+        RELEASES
+            .into_iter()
+            .filter_map(|name| Release::find(name).ok())
+            .collect()
+    }
+
+    /// Another release than this one, for upgrades and downgrades; `None` when it cannot be had.
+    pub fn other(&self, name: &'static str) -> Option<Release> {
+        Release::find(name).ok()
+    }
+
+    /// The stock shim of this release.
+    pub fn stock_shim(&self) -> PathBuf {
+        self.folder.join("containerd-shim-runc-v2")
+    }
+
+    /// `1` or `2`.
+    pub fn major(&self) -> u32 {
+        self.name
+            .split('.')
+            .next()
+            .and_then(|major| major.parse().ok())
+            .unwrap_or(0)
+    }
+}
+
+/// The folder that `tests/setup` fills.
+pub(crate) fn cache() -> PathBuf {
+    let folder = |variable| {
+        std::env::var_os(variable)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+    };
+    folder("RECOVERD_CACHE").unwrap_or_else(|| {
+        folder("XDG_CACHE_HOME")
+            .unwrap_or_else(|| {
+                folder("HOME")
+                    .unwrap_or_else(|| "/root".into())
+                    .join(".cache")
+            })
+            .join("recoverd")
+    })
+}
+
+/// The root file system that `tests/setup` made: busybox under every name it knows.
+pub(crate) fn rootfs() -> PathBuf {
+    cache().join("rootfs")
+}
+
+/// The same as an image archive, `localhost/busybox:latest`.
+pub(crate) fn image_archive() -> PathBuf {
+    cache().join("busybox.tar")
+}
+
+/// A binary of this workspace: beside the test's own `deps` folder, as cargo lays them out.
+pub(crate) fn built(program: &str) -> PathBuf {
+    let test =
+        std::env::current_exe().unwrap_or_else(|error| panic!("find the test's own path: {error}"));
+    let folder = test
+        .parent()
+        .and_then(Path::parent)
+        .unwrap_or(Path::new("/nonexistent"));
+    let path = folder.join(program);
+    assert!(
+        path.exists(),
+        "{} is not built: cargo build --workspace --bins",
+        path.display()
+    );
+    path
+}
+
+/// Whose shim a test runs its containers with: the same test on the stock one is the control.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ShimUnderTest {
+    /// The release's own `containerd-shim-runc-v2`.
+    Stock,
+    /// `containerd-shim-recoverd-v1` of this workspace.
+    Recoverd,
+}
+
+impl ShimUnderTest {
+    const ALL: [ShimUnderTest; 2] = [ShimUnderTest::Stock, ShimUnderTest::Recoverd];
+
+    fn word(self) -> &'static str {
+        match self {
+            ShimUnderTest::Stock => "stock",
+            ShimUnderTest::Recoverd => "recoverd",
+        }
+    }
+
+    /// Its runtime, as `ctr run --runtime` takes it.
+    pub fn runtime(self) -> PathBuf {
+        match self {
+            ShimUnderTest::Stock => "io.containerd.runc.v2".into(),
+            ShimUnderTest::Recoverd => built("containerd-shim-recoverd-v1"),
+        }
+    }
+}
+
+/// A test by its name.
+pub type OnRelease = (&'static str, fn(&Release));
+/// A test that is told which shim to use.
+pub type WithShim = (&'static str, fn(&Release, ShimUnderTest));
+
+/// The tests of one file.
+#[derive(Default)]
+pub struct Tests<'a> {
+    /// Run once per release.
+    pub on_every_release: &'a [OnRelease],
+    /// Run once per release and shim.
+    pub with_each_shim: &'a [WithShim],
+    /// Run once, on the newest release that is there.
+    pub once: &'a [OnRelease],
+}
+
+impl Tests<'_> {
+    /// The `main` of a test file.
+    ///
+    /// A release that cannot be had makes its tests *ignored*, never passed; `tests/run` says why.
+    pub fn run(&self) -> ExitCode {
+        let mut trials = Vec::new();
+        for name in RELEASES {
+            let suffix = format!("containerd_{}", name.replace('.', "_"));
+            for &(test, run) in self.on_every_release {
+                trials.push(trial(format!("{test}::{suffix}"), Release::find(name), run));
+            }
+            for &(test, run) in self.with_each_shim {
+                for shim in ShimUnderTest::ALL {
+                    let title = format!("{test}::{}::{suffix}", shim.word());
+                    trials.push(trial(title, Release::find(name), move |release| {
+                        run(release, shim)
+                    }));
+                }
+            }
+        }
+        for &(test, run) in self.once {
+            let newest = Release::available()
+                .pop()
+                .ok_or_else(|| "no release of containerd is there: run tests/setup".to_owned());
+            trials.push(trial(test.to_owned(), newest, run));
+        }
+        libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
+    }
+}
+
+fn trial(
+    name: String,
+    release: Result<Release, String>,
+    run: impl FnOnce(&Release) + Send + 'static,
+) -> Trial {
+    let unavailable = release.is_err();
+    Trial::test(name, move || match release {
+        Ok(release) => {
+            run(&release);
+            Ok(())
+        }
+        Err(why) => Err(why.into()),
+    })
+    .with_ignored_flag(unavailable)
+}
+
+/// The `main` of a test file; see the crate's first page. Lists may be left out.
+#[macro_export]
+macro_rules! tests {
+    ($($list:ident: [$($test:ident),* $(,)?]),* $(,)?) => {
+        fn main() -> ::std::process::ExitCode {
+            $crate::Tests {
+                $($list: &[$((stringify!($test), $test)),*],)*
+                ..::std::default::Default::default()
+            }
+            .run()
+        }
+    };
+}

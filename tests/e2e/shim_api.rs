@@ -8,8 +8,8 @@ use recoverd_common::pb::{runc, task};
 use recoverd_common::shim_client::{CallError, ShimClient};
 use recoverd_common::ttrpc::code;
 use recoverd_tests::{
-    Code, Container, Node, Process, Release, ShimUnderTest, Status, Stdio, assert_refused,
-    oci_process, oci_spec, wait_for,
+    Api, Code, Container, Node, Process, Release, ShimUnderTest, Status, Stdio, Task,
+    assert_refused, oci_process, oci_spec, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -234,6 +234,12 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
     let api = containerd.api("e2e");
     let sleep = oci_process(&["sleep", "2000"]);
 
+    // A Start of an exec that fails makes the stock shims of 1.7.24 and 2.1.9 count less than no
+    // running execs: they panic at the init's exit ("makechan: size out of range") and take its
+    // status along. There the control leaves such a Start out, or asks no more of that task.
+    let ours = shim == ShimUnderTest::Recoverd;
+    let survives = ours || release.name == "1.6";
+
     // A task that is created only.
     let id = "refusals";
     api.container(id, &oci_spec(id, &SLEEPER), shim, None);
@@ -292,11 +298,13 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
             Code::NotFound,
             "process already finished",
         );
-        assert_refused(
-            api.start(id, exec_id),
-            Code::Unknown,
-            "cannot start a stopped process",
-        );
+        if survives {
+            assert_refused(
+                api.start(id, exec_id),
+                Code::Unknown,
+                "cannot start a stopped process",
+            );
+        }
     }
 
     // Exec ids.
@@ -314,11 +322,14 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         "process not created",
     );
     api.start(id, "rt37").expect("start an exec");
-    assert_refused(
-        api.start(id, "rt37"),
-        Code::Unknown,
-        "cannot start a running process",
-    );
+    if survives {
+        assert_refused(
+            api.start(id, "rt37"),
+            Code::Unknown,
+            "cannot start a running process",
+        );
+    }
+
     assert_refused(
         api.delete(id, "rt37"),
         Code::Unknown,
@@ -339,21 +350,6 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         "{refused:?}"
     );
     assert_eq!(api.resume(id), Ok(()));
-
-    // What cannot be executed fails at Start, with runc's words, and costs only itself.
-    api.exec(id, "absent", &oci_process(&["/no/such/program"]), &none())
-        .expect("exec");
-    assert_refused(
-        api.start(id, "absent"),
-        Code::Unknown,
-        "OCI runtime exec failed",
-    );
-    let missing = api
-        .start(id, "absent")
-        .expect_err("a failed exec was started again");
-    assert_eq!(missing.code, Code::Unknown, "{missing:?}");
-    assert!(api.delete(id, "absent").is_ok());
-    assert_eq!(api.phase(id, ""), Status::Running);
 
     // A stopped one: its execs have been told as well.
     api.exec(id, "unstarted", &sleep, &none()).expect("exec");
@@ -377,12 +373,16 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         Code::Unknown,
         "",
     );
-    let late = api
-        .start(id, "unstarted")
-        .expect_err("an exec was started in a stopped container");
-    if shim == ShimUnderTest::Recoverd {
-        // As the newest stock shims; those of 1.6.20 fork a runc that fails, with Unknown.
-        assert_eq!(late.code, Code::FailedPrecondition, "{late:?}");
+    if survives {
+        let late = api.start(id, "unstarted");
+        let late = late.expect_err("an exec was started in a stopped container");
+        // The stock shim of 1.6.20 forks a runc that fails, newer ones say what ours says.
+        let code = if ours {
+            Code::FailedPrecondition
+        } else {
+            Code::Unknown
+        };
+        assert_eq!(late.code, code, "{late:?}");
     }
     api.delete(id, "")
         .expect("delete, with an exec that was never started");
@@ -395,6 +395,39 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         assert_refused(refused, Code::NotFound, "");
     }
     wait_no_shims(&node);
+
+    // What cannot be executed fails at Start, with runc's words, and costs only itself.
+    let id = "failures";
+    api.run(id, &oci_spec(id, &SLEEPER), shim, &none());
+    api.exec(id, "absent", &oci_process(&["/no/such/program"]), &none())
+        .expect("exec");
+    assert_refused(
+        api.start(id, "absent"),
+        Code::Unknown,
+        "OCI runtime exec failed",
+    );
+    if ours {
+        assert_refused(
+            api.start(id, "absent"),
+            Code::Unknown,
+            "cannot start a stopped process",
+        );
+        assert_refused(
+            api.wait(id, "absent"),
+            Code::FailedPrecondition,
+            "did not start",
+        );
+    }
+    api.delete(id, "absent")
+        .expect("delete an exec that did not start");
+    assert_eq!(api.phase(id, ""), Status::Running);
+    if ours {
+        assert_eq!(api.end(id).status, KILLED);
+        wait_no_shims(&node);
+    } else {
+        containerd.ctr_ok("e2e", ["tasks", "kill", "--signal", "KILL", id]);
+        wait_no_running(&api, id);
+    }
 
     // A command that does not exist: Create or Start fails, with runc's words, nothing stays.
     api.container(
@@ -412,7 +445,18 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         "{failed:?}"
     );
     assert_refused(api.state("absent", ""), Code::NotFound, "");
-    wait_no_shims(&node);
+    if ours {
+        wait_no_shims(&node);
+    }
+}
+
+/// Waits until a task is stopped or gone.
+#[track_caller]
+fn wait_no_running(api: &Api, id: &str) {
+    wait_for(&format!("the end of {id}"), || match api.state(id, "") {
+        Ok(state) => (state.status() == Status::Stopped).then_some(()),
+        Err(_) => Some(()),
+    });
 }
 
 fn exits_of_any_haste_are_told_truly(release: &Release, shim: ShimUnderTest) {
@@ -527,11 +571,12 @@ fn containers_of_one_group_share_a_shim(release: &Release, shim: ShimUnderTest) 
     let pause = containerd.run(&by_pod("pause", None));
     let app = containerd.run(&by_pod("app", Some("app")));
     let alone = containerd.run(&Container::new("alone").shim(shim));
-    assert_eq!((&lead.shim, lead.socket()), (&member.shim, member.socket()));
-    assert_eq!((&pause.shim, pause.socket()), (&app.shim, app.socket()));
+    let served = |task: &Task| (task.shim.pid, task.socket().to_owned());
+    assert_eq!(served(&lead), served(&member));
+    assert_eq!(served(&pause), served(&app));
     assert_eq!(node.shims().len(), 3);
-    assert_ne!(lead.shim, pause.shim);
-    assert_ne!(alone.shim, pause.shim);
+    assert_ne!(served(&lead), served(&pause));
+    assert_ne!(served(&alone), served(&pause));
 
     // Each answers for itself, at the same time.
     let api = containerd.api("e2e");
@@ -563,7 +608,6 @@ fn containers_of_one_group_share_a_shim(release: &Release, shim: ShimUnderTest) 
         last.assert_init_alive();
         last.assert_shim_alive();
         assert_eq!(api.phase(last.id(), ""), Status::Running);
-        // And a new one joins it.
         containerd.remove(last);
         node.wait_gone(&last.shim);
     }
@@ -589,6 +633,18 @@ fn options_of_runc_are_passed_on(release: &Release, shim: ShimUnderTest) {
     )
     .expect("write a wrapper");
     node.run("chmod", ["+x".as_ref(), wrapper.as_os_str()]);
+    // As the stock shim wants it, it exists already.
+    node.shell(
+        "for h in /sys/fs/cgroup /sys/fs/cgroup/*; do
+            for f in $h/shims $h/shims/here; do
+                [ ! -e $h/cgroup.procs ] || mkdir -p $f
+                if [ -e $f/cpuset.mems ]; then
+                    cat ${f%/*}/cpuset.mems >$f/cpuset.mems
+                    cat ${f%/*}/cpuset.cpus >$f/cpuset.cpus
+                fi
+            done
+        done",
+    );
     let options = runc::Options {
         binary_name: wrapper.display().to_string(),
         root: "/run/elsewhere".into(),

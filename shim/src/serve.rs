@@ -421,6 +421,7 @@ impl Shim {
             Output::Log { .. } => {}
             Output::Effect(effect) => self.effect(effect, now),
             Output::Post(post) => self.post(post),
+            Output::Say(text) => self.log.say(Level::Warning, &text),
             Output::Close(connection, why) => {
                 if let Some(why) = why {
                     self.log

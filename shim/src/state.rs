@@ -61,6 +61,8 @@ pub enum Output {
         /// The request.
         payload: Vec<u8>,
     },
+    /// A line for the log of the shim.
+    Say(String),
     /// Close a connection.
     Close(u64, Option<Violation>),
     /// Nobody new: close the listener, remove the socket and the files beside it.
@@ -243,6 +245,12 @@ impl LoopState {
         now: Now,
         out: &mut Vec<Output>,
     ) {
+        // That something has just gone is everyday life, and not for the log.
+        if let Err(refusal) = reply
+            && refusal.code != code::NOT_FOUND
+        {
+            out.push(Output::Say(format!("refused: {}", refusal.message)));
+        }
         let payload = service::response(reply);
         if let Err(violation) = self.connections.answer(to, &payload) {
             self.close(to.connection, Some(violation), now, out);

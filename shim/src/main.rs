@@ -24,6 +24,7 @@ mod connections;
 #[allow(dead_code)] // restoring is for a successor
 mod context;
 mod delete;
+mod delete_look;
 mod delete_rule;
 mod event_log;
 mod events;

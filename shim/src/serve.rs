@@ -54,7 +54,7 @@ use crate::{
     journal::{Fixed, Journal},
     log::{Level, Log},
     oom::OomWatch,
-    reaper,
+    reaper, remains,
     runc::{self, Place},
     serve_args::ServeArgs,
     service::{Key, Refusal, Reply},
@@ -239,11 +239,11 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     };
-    // `start` may have been killed meanwhile; containerd then does not know of us, and says so
-    // with `delete`.
-    let told = readiness.ready();
-    if let Err(e) = told {
-        shim.log.say(Level::Warning, &format!("tell start: {e}"));
+    if let Err(e) = readiness.ready() {
+        // `start` was killed meanwhile: containerd has forgotten this task, without `delete`, and
+        // nobody would ever tell this daemon to go.
+        remains::remove_group(&shim.socket);
+        return Err(failed::<io::Error>("tell start")(e).into());
     }
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
     let result = shim.serve(&signals);
@@ -435,7 +435,7 @@ impl Shim {
         while let Some(input) = self.inbox.pop_front() {
             self.make_room(&input);
             let now = now();
-            let outputs = self.state.step(input, now);
+            let outputs = self.step(input, now);
             for output in &outputs {
                 if let Output::Log {
                     number,
@@ -455,6 +455,12 @@ impl Shim {
             }
         }
         self.flush();
+    }
+
+    fn step(&mut self, input: Input, now: Now) -> Vec<Output> {
+        #[cfg(feature = "trace")]
+        trace(&input, now);
+        self.state.step(input, now)
     }
 
     fn make_room(&mut self, input: &Input) {
@@ -1080,7 +1086,7 @@ impl Shim {
             } else {
                 Input::Sent(number, sent)
             };
-            for output in self.state.step(input, now) {
+            for output in self.step(input, now) {
                 self.perform(output, now);
             }
         }
@@ -1153,6 +1159,17 @@ impl Shim {
                 }
             }
         }
+    }
+}
+
+/// See the feature in Cargo.toml.
+#[cfg(feature = "trace")]
+fn trace(input: &Input, now: Now) {
+    if let Some(path) = std::env::var_os("RECOVERD_SHIM_TRACE")
+        && let Ok(mut file) = File::options().append(true).create(true).open(path)
+        && let Ok(line) = serde_json::to_string(&(input, now))
+    {
+        let _ = writeln!(file, "{line}");
     }
 }
 

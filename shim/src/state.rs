@@ -294,3 +294,209 @@ impl LoopState {
 fn post(posts: Vec<Post>, out: &mut Vec<Output>) {
     out.extend(posts.into_iter().map(Output::Post));
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use recoverd_common::ttrpc::{Header, Kind};
+
+    /// Recorded under containerd 1.7.24 with the feature `trace`: a task, execs (with stdin,
+    /// failing, with a terminal), pause, resume, pids, metrics; containerd killed; exec and init
+    /// killed while it was away; containerd started anew; delete, shutdown. The shim was pid 1000.
+    const RUN: &str = include_str!("../testdata/restart-1.7.jsonl");
+
+    fn inputs() -> Vec<(Input, Now)> {
+        RUN.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    fn carried(state: &LoopState) -> LoopState {
+        serde_json::from_slice(&serde_json::to_vec(state).unwrap()).unwrap()
+    }
+
+    #[test]
+    fn the_whole_loop_can_be_carried_over_after_every_event_of_a_recorded_run() {
+        let mut stayed = LoopState::new("ns", 1000);
+        let mut moved = stayed.clone();
+        let mut left = false;
+        for (number, (input, now)) in inputs().into_iter().enumerate() {
+            let here = stayed.step(input.clone(), now);
+            let there = moved.step(input, now);
+            assert_eq!(here, there, "input {number}");
+            left |= here.contains(&Output::Exit);
+            moved = carried(&moved);
+            assert_eq!(stayed, moved, "after input {number}");
+        }
+        // Its end, as it was: nothing is left, and it leaves.
+        assert!(left && stayed.tasks.is_idle() && stayed.outbox.is_empty());
+    }
+
+    #[test]
+    fn a_recorded_run_ends_the_same_when_its_bytes_come_one_by_one() {
+        let run = |cut: usize| {
+            let mut state = LoopState::new("ns", 1000);
+            let mut effects = Vec::new();
+            for (input, now) in inputs() {
+                let parts = match input {
+                    Input::Bytes(connection, bytes) => bytes
+                        .chunks(cut)
+                        .map(|part| Input::Bytes(connection, part.to_vec()))
+                        .collect(),
+                    other => vec![other],
+                };
+                for part in parts {
+                    effects.extend(state.step(part, now));
+                    state = carried(&state);
+                }
+            }
+            effects
+        };
+        let whole = run(usize::MAX);
+        assert!(whole.contains(&Output::Exit));
+        assert_eq!(run(7), whole);
+    }
+
+    #[test]
+    fn every_event_of_a_recorded_run_is_logged_and_acknowledged() {
+        let mut state = LoopState::new("ns", 1000);
+        let mut logged = Vec::new();
+        let mut acknowledged = Vec::new();
+        for (input, now) in inputs() {
+            for output in state.step(input, now) {
+                match output {
+                    Output::Log { number, .. } => logged.push(number),
+                    Output::Post(Post::Acknowledged(number)) => acknowledged.push(number),
+                    _ => {}
+                }
+            }
+        }
+        assert!(logged.len() > 10);
+        acknowledged.sort_unstable();
+        assert_eq!(acknowledged, logged);
+    }
+
+    fn at(mono_ms: u64) -> Now {
+        Now {
+            mono_ms,
+            wall: Timestamp {
+                seconds: 0,
+                nanos: 0,
+            },
+        }
+    }
+
+    fn frame(stream: u32, method: &str) -> Vec<u8> {
+        use prost::Message;
+        let payload = recoverd_common::pb::ttrpc::Request {
+            service: "containerd.task.v2.Task".into(),
+            method: method.into(),
+            ..Default::default()
+        }
+        .encode_to_vec();
+        let header = Header {
+            length: payload.len() as u32,
+            stream,
+            kind: Kind::Request,
+            flags: 0,
+        };
+        [&header.bytes()[..], &payload].concat()
+    }
+
+    #[test]
+    fn hostile_peers_cost_their_own_connection_only() {
+        let mut state = LoopState::new("ns", 1);
+        for _ in 0..4 {
+            state.step(Input::Accepted, at(0));
+        }
+        let closed = |out: &[Output]| {
+            let mut closes = out.iter().filter_map(|output| match output {
+                Output::Close(number, Some(_)) => Some(*number),
+                _ => None,
+            });
+            closes.next()
+        };
+        // Garbage, half a frame, silence (4), and one that behaves.
+        let out = state.step(Input::Bytes(1, b"GET / HTTP/1.1\r\n\r\n".to_vec()), at(0));
+        assert_eq!(closed(&out), Some(1));
+        let half = frame(1, "Connect");
+        let out = state.step(Input::Bytes(2, half[..half.len() - 1].to_vec()), at(0));
+        assert_eq!(closed(&out), None);
+        state.step(Input::Bytes(3, frame(1, "Connect")), at(0));
+        assert!(!state.connections.unsent(3).is_empty());
+        assert!(state.connections.unsent(2).is_empty());
+        // Well framed, not a request: answered, and the connection lives.
+        let header = Header {
+            length: 2,
+            stream: 3,
+            kind: Kind::Request,
+            flags: 0,
+        };
+        let bytes = [&header.bytes()[..], &[0xff, 0xff]].concat();
+        let before = state.connections.unsent(3).len();
+        let out = state.step(Input::Bytes(3, bytes), at(0));
+        assert_eq!(closed(&out), None);
+        assert!(state.connections.unsent(3).len() > before);
+    }
+
+    #[test]
+    fn shutdown_without_tasks_retires_before_it_answers_and_then_exits() {
+        let mut state = LoopState::new("ns", 1);
+        state.step(Input::Accepted, at(0));
+        let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
+        assert_eq!(out, [Output::Retire, Output::Exit]);
+        assert!(!state.connections.unsent(1).is_empty());
+    }
+
+    #[test]
+    fn shutdown_waits_for_the_last_events_but_not_for_ever() {
+        let mut state = LoopState::new("ns", 1);
+        state.step(Input::Accepted, at(0));
+        state
+            .outbox
+            .push(&Notice::Oom("a".into()), "ns", at(0).wall);
+        let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
+        assert_eq!(out, [Output::Post(Post::Open)]);
+        assert!(state.connections.unsent(1).is_empty());
+        state.step(Input::EventsLost("refused".into()), at(0));
+        let out = state.step(Input::Tick, at(FLUSH_MS));
+        assert!(out.contains(&Output::Retire) && !out.contains(&Output::Exit));
+        assert!(!state.connections.unsent(1).is_empty());
+        let out = state.step(Input::Tick, at(FLUSH_MS + LINGER_MS));
+        assert!(out.contains(&Output::Exit));
+    }
+
+    #[test]
+    fn without_room_nothing_new_is_taken_on_and_everything_else_goes_on() {
+        let mut state = LoopState::new("ns", 1);
+        state.step(Input::Accepted, at(0));
+        state.no_room = Some("make room for record: no space".into());
+        let create = recoverd_common::pb::task::CreateTaskRequest {
+            id: "a".into(),
+            bundle: "/b".into(),
+            ..Default::default()
+        };
+        let request = |method: &str, payload: Vec<u8>| {
+            use prost::Message;
+            let payload = recoverd_common::pb::ttrpc::Request {
+                service: "containerd.task.v3.Task".into(),
+                method: method.into(),
+                payload,
+                ..Default::default()
+            };
+            service::parse(&payload.encode_to_vec()).unwrap().0
+        };
+        let to = Caller {
+            connection: 1,
+            stream: 1,
+        };
+        let mut out = Vec::new();
+        use prost::Message;
+        let call = request("Create", create.encode_to_vec());
+        state.request(to, call, None, at(0), &mut out);
+        assert_eq!(out, []);
+        assert!(state.tasks.is_idle());
+        let said = String::from_utf8_lossy(state.connections.unsent(1)).into_owned();
+        assert!(said.contains("no space"), "{said}");
+    }
+}

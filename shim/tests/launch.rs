@@ -18,6 +18,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
 use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
@@ -26,6 +30,7 @@ use recoverd_common::{
     proc::{Proc, ProcessId},
     record::{self, Context, Exit, Phase, Process, Record, Runtime, Shim, Stdio as Io, Task},
     seen::Seen,
+    shim_client::ShimClient,
     timestamp::Timestamp,
     ttrpc::{HEADER, Header, Kind, code},
 };
@@ -75,6 +80,7 @@ impl Node {
         bootstrap::BootstrapParams {
             instance_id: id.into(),
             namespace: "ns".into(),
+            containerd_ttrpc_address: "unix:///run/test/events.sock".into(),
             extensions: vec![bootstrap::Extension { value: any }],
             socket_dir: Some(self.sockets().to_str().unwrap().into()),
             ..Default::default()
@@ -158,6 +164,7 @@ fn names(folder: &Path) -> Vec<String> {
 fn run(here: &Path, words: &[&str], input: &[u8]) -> Output {
     let mut child = Command::new(BINARY)
         .args(words)
+        .env_remove("TTRPC_ADDRESS")
         .current_dir(here)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -574,6 +581,267 @@ fn a_full_run_is_one_line_and_leaves_nothing() {
     }
 }
 
+/// Who answers at `socket`.
+fn shim_at(socket: &Path) -> u32 {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    let mut client = ShimClient::connect(socket, "ns", deadline).unwrap();
+    let response = client.connect_task("c").unwrap();
+    assert_eq!(response.task_pid, 0);
+    response.shim_pid
+}
+
+/// A daemon that ends with the test.
+struct Daemon(u32);
+
+impl Daemon {
+    fn at(socket: &Path) -> Self {
+        Self(shim_at(socket))
+    }
+
+    fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(i32::try_from(self.0).unwrap()), signal).unwrap();
+    }
+
+    fn link(&self, name: &str) -> PathBuf {
+        fs::read_link(format!("/proc/{}/{name}", self.0)).unwrap()
+    }
+
+    /// Ends it and waits until its socket refuses.
+    fn end(self, socket: &Path) {
+        drop(self);
+        until(|| std::os::unix::net::UnixStream::connect(socket).is_err());
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        self.signal(Signal::SIGKILL);
+    }
+}
+
+#[track_caller]
+fn until(holds: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(20);
+    while !holds() {
+        assert!(Instant::now() < deadline, "it never came to that");
+        thread::sleep(Duration::from_millis(5));
+    }
+}
+
+#[test]
+fn start_brings_up_a_daemon_of_its_own_session_with_nothing_of_ours() {
+    let node = Node::new();
+    let bundle = node.make_bundle(
+        "c",
+        r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#,
+    );
+    let output = node.start("c", None);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let socket = node.socket("g");
+    let address = format!("unix://{}", socket.display());
+    assert_eq!((text(&output.stdout), output.stderr), (address, vec![]));
+    assert_eq!(
+        fs::metadata(&socket).unwrap().permissions().mode() & 0o777,
+        0o600
+    );
+
+    let daemon = Daemon::at(&socket);
+    assert_eq!(daemon.link("cwd"), bundle);
+    let environment = fs::read(format!("/proc/{}/environ", daemon.0)).unwrap();
+    let variables: Vec<_> = environment.split(|byte| *byte == 0).collect();
+    assert!(variables.contains(&b"TTRPC_ADDRESS=/run/test/events.sock".as_slice()));
+    for number in ["fd/0", "fd/1"] {
+        assert_eq!(daemon.link(number), Path::new("/dev/null"));
+    }
+    let words = Proc::new("/proc").arguments(i32::try_from(daemon.0).unwrap());
+    let expected = [
+        BINARY,
+        "-namespace",
+        "ns",
+        "-id",
+        "c",
+        "-address",
+        GRPC,
+        "-group=g",
+    ];
+    assert_eq!(words, Seen::Present(expected.map(str::to_owned).to_vec()));
+    let session = nix::unistd::getsid(Some(Pid::from_raw(i32::try_from(daemon.0).unwrap())));
+    assert_eq!(session.unwrap().as_raw(), i32::try_from(daemon.0).unwrap());
+    let score = |pid: u32| -> i32 {
+        let text = fs::read_to_string(format!("/proc/{pid}/oom_score_adj")).unwrap();
+        text.trim().parse().unwrap()
+    };
+    assert_eq!(score(daemon.0), (score(std::process::id()) + 1).min(1000));
+    assert!(matches!(
+        record::read(&Beside::of(&socket).record),
+        Seen::Present(_)
+    ));
+
+    // The next of the group joins it; after its death the next replaces it.
+    node.make_bundle(
+        "d",
+        r#"{"annotations":{"io.containerd.runc.v2.group":"g"}}"#,
+    );
+    assert_eq!(node.start("d", None).stdout, output.stdout);
+    assert_eq!(shim_at(&socket), daemon.0);
+    let before = daemon.0;
+    daemon.end(&socket);
+    assert_eq!(node.start("d", None).stdout, output.stdout);
+    let next = Daemon::at(&socket);
+    assert_ne!(next.0, before);
+    next.end(&socket);
+    deleted(&node.delete("d"));
+    assert_eq!(node.leftovers(), [""; 0]);
+}
+
+#[test]
+fn the_daemon_is_in_the_cgroup_that_the_options_name() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let name = format!("recoverd-shims-{}", std::process::id());
+    let root = Path::new("/sys/fs/cgroup");
+    // One v1 hierarchy is enough; on v2 it is the only one.
+    let parent = if root.join("pids").is_dir() {
+        root.join("pids")
+    } else {
+        root.into()
+    };
+    let folder = parent.join(&name);
+    if fs::create_dir(&folder).is_err() {
+        eprintln!("SKIPPED: this test has to make a cgroup");
+        return;
+    }
+    let options = runc::Options {
+        shim_cgroup: format!("/{name}"),
+        ..Default::default()
+    };
+    let output = node.start("c", Some(options));
+    let members = fs::read_to_string(folder.join("cgroup.procs")).unwrap();
+    let started = output
+        .status
+        .success()
+        .then(|| Daemon::at(&node.socket("c")));
+    let pid = started.as_ref().map_or(0, |daemon| daemon.0);
+    if let Some(daemon) = started {
+        daemon.end(&node.socket("c"));
+    }
+    until(|| fs::remove_dir(&folder).is_ok());
+    assert_eq!(members.trim(), pid.to_string(), "{}", text(&output.stderr));
+}
+
+#[test]
+fn starts_of_one_group_at_once_bring_up_one_daemon() {
+    let node = Node::new();
+    let ids = ["a", "b", "c", "d", "e", "f"];
+    let socket = node.socket("pod");
+    for id in ids {
+        let config = r#"{"annotations":{"io.kubernetes.cri.sandbox-id":"pod"}}"#;
+        node.make_bundle(id, config);
+    }
+    for round in 0..5 {
+        let outputs = thread::scope(|scope| {
+            let starts: Vec<_> = ids.map(|id| scope.spawn(|| node.start(id, None))).into();
+            starts
+                .into_iter()
+                .map(|start| start.join().unwrap())
+                .collect::<Vec<_>>()
+        });
+        for output in &outputs {
+            assert!(
+                output.status.success(),
+                "round {round}: {}",
+                text(&output.stderr)
+            );
+            assert_eq!(text(&output.stdout), format!("unix://{}", socket.display()));
+        }
+        let ours = socket.to_str().unwrap();
+        let table = fs::read_to_string("/proc/net/unix").unwrap();
+        let listening = |line: &&str| line.ends_with(ours) && line.contains(" 00010000 ");
+        assert_eq!(table.lines().filter(listening).count(), 1, "{table}");
+        // The next round finds a stale socket.
+        Daemon::at(&socket).end(&socket);
+    }
+}
+
+#[test]
+fn a_daemon_with_a_socket_of_its_own_takes_no_file_and_no_listener_away() {
+    let node = Node::new();
+    let serve = |path: &Path| {
+        let socket = path.to_str().unwrap();
+        let words = [
+            "-namespace",
+            "ns",
+            "-address",
+            GRPC,
+            "-id",
+            "c",
+            "-socket",
+            socket,
+        ];
+        run(node.dir.path(), &words, b"")
+    };
+    let file = node.sockets().join("file");
+    fs::write(&file, "precious").unwrap();
+    assert_eq!(serve(&file).status.code(), Some(1));
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    let socket = node.socket("c");
+    fake_shim(&socket, not_found());
+    assert_refused(&serve(&socket), 1, "another shim is responsible");
+    let held = lock(&node.socket("held"));
+    assert_refused(
+        &serve(&node.socket("held")),
+        1,
+        "another shim is responsible",
+    );
+    drop(held);
+    assert!(!Beside::of(&file).lock.exists() && !Beside::of(&socket).lock.exists());
+}
+
+#[test]
+fn a_start_of_which_nobody_reads_the_answer_leaves_nothing() {
+    let node = Node::new();
+    let bundle = node.make_bundle("c", "{}");
+    let (reads, writes) = std::io::pipe().unwrap();
+    drop(reads);
+    let mut child = Command::new(BINARY)
+        .args(["-namespace", "ns", "-address", GRPC, "-id", "c", "start"])
+        .current_dir(&bundle)
+        .stdin(Stdio::piped())
+        .stdout(writes)
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    child
+        .stdin
+        .take()
+        .unwrap()
+        .write_all(&node.params("c", None))
+        .unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    assert_eq!(
+        (node.leftovers(), names(&bundle)),
+        (vec![], vec!["config.json".to_owned()])
+    );
+}
+
+#[test]
+fn a_stopped_shim_is_neither_joined_nor_replaced() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let socket = node.socket("c");
+    assert!(node.start("c", None).status.success());
+    let daemon = Daemon::at(&socket);
+    daemon.signal(Signal::SIGSTOP);
+    assert_refused(
+        &node.start("c", None),
+        1,
+        "shim of group \"c\" is unresponsive",
+    );
+    daemon.signal(Signal::SIGCONT);
+    assert!(node.start("c", None).status.success());
+    assert_eq!(shim_at(&socket), daemon.0);
+}
+
 // ---- delete ----
 
 #[test]
@@ -666,6 +934,58 @@ fn delete_ends_a_living_init_and_never_the_owner_of_a_reused_pid() {
         assert_eq!(victim.ended(), !reused, "{id}");
     }
     assert_eq!(node.leftovers(), [""; 0]);
+}
+
+#[test]
+fn delete_takes_a_shim_that_does_not_answer_for_dead_and_leaves_its_files_to_it() {
+    let node = Node::new();
+    node.deserted("c", "c", "rmdir \"$2/$5\"");
+    let socket = node.socket("c");
+    let (mut victim, init) = Victim::new();
+    write_record(&socket, vec![recorded("c", Some(init), None)]);
+    // Listens, holds the lock, and never accepts: as under SIGSTOP.
+    let _listener = UnixListener::bind(&socket).unwrap();
+    let _held = lock(&socket);
+    let before = node.leftovers();
+    let started = Instant::now();
+    let response = deleted(&node.delete("c"));
+    assert!(
+        started.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        started.elapsed()
+    );
+    assert_eq!((response.pid, response.exit_status), (init.pid, 137));
+    assert!(victim.ended());
+    assert_eq!(node.leftovers(), before);
+}
+
+#[test]
+fn delete_asks_the_kernel_for_the_status_of_an_init_that_nobody_has_reaped() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let socket = node.socket("c");
+    let address = format!("unix://{}", socket.display());
+    fs::write(node.bundle("c").join("address"), address).unwrap();
+    let mut child = Command::new("sh").args(["-c", "exit 7"]).spawn().unwrap();
+    let stat = || {
+        Proc::new("/proc")
+            .stat(i32::try_from(child.id()).unwrap())
+            .present()
+            .cloned()
+    };
+    until(|| stat().is_some_and(|stat| !stat.alive()));
+    let init = Process {
+        pid: child.id(),
+        start_time: stat().unwrap().id.start_time,
+    };
+    write_record(&socket, vec![recorded("c", Some(init), None)]);
+    let output = node.delete("c");
+    let response = deleted(&output);
+    child.wait().unwrap();
+    assert_eq!(
+        (response.exit_status, text(&output.stderr).as_str()),
+        (7, "")
+    );
 }
 
 #[test]

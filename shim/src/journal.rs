@@ -109,8 +109,7 @@ fn running(job: &Job) -> record::Running {
         op: job.work.word().to_owned(),
         id: job.key.id.clone(),
         exec_id: job.key.exec_id.clone(),
-        // It is a child of ours; a successor finds what it left by its files.
-        process: None,
+        process: job.process.map(process),
     }
 }
 

@@ -82,6 +82,8 @@ const READS: u32 = 16;
 /// Room kept in the log of events for each request that adds a task or an exec, bytes: its events
 /// are below one KiB each, but for the mounts and paths that came with the request.
 const EVENT_ROOM: u64 = 8192;
+/// After a failed accept, milliseconds.
+const ACCEPT_PAUSE_MS: u64 = 500;
 /// Sub-groups below a container's cgroup that are looked through for pids.
 const MAX_DEPTH: u32 = 8;
 
@@ -117,6 +119,7 @@ struct Child {
     log_offset: u64,
     program: String,
     private_pids: bool,
+    memory_limit: Option<u64>,
 }
 
 /// The part of `config.json` that the shim itself needs.
@@ -195,6 +198,8 @@ struct Shim {
     namespace: String,
     socket: PathBuf,
     beside: Beside,
+    /// The listener is not watched until then.
+    accept_at: Option<u64>,
     leave: bool,
 }
 
@@ -338,6 +343,7 @@ fn begin(
         namespace: namespace.to_owned(),
         socket,
         beside,
+        accept_at: None,
         leave: false,
     };
     shim.take_over_events().map_err(failed("write events"))?;
@@ -387,17 +393,21 @@ impl Shim {
             if self.state.deadline().is_some_and(|at| at <= now) {
                 self.handle(Input::Tick);
             }
+            if self.accept_at.is_some_and(|at| at <= now) {
+                self.accept_at = None;
+                if let Some(listener) = &self.listener {
+                    let event = EpollEvent::new(EpollFlags::EPOLLIN, LISTENER);
+                    // Fails only when it is watched already.
+                    let _ = self.epoll.add(listener, event);
+                }
+            }
         }
         Ok(())
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let deadline = self
-            .state
-            .deadline()
-            .into_iter()
-            .chain(self.stdio.deadline());
-        let Some(at) = deadline.min() else {
+        let deadlines = [self.state.deadline(), self.stdio.deadline(), self.accept_at];
+        let Some(at) = deadlines.into_iter().flatten().min() else {
             return EpollTimeout::NONE;
         };
         // One more: the clock is cut to milliseconds, and waking too early would spin.
@@ -452,6 +462,10 @@ impl Shim {
             }
             for output in outputs {
                 self.perform(output, now);
+            }
+            // Children and loggers have their pids only now.
+            if self.state.tasks.take_dirty() {
+                self.write_record();
             }
         }
         self.flush();
@@ -603,6 +617,7 @@ impl Shim {
         );
         match self.start_child(key, work) {
             Ok(child) => {
+                self.state.tasks.started(job, process_of(child.pid));
                 self.children.insert(job, child);
             }
             Err(text) => {
@@ -642,9 +657,9 @@ impl Shim {
             env: None,
         };
         let mut private_pids = task.private_pids;
+        let mut memory_limit = task.memory_limit;
         match work {
             Work::Create | Work::Exec => {
-                let mut memory_limit = None;
                 if *work == Work::Create {
                     let config = Config::read(bundle)?;
                     private_pids = config.private_pids();
@@ -663,6 +678,7 @@ impl Shim {
                 let wanted = Wanted {
                     key,
                     wish: &member.stdio,
+                    stdin_closed: member.stdin_closed,
                     bundle,
                     namespace: &self.namespace,
                     owner: (task.options.io_uid, task.options.io_gid),
@@ -710,6 +726,7 @@ impl Shim {
             log_offset,
             program,
             private_pids,
+            memory_limit,
         })
     }
 
@@ -743,6 +760,7 @@ impl Shim {
     fn report(&self, child: &Child) -> Report {
         let mut report = Report {
             private_pids: child.private_pids,
+            memory_limit: child.memory_limit,
             ..Report::default()
         };
         if !matches!(child.work, Work::Create | Work::Exec) {
@@ -761,10 +779,7 @@ impl Shim {
             Seen::Absent | Seen::Unknown(_) => None,
         };
         if let Some(pid) = pid {
-            report.process = u32::try_from(pid).ok().map(|number| Process {
-                pid: number,
-                start_time: reaper::start_time(Pid::from_raw(pid)),
-            });
+            report.process = Some(process_of(Pid::from_raw(pid)));
             if child.work == Work::Create {
                 report.cgroup = match Cgroup::of(&self.roots, pid) {
                     Seen::Present(cgroup) => Some(cgroup),
@@ -994,9 +1009,14 @@ impl Shim {
             let stream = match listener.accept() {
                 Ok((stream, _)) => stream,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                // Out of descriptors it stays in the backlog and wakes us again; whatever we
-                // close makes room.
-                Err(_) => return,
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Err(e) => {
+                    // Out of descriptors or memory: the backlog would wake us again at once.
+                    self.log.say(Level::Warning, &format!("accept: {e}"));
+                    let _ = self.epoll.delete(listener);
+                    self.accept_at = Some(now().mono_ms.saturating_add(ACCEPT_PAUSE_MS));
+                    return;
+                }
             };
             let peer = getsockopt(&stream, sockopt::PeerCredentials);
             if !peer.is_ok_and(|peer| peer.uid() == geteuid().as_raw()) {
@@ -1159,6 +1179,14 @@ impl Shim {
                 }
             }
         }
+    }
+}
+
+fn process_of(pid: Pid) -> Process {
+    Process {
+        // A pid is positive.
+        pid: u32::try_from(pid.as_raw()).unwrap_or(0),
+        start_time: reaper::start_time(pid),
     }
 }
 

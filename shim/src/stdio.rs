@@ -45,7 +45,7 @@ use crate::{
     sys,
 };
 
-/// The fifo of an init holds this much, bytes, if the memory limit does not say less.
+/// A fifo holds this much, bytes, if the memory limit does not say less.
 const FIFO_SIZE: u64 = 1 << 20;
 /// One splice, bytes.
 const CHUNK: usize = 1 << 20;
@@ -63,6 +63,8 @@ pub struct Wanted<'a> {
     pub key: &'a Key,
     /// What was asked for.
     pub wish: &'a StdioWish,
+    /// CloseIO came before the start.
+    pub stdin_closed: bool,
     /// The task's bundle.
     pub bundle: &'a Path,
     /// containerd's namespace.
@@ -71,6 +73,20 @@ pub struct Wanted<'a> {
     pub owner: (u32, u32),
     /// The container's memory limit, bytes.
     pub memory_limit: Option<u64>,
+}
+
+impl Wanted<'_> {
+    /// Makes a pipe or fifo as large as it may be: what it holds counts against the memory limit
+    /// of its writer, and a larger one means fewer turns.
+    fn size(&self, pipe: &OwnedFd) {
+        let size = self
+            .memory_limit
+            .map_or(FIFO_SIZE, |limit| FIFO_SIZE.min(limit / 16).max(4096));
+        // Refused above pipe-max-size without CAP_SYS_RESOURCE: then it stays as it is.
+        if let Ok(size) = i32::try_from(size) {
+            let _ = fcntl(pipe, FcntlArg::F_SETPIPE_SZ(size));
+        }
+    }
 }
 
 /// What the process's starter gets.
@@ -258,8 +274,10 @@ impl Stdio {
                 let (theirs, ours) =
                     pipe2(OFlag::O_CLOEXEC).map_err(|e| format!("make pipe: {e}"))?;
                 own(&theirs, wanted.owner);
+                wanted.size(&fifo);
+                wanted.size(&ours);
                 set_nonblocking(&ours);
-                relays.push((fifo, Some(ours), RelayKind::Input(false)));
+                relays.push((fifo, Some(ours), RelayKind::Input(wanted.stdin_closed)));
                 set_file(&mut opened, 0, ChildFile::Fd(theirs));
             }
             match target {
@@ -293,6 +311,11 @@ impl Stdio {
         for (from, to, kind) in relays {
             self.relay(&key, from, to, kind, epoll)
                 .map_err(|e| format!("watch stdio: {e}"))?;
+        }
+        if wanted.stdin_closed {
+            // Nothing more will wake it; a client ends stdin after its last write is taken, so
+            // what there is, is in the fifo. Nobody can have exited yet: nothing is heard.
+            self.close_stdin(&key, epoll);
         }
         Ok(opened)
     }
@@ -833,14 +856,8 @@ fn output(
         });
     }
     let fifo = open_fifo(path, wanted.owner).map_err(failed)?;
+    wanted.size(&fifo);
     if wanted.key.is_init() {
-        let size = wanted
-            .memory_limit
-            .map_or(FIFO_SIZE, |limit| FIFO_SIZE.min(limit / 16).max(4096));
-        // Refused above pipe-max-size without CAP_SYS_RESOURCE: then it stays as it is.
-        if let Ok(size) = i32::try_from(size) {
-            let _ = fcntl(&fifo, FcntlArg::F_SETPIPE_SZ(size));
-        }
         // Another opening, so that its flags are its own: the container's writes wait.
         let theirs = reopen(&fifo, true, true, OFlag::empty()).map_err(failed)?;
         held.holds.push(Hold {
@@ -850,6 +867,7 @@ fn output(
         Ok(ChildFile::Fd(theirs))
     } else {
         let (read, write) = two_way_pipe(wanted.owner).map_err(|e| format!("make pipe: {e}"))?;
+        wanted.size(&read);
         set_nonblocking(&read);
         relays.push((read, Some(fifo), RelayKind::Output));
         Ok(ChildFile::Fd(write))

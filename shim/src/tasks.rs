@@ -128,6 +128,9 @@ pub struct Report {
     pub cgroup: Option<Cgroup>,
     /// Of Create: a pid namespace of its own, which ends with its init.
     pub private_pids: bool,
+    /// Of Create: the container's memory limit, bytes.
+    #[serde(default)]
+    pub memory_limit: Option<u64>,
 }
 
 /// What a failed child leaves.
@@ -473,6 +476,8 @@ pub struct Task {
     pub cgroup: Option<Cgroup>,
     /// Its pid namespace ends with its init.
     pub private_pids: bool,
+    /// Its memory limit, bytes: what its pipes hold counts.
+    pub memory_limit: Option<u64>,
     /// When Create was accepted.
     pub created_at: Timestamp,
     /// An OOM kill was told.
@@ -490,6 +495,8 @@ pub struct Job {
     pub work: Work,
     /// Who waits for it.
     pub caller: Option<Caller>,
+    /// The child, once there is one: a successor waits for its end.
+    pub process: Option<Process>,
     /// Its deadline passed and it was ended.
     ended: bool,
     /// Of Cleanup: what the caller is told when it is done.
@@ -616,6 +623,14 @@ impl Tasks {
     /// The record could not be written.
     pub fn still_dirty(&mut self) {
         self.dirty = true;
+    }
+
+    /// A short-lived child has been started.
+    pub fn started(&mut self, job: JobId, process: Process) {
+        if let Some(job) = self.jobs.get_mut(&job) {
+            job.process = Some(process);
+            self.dirty = true;
+        }
     }
 
     /// Takes an event, gives what is to be done.
@@ -757,6 +772,7 @@ impl Tasks {
                 work => work,
             },
             caller,
+            process: None,
             ended: false,
             then: None,
         };
@@ -789,6 +805,7 @@ impl Tasks {
             rootfs: create.rootfs,
             cgroup: None,
             private_pids: false,
+            memory_limit: None,
             created_at: now.wall,
             oom: false,
             busy: Some(Busy::Job(job)),
@@ -1196,7 +1213,7 @@ impl Tasks {
                 self.gone(&job.key.id, out);
                 answer(job.caller, Err(refusal), out);
             }
-            Work::Start => self.started(&job, result, now, out),
+            Work::Start => self.init_started(&job, result, now, out),
             Work::Exec => self.exec_started(&job, result, now, out),
             Work::Pause => {
                 if result.is_ok() {
@@ -1273,6 +1290,7 @@ impl Tasks {
                 task.init.process = Some(process);
                 task.cgroup = report.cgroup;
                 task.private_pids = report.private_pids;
+                task.memory_limit = report.memory_limit;
                 out.push(Effect::WatchOom { id: id.clone() });
                 out.push(Effect::Publish(Notice::Create {
                     id: id.clone(),
@@ -1297,7 +1315,7 @@ impl Tasks {
         }
     }
 
-    fn started(&mut self, job: &Job, result: JobResult, now: Now, out: &mut Vec<Effect>) {
+    fn init_started(&mut self, job: &Job, result: JobResult, now: Now, out: &mut Vec<Effect>) {
         let id = &job.key.id;
         if result.is_ok() {
             if let Some(task) = self.tasks.get_mut(id) {

@@ -227,6 +227,11 @@ impl Task {
         }
     }
 
+    /// The node it runs on.
+    pub fn node(&self) -> &Arc<Node> {
+        &self.node
+    }
+
     /// Its containerd namespace.
     pub fn namespace(&self) -> &str {
         &self.namespace

@@ -32,16 +32,24 @@
 
 mod container;
 mod containerd;
+mod direct;
+mod events;
 mod node;
 mod process;
 mod recoverd;
 mod releases;
+mod stream;
+mod traces;
 mod wait;
 
 pub use container::{Container, Task};
 pub use containerd::{Containerd, TaskRow};
+pub use direct::{call, record_at, refusal};
+pub use events::{Event, Events};
 pub use node::{Node, Running};
 pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
 pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim};
+pub use stream::{Reader, numbers};
+pub use traces::Traces;
 pub use wait::{beside, wait_for, wait_within};

@@ -60,6 +60,11 @@ impl Release {
         self.folder.join("containerd-shim-runc-v2")
     }
 
+    /// The root file system that `tests/setup` made, for what is run without [`crate::Container`].
+    pub fn rootfs() -> PathBuf {
+        rootfs()
+    }
+
     /// `1` or `2`.
     pub fn major(&self) -> u32 {
         self.name

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 /// Generous: two busy cores may run two tests and a build.
 const USUAL: Duration = Duration::from_secs(60);
-const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
+pub(crate) const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Looks until `look` finds something; panics with `what` when it does not within a minute.
 #[track_caller]

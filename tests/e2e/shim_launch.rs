@@ -1,0 +1,2 @@
+//! x
+recoverd_tests::tests! {}

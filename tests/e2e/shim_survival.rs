@@ -1,0 +1,550 @@
+//! Our shim outlives containerd: SPEC's rows F1 (restarts, upgrades, downgrades) and F2 (exits
+//! while containerd is down).
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use recoverd_common::pb::task::{DeleteResponse, Status};
+use recoverd_common::record::Exit;
+use recoverd_tests::{
+    Container, Containerd, Events, Node, Reader, Release, ShimUnderTest, Task, Traces, beside,
+    numbers, wait_for,
+};
+
+recoverd_tests::tests! {
+    on_every_release: [
+        workload_exec_and_streams_outlive_every_switch_of_release,
+        exits_of_a_short_and_of_a_long_downtime_are_told_truly,
+        delete_verb_gives_the_recorded_exit,
+        scan_and_show_know_our_shim,
+    ],
+}
+
+/// Longer than the stock shim keeps events (15 s), and than containerd's own timeouts.
+const LONG: Duration = Duration::from_secs(21);
+
+fn ours(id: &str) -> Container {
+    Container::new(id).shim(ShimUnderTest::Recoverd)
+}
+
+/// A folder of this test that containers find at `/mnt`.
+fn shared(container: Container, node: &Node) -> Container {
+    let folder = node.folder().display();
+    container.option(&[
+        "--mount",
+        &format!("type=bind,src={folder},dst=/mnt,options=rbind:rw"),
+    ])
+}
+
+/// The fifo that `ctr` made for a process's stdout.
+#[track_caller]
+fn stdout_of(node: &Node, process: &str) -> PathBuf {
+    let found = node.shell(&format!("ls -d /run/containerd/fifo/*/{process}-stdout"));
+    node.path(found.trim())
+}
+
+/// Makes the file that containers wait for at `/mnt/NAME`.
+fn signal_file(node: &Node, name: &str) {
+    let path = node.folder().join(name);
+    fs::write(&path, "").unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+}
+
+/// What a writer said in the end.
+#[track_caller]
+fn count_in(node: &Node, name: &str) -> u64 {
+    wait_for("a writer's count", || {
+        let text = fs::read_to_string(node.folder().join(name)).ok()?;
+        text.strip_suffix('\n')?.parse().ok()
+    })
+}
+
+/// The process in the node with this word among its arguments.
+#[track_caller]
+fn process_with(node: &Node, word: &str) -> recoverd_tests::Process {
+    wait_for("a process in the container", || {
+        node.processes()
+            .into_iter()
+            .find(|process| process.program() == "sh" && process.argv.iter().any(|w| w == word))
+    })
+}
+
+/// Ends a task whose init has exited with `status`, as `ctr` and containerd see it.
+#[track_caller]
+fn assert_deleted_with(containerd: &Containerd, task: &Task, status: u32) {
+    let output = containerd
+        .ctr("e2e", ["tasks", "delete", task.id()])
+        .output()
+        .unwrap_or_else(|error| panic!("start ctr: {error}"));
+    let code = output
+        .status
+        .code()
+        .and_then(|code| u32::try_from(code).ok());
+    assert_eq!(
+        code,
+        Some(status),
+        "tasks delete {}: {output:?}",
+        task.name()
+    );
+    containerd.ctr_ok("e2e", ["containers", "delete", task.id()]);
+}
+
+fn workload_exec_and_streams_outlive_every_switch_of_release(first: &Release) {
+    // Every pair of releases in both directions over the three tests.
+    let words: &[&'static str] = match first.name {
+        "1.6" => &["1.6", "1.7", "2.1", "1.6"],
+        "1.7" => &["1.7", "1.6", "2.1", "1.7"],
+        _ => &["2.1", "1.7", "2.1", "1.6"],
+    };
+    let node = Node::start();
+    let mut containerd = node.containerd(first);
+    let before = Traces::of(&node);
+    let writer = numbers("/mnt/go", "/mnt/stop", "/mnt/init.count");
+    let task = containerd.run(&shared(ours("survivor"), &node).command([
+        "sh",
+        "-c",
+        &format!("{writer}; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 23"),
+    ]));
+    let of_exec = numbers("/mnt/go", "/mnt/stop", "/mnt/exec.count");
+    let of_exec = format!("{of_exec}; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 7");
+    containerd.exec(&task, "session", &["sh", "-c", &of_exec, "session"]);
+    let session = process_with(&node, "session");
+    // `ctr` has gone, and with it the readers that it had.
+    let init_stream = Reader::open(&stdout_of(&node, "survivor"));
+    let exec_stream = Reader::open(&stdout_of(&node, "session"));
+    signal_file(&node, "go");
+
+    for (step, name) in words.iter().enumerate() {
+        let Some(release) = first.other(name) else {
+            eprintln!("no containerd {name}: not switched to");
+            continue;
+        };
+        init_stream.wait_advance();
+        exec_stream.wait_advance();
+        containerd.kill();
+        // A client's fifos lose their reader when it dies, and it may die with its daemon.
+        for stream in [&init_stream, &exec_stream] {
+            stream.away();
+        }
+        containerd.switch_to(&release);
+        containerd.start();
+        for stream in [&init_stream, &exec_stream] {
+            stream.back();
+            stream.wait_advance();
+        }
+        task.assert_init_alive();
+        task.assert_shim_alive();
+        assert!(node.alive(&session), "the exec session ended");
+        assert_eq!(task.state("session").status(), Status::Running);
+        let row = containerd.task("e2e", "survivor");
+        let row = row.map(|row| (row.pid, row.status));
+        assert_eq!(row, Some((task.init.pid, "RUNNING".to_owned())), "{name}");
+
+        // It is not only there: it works.
+        let mut exec =
+            containerd.exec_attached(&task, &format!("hello-{step}"), &["echo", "hello"]);
+        assert!(exec.wait().success(), "{}", exec.text());
+        assert_eq!(exec.text(), "hello\n");
+        let pids = containerd.ctr_ok("e2e", ["tasks", "ps", "survivor"]);
+        assert!(pids.contains(&session.pid.to_string()), "{pids}");
+        // Neither of the two writes while frozen; both go on after it.
+        containerd.ctr_ok("e2e", ["tasks", "pause", "survivor"]);
+        containerd.ctr_ok("e2e", ["tasks", "resume", "survivor"]);
+        // A further container of the same pod finds the same shim, whoever started it.
+        let member = containerd.run(&ours(&format!("member-{step}")).group("survivor"));
+        assert_eq!(member.shim, task.shim, "{name}");
+        assert_eq!(member.socket(), task.socket(), "{name}");
+        containerd.remove(&member);
+        node.wait_gone(&member.init);
+        task.assert_shim_alive();
+    }
+
+    signal_file(&node, "stop");
+    let counts = [count_in(&node, "init.count"), count_in(&node, "exec.count")];
+    // The last words wait for a reader that comes only when the writer has gone.
+    init_stream.away();
+    exec_stream.away();
+    signal_file(&node, "end");
+    assert_eq!(task.wait("session").exit_status, 7);
+    assert_eq!(task.wait("").exit_status, 23);
+    init_stream.back();
+    exec_stream.back();
+    init_stream.finish(counts[0]);
+    exec_stream.finish(counts[1]);
+    assert_deleted_with(&containerd, &task, 23);
+    node.wait_gone(&task.shim);
+    before.wait_restored(&node);
+}
+
+/// How the containers of one downtime end.
+struct Ending {
+    id: String,
+    status: u32,
+    oom: bool,
+    task: Task,
+}
+
+const TOLD_TO_EAT: &str = "while [ ! -e /mnt/eat ]; do usleep 20000; done; exec tail /dev/zero";
+
+fn start_endings(containerd: &Containerd, round: &str) -> Vec<Ending> {
+    let node = containerd.node();
+    let exiting = |status: u32| {
+        let script = format!("trap 'exit {status}' TERM; while :; do sleep 1000 & wait $!; done");
+        move |container: Container| container.command(["sh", "-c", &script])
+    };
+    let run = |kind: &str, status, oom, change: &dyn Fn(Container) -> Container| {
+        let id = format!("{round}-{kind}");
+        let task = containerd.run(&change(shared(ours(&id), node)));
+        Ending {
+            id,
+            status,
+            oom,
+            task,
+        }
+    };
+    vec![
+        run("zero", 0, false, &exiting(0)),
+        run("some", 23, false, &exiting(23)),
+        run("killed", 137, false, &|container| container),
+        run("oom", 137, true, &|container| {
+            container
+                .memory_limit(16 << 20)
+                .command(["sh", "-c", TOLD_TO_EAT])
+        }),
+    ]
+}
+
+fn end_all(node: &Node, endings: &[Ending]) {
+    for ending in endings {
+        match (ending.status, ending.oom) {
+            (_, true) => signal_file(node, "eat"),
+            (137, false) => node.signal(&ending.task.init, "KILL"),
+            _ => node.signal(&ending.task.init, "TERM"),
+        }
+    }
+    for ending in endings {
+        node.wait_gone(&ending.task.init);
+    }
+}
+
+/// containerd is back: every exit is there in every way in which one can ask for it.
+fn assert_told(containerd: &Containerd, events: &Events, endings: &[Ending]) {
+    for Ending {
+        id,
+        status,
+        oom,
+        task,
+    } in endings
+    {
+        task.assert_shim_alive();
+        let row = containerd.task("e2e", id);
+        let row = row.map(|row| (row.pid, row.status));
+        assert_eq!(row, Some((task.init.pid, "STOPPED".to_owned())), "{id}");
+        let state = task.state("");
+        assert_eq!(
+            (state.status(), state.exit_status, state.pid),
+            (Status::Stopped, *status, task.init.pid),
+            "{id}"
+        );
+        let waited = task.wait("");
+        assert_eq!(
+            (waited.exit_status, waited.exited_at),
+            (*status, state.exited_at),
+            "{id}"
+        );
+        match task.recorded().exit {
+            Some(Exit::Observed {
+                status: recorded,
+                at,
+                oom: recorded_oom,
+            }) => {
+                assert_eq!((recorded, recorded_oom), (*status, *oom), "{id}");
+                let told = state.exited_at.map(|at| at.seconds);
+                assert_eq!(Some(at.seconds), told, "{id}");
+            }
+            other => panic!("{id} is recorded as {other:?}"),
+        }
+    }
+    for ending in endings {
+        let id = &ending.id;
+        let exit = wait_for(&format!("the exit event of {id}"), || {
+            events.of_topic(id, "/tasks/exit").pop()
+        });
+        assert_eq!(exit.number("exit_status"), u64::from(ending.status), "{id}");
+        assert_eq!(exit.number("pid"), u64::from(ending.task.init.pid), "{id}");
+        if ending.oom {
+            let topics: Vec<String> = events
+                .of_container(id)
+                .into_iter()
+                .map(|event| event.topic)
+                .collect();
+            let first = |topic| topics.iter().position(|other| other == topic);
+            assert!(
+                first("/tasks/oom").is_some() && first("/tasks/oom") < first("/tasks/exit"),
+                "{id}: {topics:?}"
+            );
+        }
+    }
+    // Acknowledged and told again: nothing waits any more.
+    for ending in endings {
+        wait_for("the events to be acknowledged", || {
+            waiting_events(&ending.task).is_none().then_some(())
+        });
+    }
+    for ending in endings {
+        // True to the end, whoever asks.
+        assert_deleted_with(containerd, &ending.task, ending.status);
+    }
+}
+
+/// How many events a shim's `.events` file still holds, if any.
+fn waiting_events(task: &Task) -> Option<usize> {
+    let path = recoverd_common::paths::Beside::of(&task.node().path(task.socket())).events;
+    let bytes = fs::read(&path).unwrap_or_default();
+    // An entry that waits has its flags' lowest bit clear; see shim/src/event_log.rs.
+    let mut rest = bytes.get(8..)?;
+    let mut waiting = 0;
+    while let Some(head) = rest.get(..20) {
+        let word = |at: usize| {
+            let bytes = head.get(at..at + 4).and_then(|bytes| bytes.try_into().ok());
+            u32::from_le_bytes(bytes.unwrap_or_default())
+        };
+        let length = word(0) as usize;
+        if length == 0 {
+            break;
+        }
+        waiting += usize::from(word(16) & 1 == 0);
+        rest = rest
+            .get(20 + length.next_multiple_of(8)..)
+            .unwrap_or_default();
+    }
+    (waiting > 0).then_some(waiting)
+}
+
+fn exits_of_a_short_and_of_a_long_downtime_are_told_truly(first: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(first);
+    let before = Traces::of(&node);
+    let lasting = containerd.run(&shared(ours("lasting"), &node));
+    let until = "while [ ! -e /mnt/exec-end ]; do usleep 20000; done; exit 7";
+    containerd.exec(&lasting, "session", &["sh", "-c", until, "session"]);
+    let session = process_with(&node, "session");
+    let short = start_endings(&containerd, "short");
+    let long = start_endings(&containerd, "long");
+    let release = |name| first.other(name).unwrap_or_else(|| first.clone());
+    // Back on the same release first, then on another one: an upgrade or a downgrade.
+    let then = match first.name {
+        "1.6" => release("2.1"),
+        "1.7" => release("1.6"),
+        _ => release("1.7"),
+    };
+    for (endings, downtime, back) in [(short, Duration::ZERO, first.clone()), (long, LONG, then)] {
+        containerd.kill();
+        let down = Instant::now();
+        let _ = fs::remove_file(node.folder().join("eat"));
+        let eaters: Vec<&Ending> = endings.iter().filter(|ending| ending.oom).collect();
+        assert_eq!(eaters.len(), 1);
+        end_all(&node, &endings);
+        if downtime > Duration::ZERO {
+            signal_file(&node, "exec-end");
+            node.wait_gone(&session);
+        }
+        // The one place where time itself is the condition.
+        thread::sleep(downtime.saturating_sub(down.elapsed()));
+        for ending in &endings {
+            assert!(waiting_events(&ending.task).is_some(), "{}", ending.id);
+        }
+        containerd.switch_to(&back);
+        containerd.start();
+        let events = Events::of(&containerd);
+        assert_told(&containerd, &events, &endings);
+        lasting.assert_init_alive();
+        if downtime > Duration::ZERO {
+            let exit = wait_for("the exit event of an exec", || {
+                events.of_topic("lasting", "/tasks/exit").pop()
+            });
+            assert_eq!(
+                (exit.text("id"), exit.number("exit_status")),
+                ("session", 7)
+            );
+            assert_eq!(task_exec_status(&lasting, "session"), (Status::Stopped, 7));
+        }
+        for ending in &endings {
+            node.wait_gone(&ending.task.shim);
+        }
+    }
+    containerd.remove(&lasting);
+    before.wait_restored(&node);
+}
+
+fn task_exec_status(task: &Task, exec_id: &str) -> (Status, u32) {
+    let state = task.state(exec_id);
+    (state.status(), state.exit_status)
+}
+
+/// `delete` as containerd runs it.
+#[track_caller]
+fn delete_by_hand(containerd: &Containerd, task: &Task) -> DeleteResponse {
+    let node = containerd.node();
+    let file = node.folder().join("deleted");
+    let program = node.built("containerd-shim-recoverd-v1");
+    node.shell(&format!(
+        "cd {bundle} && {program} -namespace e2e -address {address} -publish-binary /x -id {id} \
+         -bundle {bundle} delete >{file} 2>{file}.err </dev/null",
+        bundle = task.bundle().display(),
+        program = program.display(),
+        address = containerd.address().display(),
+        id = task.id(),
+        file = file.display(),
+    ));
+    let said = fs::read_to_string(file.with_extension("err")).unwrap_or_default();
+    assert_eq!(said, "");
+    let bytes = fs::read(&file).unwrap_or_else(|error| panic!("read {}: {error}", file.display()));
+    prost::Message::decode(bytes.as_slice())
+        .unwrap_or_else(|error| panic!("decode what delete said: {error}"))
+}
+
+fn exits_with_23(id: &str) -> Container {
+    ours(id).command([
+        "sh",
+        "-c",
+        "trap 'exit 23' TERM; while :; do sleep 1000 & wait $!; done",
+    ])
+}
+
+fn delete_verb_gives_the_recorded_exit(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let before = Traces::of(&node);
+    // containerd is up: it runs the verb itself when the connection to the shim ends.
+    let up = containerd.run(&exits_with_23("up"));
+    let events = Events::of(&containerd);
+    node.signal(&up.init, "TERM");
+    wait_for("containerd to learn of the exit", || {
+        (containerd.task("e2e", "up")?.status == "STOPPED").then_some(())
+    });
+    node.kill(&up.shim);
+    wait_for("containerd to forget the task", || {
+        containerd.task("e2e", "up").is_none().then_some(())
+    });
+    let deleted = wait_for("the delete event", || {
+        events.of_topic("up", "/tasks/delete").pop()
+    });
+    assert_eq!(deleted.number("exit_status"), 23);
+    for exit in events.of_topic("up", "/tasks/exit") {
+        assert_eq!(exit.number("exit_status"), 23, "{exit:?}");
+    }
+    containerd.ctr_ok("e2e", ["containers", "delete", "up"]);
+    before.wait_restored(&node);
+    drop(events);
+
+    // containerd is down, task exited, shim dead: the verb says what was recorded.
+    let down = containerd.run(&exits_with_23("down"));
+    let living = containerd.run(&ours("living"));
+    containerd.kill();
+    // A living shim that claims the id: nothing is touched, nothing is said.
+    assert_eq!(
+        delete_by_hand(&containerd, &living),
+        DeleteResponse::default()
+    );
+    living.assert_init_alive();
+    living.assert_shim_alive();
+    node.signal(&down.init, "TERM");
+    let recorded = wait_for("the exit in the record", || down.recorded().exit);
+    node.kill(&down.shim);
+    let response = delete_by_hand(&containerd, &down);
+    assert_eq!((response.exit_status, response.pid), (23, down.init.pid));
+    let Exit::Observed { status: 23, at, .. } = recorded else {
+        panic!("recorded as {recorded:?}")
+    };
+    assert_eq!(response.exited_at.map(|at| at.seconds), Some(at.seconds));
+    // containerd does the same at its start; it must not trip over what is gone.
+    containerd.start();
+    assert_eq!(containerd.task("e2e", "down"), None);
+    living.assert_init_alive();
+    containerd.ctr_ok("e2e", ["containers", "delete", "down"]);
+    containerd.remove(&living);
+    before.wait_restored(&node);
+}
+
+fn scan_and_show_know_our_shim(release: &Release) {
+    let node: Arc<Node> = Node::start();
+    let mut containerd = node.containerd(release);
+    containerd.import_image("e2e");
+    let running = containerd.run(&ours("running").image());
+    containerd.exec(
+        &running,
+        "session",
+        &["sh", "-c", "sleep 100000; :", "session"],
+    );
+    let member = containerd.run(&ours("member").group("running"));
+    let paused = containerd.run(&ours("paused"));
+    containerd.ctr_ok("e2e", ["tasks", "pause", "paused"]);
+    let terminal = containerd.run(&ours("terminal").terminal());
+    let stopped = containerd.run(&exits_with_23("stopped"));
+    node.signal(&stopped.init, "TERM");
+    wait_for("containerd to learn of the exit", || {
+        (containerd.task("e2e", "stopped")?.status == "STOPPED").then_some(())
+    });
+    let late = containerd.run(&exits_with_23("late"));
+    let all = [&running, &member, &paused, &terminal, &stopped, &late];
+
+    let look = |containerd: &Containerd, phase_of_late: &str| {
+        for scan in [node.scan(), containerd.scan(), node.scan_of_any_age()] {
+            scan.assert_clean();
+            assert_eq!(scan.report.tasks.len(), all.len(), "{scan:#?}");
+            for task in all {
+                let case = scan.task(&task.name());
+                let shim = case.shim.as_ref();
+                let shim = shim.unwrap_or_else(|| panic!("no shim in {case:?}"));
+                assert_eq!(shim.kind, "ours", "{case:?}");
+                assert_eq!(shim.pid, Some(task.shim.pid), "{case:?}");
+                assert_eq!(shim.socket.as_deref(), task.socket().to_str(), "{case:?}");
+                assert_eq!(shim.outdated, Some(false), "{case:?}");
+                let expected = match task.id() {
+                    "late" => phase_of_late,
+                    id @ ("paused" | "stopped") => id,
+                    _ => "running",
+                };
+                assert_eq!(case.phase, expected, "{case:?}");
+            }
+        }
+        for task in all {
+            task.assert_shim_alive();
+        }
+    };
+    look(&containerd, "running");
+    let (_, ()) = beside(
+        || assert_shown(&node, &running, "running"),
+        || look(&containerd, "running"),
+    );
+    assert_shown(&node, &member, "running");
+    assert_shown(&node, &paused, "paused");
+    assert_shown(&node, &stopped, "stopped");
+    containerd.kill();
+    look(&containerd, "running");
+    node.signal(&late.init, "TERM");
+    wait_for("the exit in the record", || late.recorded().exit);
+    look(&containerd, "stopped");
+    assert_shown(&node, &late, "stopped");
+    containerd.start();
+    look(&containerd, "stopped");
+}
+
+/// `recoverd show` says what the record says.
+#[track_caller]
+fn assert_shown(node: &Node, task: &Task, phase: &str) {
+    let output = node.recoverd(["show", &task.name()]);
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert_eq!(output.status.code(), Some(0), "{text}{output:?}");
+    let record = recoverd_common::paths::Beside::of(Path::new(task.socket())).record;
+    let line = text
+        .lines()
+        .find(|line| line.contains(&record.display().to_string()))
+        .unwrap_or_else(|| panic!("the record is not shown: {text}"));
+    assert!(line.contains("record"), "{line}");
+    assert!(line.contains(&format!("shim {} ", task.shim.pid)), "{line}");
+    assert!(line.contains(phase), "{line}");
+}

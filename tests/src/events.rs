@@ -1,0 +1,63 @@
+//! What containerd tells its subscribers.
+
+use crate::containerd::Containerd;
+use crate::node::Running;
+
+/// One line of `ctr events`.
+#[derive(Clone, Debug)]
+pub struct Event {
+    /// `/tasks/exit`, …
+    pub topic: String,
+    /// The event.
+    pub body: serde_json::Value,
+}
+
+impl Event {
+    /// A text field; empty when it is not there.
+    pub fn text(&self, field: &str) -> &str {
+        self.body[field].as_str().unwrap_or_default()
+    }
+
+    /// A number; 0 when it is not there, as on the wire.
+    pub fn number(&self, field: &str) -> u64 {
+        self.body[field].as_u64().unwrap_or(0)
+    }
+}
+
+/// Every event from now on.
+pub struct Events(Running);
+
+impl Events {
+    /// Subscribes; `containerd` runs.
+    #[track_caller]
+    pub fn of(containerd: &Containerd) -> Events {
+        Events(containerd.ctr_spawn("e2e", ["events"]))
+    }
+
+    /// The events of one container so far, in order.
+    #[track_caller]
+    pub fn of_container(&self, id: &str) -> Vec<Event> {
+        let parsed = self.0.text();
+        // The last line may be half there.
+        let whole = parsed.rfind('\n').map_or("", |end| &parsed[..end]);
+        whole
+            .lines()
+            .filter_map(|line| {
+                let (head, body) = line.split_at(line.find('{')?);
+                let topic = head.split_whitespace().last()?.to_owned();
+                let body = serde_json::from_str(body)
+                    .unwrap_or_else(|error| panic!("event {line:?}: {error}"));
+                Some(Event { topic, body })
+            })
+            .filter(|event| event.text("container_id") == id)
+            .collect()
+    }
+
+    /// What came of one topic, for one container.
+    #[track_caller]
+    pub fn of_topic(&self, id: &str, topic: &str) -> Vec<Event> {
+        let mut all = self.of_container(id);
+        all.retain(|event| event.topic == topic);
+        all
+    }
+}

@@ -26,7 +26,7 @@ use serde::Serialize;
 use crate::{
     correlate::{Case, Init, Kind},
     facts::{
-        Answer, Connection, Filesystem, Gap, Instance, Look, Phase, Premises, Reply, Sandbox,
+        Answer, Api, Connection, Filesystem, Gap, Instance, Look, Phase, Premises, Reply, Sandbox,
         TaskName, Unit, address_of,
     },
     findings::{Code, Finding, Severity, Subject},
@@ -241,6 +241,9 @@ pub fn judge(input: &Input<'_>) -> Report {
         if input.only.is_some_and(|only| only != instance.address) {
             continue;
         }
+        if judge.is_empty_place(at, instance) {
+            continue;
+        }
         let running = instance.api.up().map(|api| api.version.as_str());
         let from = running.and_then(Release::parse);
         let to = input.to.or(from);
@@ -326,6 +329,17 @@ impl Judge<'_> {
             .insert(Gap::new(one_line(&what.into()), one_line(&why.into())));
     }
 
+    /// One of several places of containerd at which none runs and nothing is left: no start of it
+    /// can cost anything.
+    fn is_empty_place(&self, at: usize, instance: &Instance) -> bool {
+        let bundle = |case: &Case<'_>| case.instance == Some(at) && case.bundle.is_some();
+        self.input.look.instances.len() > 1
+            && self.input.only.is_none()
+            && matches!(instance.api, Api::Down)
+            && instance.daemon.is_none()
+            && !self.input.cases.iter().any(bundle)
+    }
+
     fn hop(
         &mut self,
         instance: &Instance,
@@ -343,8 +357,10 @@ impl Judge<'_> {
             (Some(running), None, _) => {
                 self.gap(what, format!("{running:?} is no release that we know"));
             }
-            (None, _, Some(_)) => self.gap(what, "it is not up, so the hop cannot be judged"),
-            (None, _, None) => self.gap(what, "it is not up; name the one to start with --to"),
+            (None, _, Some(_)) => self.gap(what, "it does not say, so the hop cannot be judged"),
+            (None, _, None) => {
+                self.gap(what, "it does not say; name the one to start with --to");
+            }
             (Some(_), Some(_), None) => {}
         }
     }
@@ -1589,6 +1605,15 @@ mod tests {
                 n.to = Some(release("2.3"))
             }),
             ("endless start", |n| n.unit().start_timeout = None),
+            ("a place where no containerd is any more", |n| {
+                let gone = Instance {
+                    address: "/run/docker/containerd/containerd.sock".into(),
+                    daemon: None,
+                    api: Api::Down,
+                    ..n.look.instances[0].clone()
+                };
+                n.look.instances.push(gone);
+            }),
         ];
         for (what, changes) in rows {
             let mut node = Node::new();

@@ -15,6 +15,7 @@ use crate::{
     findings::Finding,
     observe::premises,
     preflight::{self, Hop, Input, Reason, Report},
+    report::Narrow,
 };
 
 /// Looks, asks systemd and containerd for what only preflight needs, judges and prints.
@@ -24,7 +25,11 @@ pub fn run(
     config: &Config,
 ) -> Result<Verdict, Failure> {
     let plan = look::plan(global, config);
-    let narrow = look::narrow(global, &plan);
+    let narrow = Narrow {
+        // containerd starts with all its namespaces, whatever one wants to read of.
+        namespace: None,
+        ..look::narrow(global, &plan)
+    };
     let runtime = look::runtime()?;
     let examined = look::examine_in(&runtime, &plan, config);
     let premises = runtime.block_on(premises::observe(&examined.look, &args.unit, plan.limits));

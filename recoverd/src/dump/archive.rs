@@ -82,7 +82,10 @@ impl<W: Write> Archive<W> {
 
     /// Adds the list of what is missing, ends the tar, and gives the output back.
     pub fn finish(mut self) -> io::Result<W> {
-        let mut text = self.missing.join("\n");
+        let mut text = match self.missing.is_empty() {
+            true => "nothing".to_owned(),
+            false => self.missing.join("\n"),
+        };
         text.push('\n');
         // The list itself must not fall to a full archive.
         self.room = self.room.max(text.len() as u64);

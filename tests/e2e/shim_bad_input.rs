@@ -455,7 +455,10 @@ fn create_refuses_what_it_cannot_do(release: &Release) {
     let missing = Path::new("/no/such/runc");
     bench.assert_refused(&with(&|r| r.options = binary(missing)), "/no/such/runc");
     let failing = script(node, "failing", "echo 'out of moons' >&2; exit 1");
-    bench.assert_refused(&with(&|r| r.options = binary(&failing)), "ended with status 1");
+    bench.assert_refused(
+        &with(&|r| r.options = binary(&failing)),
+        "ended with status 1",
+    );
     let killed = script(node, "killed", "kill -9 $$");
     bench.assert_refused(&with(&|r| r.options = binary(&killed)), "137");
     let rubbish = node.folder().join("rubbish");

@@ -2,7 +2,7 @@
 //! effects out; everything but the descriptors, so that it can be taken into another process
 //! between any two inputs.
 
-use recoverd_common::timestamp::Timestamp;
+use recoverd_common::{timestamp::Timestamp, ttrpc::code};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -61,6 +61,8 @@ pub enum Output {
         /// The request.
         payload: Vec<u8>,
     },
+    /// A line for the log of the shim.
+    Say(String),
     /// Close a connection.
     Close(u64, Option<Violation>),
     /// Nobody new: close the listener, remove the socket and the files beside it.
@@ -189,13 +191,20 @@ impl LoopState {
             return self.reply(from, &Err(refusal), now, out);
         }
         if let Call::Create(_) = &call {
-            // It came while the last events of what was here before are on their way: stay.
-            if let Leaving::Flushing { callers, .. } =
-                std::mem::replace(&mut self.leaving, Leaving::No)
-            {
-                self.outbox.no_hurry();
-                for to in callers {
-                    self.reply(to, &Ok(Reply::Empty), now, out);
+            match &mut self.leaving {
+                Leaving::No => {}
+                Leaving::Flushing { callers, .. } => {
+                    // It came while the last events of what was here before are on their way: stay.
+                    let callers = std::mem::take(callers);
+                    self.leaving = Leaving::No;
+                    self.outbox.no_hurry();
+                    for to in callers {
+                        self.reply(to, &Ok(Reply::Empty), now, out);
+                    }
+                }
+                Leaving::Lingering { .. } => {
+                    let refusal = Refusal::new(code::UNAVAILABLE, "shim is shut down");
+                    return self.reply(from, &Err(refusal), now, out);
                 }
             }
         }
@@ -209,6 +218,10 @@ impl LoopState {
     }
 
     fn event(&mut self, event: Event, now: Now, out: &mut Vec<Output>) {
+        if let Event::JobEnded { job, .. } = &event {
+            let done = Timer::Job(*job);
+            self.timers.retain(|(_, timer)| *timer != done);
+        }
         for effect in self.tasks.handle(event, now) {
             match effect {
                 Effect::Reply { to, reply } => self.reply(to, &reply, now, out),
@@ -216,7 +229,9 @@ impl LoopState {
                 Effect::Arm { at, timer } => self.timers.push((at, timer)),
                 Effect::Leave { to } => match &mut self.leaving {
                     Leaving::Flushing { callers, .. } => callers.push(to),
-                    Leaving::No | Leaving::Lingering { .. } => {
+                    // It has happened; what is at our paths now may be somebody else's.
+                    Leaving::Lingering { .. } => self.reply(to, &Ok(Reply::Empty), now, out),
+                    Leaving::No => {
                         self.outbox.hurry();
                         self.leaving = Leaving::Flushing {
                             callers: vec![to],
@@ -236,6 +251,12 @@ impl LoopState {
         now: Now,
         out: &mut Vec<Output>,
     ) {
+        // That something has just gone is everyday life, and not for the log.
+        if let Err(refusal) = reply
+            && refusal.code != code::NOT_FOUND
+        {
+            out.push(Output::Say(format!("refused: {}", refusal.message)));
+        }
         let payload = service::response(reply);
         if let Err(violation) = self.connections.answer(to, &payload) {
             self.close(to.connection, Some(violation), now, out);
@@ -254,7 +275,8 @@ impl LoopState {
     /// SIGTERM: leave now, whatever runs; containers go on.
     pub fn leave_now(&mut self) -> Vec<Output> {
         let mut out = Vec::new();
-        if self.tasks.is_idle() {
+        let retired = matches!(self.leaving, Leaving::Lingering { .. });
+        if self.tasks.is_idle() && self.outbox.is_empty() && !retired {
             out.push(Output::Retire);
         }
         out.push(Output::Exit);
@@ -462,6 +484,10 @@ mod tests {
         let out = state.step(Input::Tick, at(FLUSH_MS));
         assert!(out.contains(&Output::Retire) && !out.contains(&Output::Exit));
         assert!(!state.connections.unsent(1).is_empty());
+        // A second one does not touch what may be somebody else's by now.
+        let out = state.step(Input::Bytes(1, frame(3, "Shutdown")), at(FLUSH_MS + 1));
+        assert!(!out.contains(&Output::Retire));
+        assert!(!state.leave_now().contains(&Output::Retire));
         let out = state.step(Input::Tick, at(FLUSH_MS + LINGER_MS));
         assert!(out.contains(&Output::Exit));
     }
@@ -494,7 +520,8 @@ mod tests {
         use prost::Message;
         let call = request("Create", create.encode_to_vec());
         state.request(to, call, None, at(0), &mut out);
-        assert_eq!(out, []);
+        let effects = |output: &&Output| matches!(output, Output::Effect(_));
+        assert_eq!(out.iter().filter(effects).count(), 0);
         assert!(state.tasks.is_idle());
         let said = String::from_utf8_lossy(state.connections.unsent(1)).into_owned();
         assert!(said.contains("no space"), "{said}");

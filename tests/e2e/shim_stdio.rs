@@ -371,13 +371,8 @@ fn loggers_get_both_streams_and_may_die(release: &Release, shim: ShimUnderTest) 
             assert_eq!(running.join().expect("a logged process"), 6);
         });
         wait_file(&file("end"));
-        assert_eq!(
-            read(&file("who")),
-            format!(
-                "out e2e/{id}\n",
-                id = if kind == Kind::Init { &name } else { "host" }
-            )
-        );
+        // An exec's logger is told the exec's id.
+        assert_eq!(read(&file("who")), format!("out e2e/{name}\n"));
         assert!(read(&file("out")) == numbers(), "{word}: stdout differs");
         assert_eq!(read(&file("err")), "err\n");
 

@@ -15,7 +15,10 @@ use recoverd_common::{paths, proc::ProcessId, seen::Seen, timestamp::Timestamp};
 
 use crate::{
     correlate::{Case, Cases, Init, Kind, Known, ShimOf, kind},
-    facts::{Address, Answer, Api, Connection, Gap, Instance, Look, Phase, Reply, Shim, TaskName},
+    facts::{
+        Address, Answer, Api, Connection, Gap, Instance, Look, Phase, Reply, Shim, TaskName,
+        TaskState,
+    },
     findings::{Code, Evidence, Finding, Subject},
 };
 
@@ -273,11 +276,11 @@ impl Context<'_> {
             // It died while it was asked: the second look says what is left.
             ShimOf::None => return None,
         }
-        // A queue that is full and a shim that closes the connection may be moments of a restart.
-        let hold = match answer.greeting {
-            Reply::Garbage(_) => Hold::Twice,
-            Reply::Said(_) | Reply::Error(..) | Reply::Silent | Reply::NotAsked => Hold::Once,
-        };
+        // Silence was waited for, twice. A closed connection or a full queue may be a moment of a
+        // shim that leaves.
+        let silent = |reply: &Reply<TaskState>| matches!(reply, Reply::Silent);
+        let waited = matches!(answer.greeting, Reply::Silent) || answer.states.values().any(silent);
+        let hold = if waited { Hold::Once } else { Hold::Twice };
         if case.kind() == Some(Kind::Foreign) {
             return Some(self.about(
                 case,

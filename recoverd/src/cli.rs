@@ -146,8 +146,8 @@ pub struct Show {
 #[derive(Debug, Args)]
 pub struct Preflight {
     /// The containerd release that is to start, such as 2.1 [default: the one that runs]
-    #[arg(long, value_name = "VERSION")]
-    pub to: Option<String>,
+    #[arg(long, value_name = "VERSION", value_parser = crate::preflight::Release::of_word)]
+    pub to: Option<crate::preflight::Release>,
     /// The systemd unit that runs containerd
     #[arg(long, default_value = "containerd.service", value_name = "UNIT")]
     pub unit: String,

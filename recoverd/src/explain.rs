@@ -67,7 +67,10 @@ pub fn nearest(word: &str) -> Option<Code> {
     let word: Vec<char> = word.to_lowercase().chars().take(64).collect();
     let distances = Code::ALL.iter().map(|code| {
         let code_word: Vec<char> = code.word().chars().collect();
-        (distance(&word, &code_word), *code)
+        // Who types a part of a code means it, however short the others are.
+        let part: String = word.iter().collect();
+        let has_part = !part.is_empty() && code.word().contains(&part);
+        ((!has_part, distance(&word, &code_word)), *code)
     });
     distances
         .min_by_key(|(distance, _)| *distance)
@@ -448,6 +451,8 @@ What not to do
         for (typed, meant) in [
             ("orphaned", Code::OrphanedTask),
             ("orphan-task", Code::OrphanedTask),
+            ("orphan", Code::OrphanedTask),
+            ("mount", Code::LeakedMount),
             ("unresponsive", Code::UnresponsiveShim),
             ("STALE-SOCKETS", Code::StaleSocket),
             ("leaked-fifos", Code::LeakedFifo),

@@ -6,11 +6,14 @@ mod cli;
 mod commands;
 mod config;
 mod correlate;
+mod dump;
 mod explain;
 mod facts;
 mod findings;
 mod observe;
+mod preflight;
 mod report;
+mod sys;
 mod verify;
 
 use std::{
@@ -86,7 +89,8 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
             commands::scan::run(args, &cli.global, &config)
         }
         Command::Show(args) => commands::show::run(args, &cli.global, &config),
-        Command::Preflight(_) | Command::Dump(_) => Err(Failure::Usage("not merged yet".into())),
+        Command::Preflight(args) => commands::preflight::run(args, &cli.global, &config),
+        Command::Dump(args) => commands::dump::run(args, &cli.global, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
         Command::Config => {
             commands::config::run(&config, &mut io::stdout().lock())?;

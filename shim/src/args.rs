@@ -325,6 +325,7 @@ impl Flags {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn parse_words(line: &str) -> Result<Invocation, Refusal> {
         parse(
@@ -465,5 +466,14 @@ mod tests {
             ..flags()
         };
         assert_eq!(given.bundle_to_delete(here), Path::new("/b/abc"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_words_panic_and_every_refusal_is_one_line(words: Vec<String>) {
+            if let Err(refusal) = parse(words.into_iter().map(OsString::from)) {
+                prop_assert!(!refusal.to_string().contains('\n'));
+            }
+        }
     }
 }

@@ -78,6 +78,7 @@ fn are_options(any: &Any) -> bool {
 mod tests {
     use super::*;
     use crate::args::{Invocation, parse as parse_args};
+    use proptest::prelude::*;
     use recoverd_common::pb::bootstrap::Extension;
 
     fn flags() -> Flags {
@@ -174,6 +175,13 @@ mod tests {
             unknown.encode_to_vec(),
         ] {
             assert_eq!(parse(&bytes, &flags()), Input::default());
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes: Vec<u8>) {
+            let _ = parse(&bytes, &flags());
         }
     }
 }

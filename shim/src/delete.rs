@@ -29,35 +29,25 @@ use nix::{
 };
 use prost::Message;
 use recoverd_common::{
-    bundle::Bundle,
-    cgroup::{self, Cgroup, Roots, parse_memberships},
-    mounts,
-    paths::{self, Beside},
+    cgroup, mounts,
+    paths::Beside,
     pb::task::DeleteResponse,
     proc::{Proc, ProcessId},
-    record::{self, Record, Task, store::Store},
-    runc::RuncState,
+    record::{self, store::Store},
     seen::Seen,
-    shim_client::{CallError, ShimClient},
     timestamp::Timestamp,
-    ttrpc::code,
 };
 
 use crate::{
     args::Flags,
-    delete_rule::{
-        Answer, CleanUp, Facts, Group, Init, Recorded, STAND_IN, Status, Verdict, decide,
-    },
-    lock::{self, Attempt},
-    options::Options,
-    remains,
+    delete_look::{Observed, look_at, read_state},
+    delete_rule::{CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
+    lock, remains,
     sys::{self, Hold},
 };
 
 /// For everything; containerd allows 5 s at its start.
 const BUDGET: Duration = Duration::from_millis(4500);
-/// For the shim to answer, and for a shim that is just leaving to be gone.
-const SHIM: Duration = Duration::from_millis(1500);
 /// For the init to be gone after SIGKILL.
 const KILL: Duration = Duration::from_millis(700);
 /// For the runtime; a healthy one takes 30 ms.
@@ -110,12 +100,13 @@ pub fn run(flags: &Flags) -> Result<Outcome, DeleteError> {
         let id = flags.id.to_string();
         return Err(DeleteError::OtherBundle { bundle, id });
     }
+    let deadline = Instant::now() + BUDGET;
     let task = Observed::look(flags, bundle);
     let clean_up = match decide(&task.facts()) {
         Verdict::LeaveAlone => {
             let remark = format!(
                 "{} is served by a living shim: nothing was touched",
-                task.id
+                task.label
             );
             return Ok(Outcome {
                 answer: Vec::new(),
@@ -124,270 +115,19 @@ pub fn run(flags: &Flags) -> Result<Outcome, DeleteError> {
         }
         Verdict::CleanUp(clean_up) => clean_up,
     };
-    task.perform(&clean_up)
+    Deletion { task, deadline }.perform(&clean_up)
 }
 
-// ---- look ----
-
-/// Everything known of the task, looked at once.
-struct Observed {
+/// The acts, each within what is left of the budget.
+struct Deletion {
+    task: Observed,
     deadline: Instant,
-    id: String,
-    bundle: PathBuf,
-    socket: PathBuf,
-    answer: Answer,
-    /// Held until the end.
-    lock: Option<fs::File>,
-    record: Seen<Record>,
-    init: Init,
-    binary: String,
-    /// The runtime's `--root`, the namespace included.
-    root: PathBuf,
-    systemd_cgroup: bool,
-    cgroups: Vec<PathBuf>,
 }
 
-impl Observed {
-    fn look(flags: &Flags, bundle: PathBuf) -> Self {
-        let deadline = Instant::now() + BUDGET;
-        let roots = Roots::default();
-        let proc = Proc::new(&roots.proc);
-        let namespace = flags.namespace.as_str();
-        let id = flags.id.as_str();
-
-        let files = Bundle::read(bundle.clone(), flags.namespace.clone(), flags.id.clone());
-        let socket = socket_of(files.present(), flags);
-        let (answer, lock) = ask(&socket, namespace, id);
-        let record = read_record(&socket, namespace, &proc);
-        let task = record.present().and_then(|record| find(record, id));
-
-        // The record knows what was used; the bundle what was asked for.
-        let options = Options::read(&bundle);
-        let options = options.present().cloned().unwrap_or_default();
-        let (binary, root, systemd_cgroup) = match task {
-            Some(Task { runtime, .. }) => (
-                runtime.binary.clone(),
-                PathBuf::from(&runtime.root),
-                runtime.systemd_cgroup,
-            ),
-            None => (
-                options.binary().to_owned(),
-                options.root(namespace),
-                options.systemd_cgroup,
-            ),
-        };
-        let state = read_state(&root, id);
-        let init = task
-            .and_then(|task| task.init)
-            .and_then(|process| {
-                Some(ProcessId {
-                    pid: i32::try_from(process.pid).ok()?,
-                    start_time: process.start_time,
-                })
-            })
-            .or_else(|| state.as_ref().and_then(|state| state.init))
-            .filter(|init| init.pid > 0 && init.start_time > 0);
-        let cgroups = cgroups(&roots, task, state.as_ref());
-        Self {
-            deadline,
-            id: format!("{namespace}/{id}"),
-            bundle,
-            socket,
-            answer,
-            lock,
-            init: init.map_or(Init::Unknown, |init| look_at(&proc, init)),
-            record,
-            binary,
-            root,
-            systemd_cgroup,
-            cgroups,
-        }
-    }
-
-    fn name(&self) -> &str {
-        self.id.rsplit('/').next().unwrap_or(&self.id)
-    }
-
-    fn facts(&self) -> Facts {
-        let task = self
-            .record
-            .present()
-            .and_then(|record| find(record, self.name()));
-        let recorded = match (&self.record, task) {
-            (Seen::Present(_), Some(task)) => Recorded::Named(task.exit.clone()),
-            (Seen::Present(_), None) | (Seen::Absent, _) => Recorded::NotNamed,
-            (Seen::Unknown(why), _) => Recorded::Unusable(why.clone()),
-        };
-        Facts {
-            answer: self.answer,
-            locked_by_us: self.lock.is_some(),
-            recorded,
-            init: self.init,
-        }
-    }
-}
-
-/// Where the task's shim listens or listened: what the bundle says (an adopted task may have
-/// moved), else what its name has to be.
-fn socket_of(bundle: Option<&Bundle>, flags: &Flags) -> PathBuf {
-    let written = bundle
-        .and_then(Bundle::socket_address)
-        .and_then(|address| address.strip_prefix("unix://").map(PathBuf::from))
-        .filter(|path| {
-            let name = path.file_name().and_then(|name| name.to_str());
-            path.is_absolute() && name.is_some_and(paths::is_socket_name)
-        });
-    written.unwrap_or_else(|| {
-        let config = bundle.and_then(|bundle| bundle.config.present());
-        let group = config
-            .and_then(|config| config.group())
-            .unwrap_or(flags.id.as_str());
-        let folder = Path::new(paths::SOCKET_DIR);
-        paths::socket(folder, &flags.address, flags.namespace.as_str(), group)
-    })
-}
-
-/// Asks at the socket, and takes the lock if nobody answers. A shim that is just leaving has the
-/// lock for a moment longer than the socket, so that case is looked at again until the deadline.
-fn ask(socket: &Path, namespace: &str, id: &str) -> (Answer, Option<fs::File>) {
-    let deadline = Instant::now() + SHIM;
-    let lock_path = Beside::of(socket).lock;
-    loop {
-        let asked = ShimClient::connect(socket, namespace, deadline)
-            .and_then(|mut client| client.state(id));
-        let answer = match asked {
-            Ok(_) => Answer::Claims,
-            Err(CallError::Status {
-                code: code::NOT_FOUND,
-                ..
-            }) => Answer::Disclaims,
-            // It answers, and knows what it says no to: better not to touch it.
-            Err(CallError::Status { .. }) => Answer::Claims,
-            Err(CallError::NobodyListens(_)) => Answer::Nobody,
-            Err(
-                CallError::Silent
-                | CallError::Closed
-                | CallError::Garbage(_)
-                | CallError::Foreign(_)
-                | CallError::Io(_),
-            ) => Answer::Silent,
-        };
-        match answer {
-            Answer::Claims | Answer::Disclaims => return (answer, None),
-            Answer::Silent | Answer::Nobody => {}
-        }
-        match lock::attempt_shared(&lock_path) {
-            Ok(Attempt::Taken(lock)) => {
-                if answer == Answer::Nobody {
-                    return (answer, Some(lock));
-                }
-                // A silent stranger without a lock: leave no file of ours.
-                let _ = fs::remove_file(&lock_path);
-                return (answer, None);
-            }
-            Ok(Attempt::Held) if Instant::now() < deadline => {
-                thread::sleep(Duration::from_millis(10));
-            }
-            // Held by somebody who does not answer, or no place for a lock at all.
-            Ok(Attempt::Held) => return (Answer::Silent, None),
-            Err(_) => return (answer, None),
-        }
-    }
-}
-
-/// The record beside `socket`, if it is of this boot and this namespace. One from before the
-/// machine was started counts as none: nothing that it names exists any more.
-fn read_record(socket: &Path, namespace: &str, proc: &Proc) -> Seen<Record> {
-    let record = match record::read(&Beside::of(socket).record) {
-        Seen::Present(record) => record,
-        Seen::Absent => return Seen::Absent,
-        Seen::Unknown(why) => return Seen::Unknown(format!("the record {why}")),
-    };
-    if record.shim.namespace != namespace {
-        let other = &record.shim.namespace;
-        return Seen::Unknown(format!("the record is of namespace {other:?}"));
-    }
-    match proc.boot_id() {
-        Seen::Present(boot) if boot == record.boot_id => Seen::Present(record),
-        Seen::Present(_) => Seen::Absent,
-        Seen::Absent => Seen::Unknown("this machine tells no boot id".into()),
-        Seen::Unknown(why) => Seen::Unknown(format!("the boot id {why}")),
-    }
-}
-
-fn find<'a>(record: &'a Record, id: &str) -> Option<&'a Task> {
-    record.tasks.iter().find(|task| task.id == id)
-}
-
-/// runc's state; other runtimes have other files, and are not asked.
-fn read_state(root: &Path, id: &str) -> Option<RuncState> {
-    let path = root.join(id).join("state.json");
-    match recoverd_common::read::read_file(&path, recoverd_common::read::MAX_FILE) {
-        Seen::Present(bytes) => recoverd_common::runc::parse(&bytes).ok(),
-        Seen::Absent | Seen::Unknown(_) => None,
-    }
-}
-
-fn look_at(proc: &Proc, init: ProcessId) -> Init {
-    match proc.stat(init.pid) {
-        Seen::Present(stat) if stat.id != init => Init::Gone(init),
-        Seen::Present(stat) if stat.alive() => Init::Alive(init),
-        Seen::Present(stat) => match exit_status(stat.exit_code) {
-            Some(status) => Init::Zombie(init, status),
-            None => Init::Gone(init),
-        },
-        Seen::Absent => Init::Gone(init),
-        // Not seen is not gone, but nothing can be ended either; the runtime will try.
-        Seen::Unknown(_) => Init::Unknown,
-    }
-}
-
-/// What containerd says for a raw wait status: the code, or 128 and the signal.
-fn exit_status(raw: i32) -> Option<u32> {
-    let raw = u32::try_from(raw).ok()?;
-    match raw & 0x7f {
-        0 => Some((raw >> 8) & 0xff),
-        0x7f => None,
-        signal => Some(signal.saturating_add(128)),
-    }
-}
-
-/// The task's own cgroup folders, as the record or runc's state names them. A group that is not
-/// the task's alone (the root, ours, one above ours) is left out.
-fn cgroups(roots: &Roots, task: Option<&Task>, state: Option<&RuncState>) -> Vec<PathBuf> {
-    let recorded = task.map(|task| parse_memberships(&task.cgroup.join("\n")));
-    let recorded = recorded.and_then(|all| Cgroup::of_memberships(roots, &all).present().cloned());
-    let mut folders = match (recorded, state) {
-        (Some(Cgroup::V1(folders)), _) => folders.into_iter().map(|(_, path)| path).collect(),
-        (Some(Cgroup::V2(folder)), _) => vec![folder],
-        (None, Some(state)) => state.cgroups.values().cloned().collect(),
-        (None, None) => Vec::new(),
-    };
-    let own = i32::try_from(std::process::id())
-        .ok()
-        .map(|pid| Cgroup::of(roots, pid));
-    let own: Vec<PathBuf> = match own.as_ref().and_then(Seen::present) {
-        Some(Cgroup::V1(folders)) => folders.iter().map(|(_, path)| path.clone()).collect(),
-        Some(Cgroup::V2(folder)) => vec![folder.clone()],
-        None => Vec::new(),
-    };
-    folders.retain(|folder| {
-        let hierarchy_root = folder
-            .parent()
-            .is_none_or(|up| up == roots.cgroup || up == Path::new("/"));
-        folder.starts_with(&roots.cgroup)
-            && !hierarchy_root
-            && !own.iter().any(|own| own.starts_with(folder))
-    });
-    folders
-}
-
-// ---- do ----
-
-impl Observed {
+impl Deletion {
     fn perform(&self, clean_up: &CleanUp) -> Result<Outcome, DeleteError> {
         let mut remarks = Vec::new();
-        let mut remark = |text: String| remarks.push(format!("{}: {text}", self.id));
+        let mut remark = |text: String| remarks.push(format!("{}: {text}", self.task.label));
         if let Some(init) = clean_up.end
             && let Err(e) = end(init, self.until(KILL))
         {
@@ -412,7 +152,7 @@ impl Observed {
         if let Some(init) = clean_up.end
             && matches!(look_at(&Proc::new("/proc"), init), Init::Alive(_))
         {
-            let (pid, id) = (init.pid, self.id.clone());
+            let (pid, id) = (init.pid, self.task.label.clone());
             return Err(DeleteError::StillAlive { pid, id });
         }
         if clean_up.group == Group::Settle
@@ -456,13 +196,13 @@ impl Observed {
         if !self.has_state() {
             return Ok(false);
         }
-        let mut command = Command::new(&self.binary);
-        command.arg("--root").arg(&self.root);
-        if self.systemd_cgroup {
+        let mut command = Command::new(&self.task.binary);
+        command.arg("--root").arg(&self.task.root);
+        if self.task.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }
         command
-            .args(["delete", "--force", self.name()])
+            .args(["delete", "--force", self.task.name.as_str()])
             .current_dir("/")
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())
@@ -471,10 +211,10 @@ impl Observed {
             .process_group(0);
         let child = command
             .spawn()
-            .map_err(|e| format!("execute {}: {e}", self.binary))?;
+            .map_err(|e| format!("execute {}: {e}", self.task.binary))?;
         let pid = i32::try_from(child.id()).map_err(|e| e.to_string())?;
-        let what = format!("{} delete --force", self.binary);
-        finish(pid, self.until(RUNTIME)).map_err(|why| format!("{what}: {why}"))?;
+        let what = format!("{} delete --force", self.task.binary);
+        finish(Pid::from_raw(pid), self.until(RUNTIME)).map_err(|why| format!("{what}: {why}"))?;
         if self.has_state() {
             Err(format!("{what} left its state"))
         } else {
@@ -486,10 +226,10 @@ impl Observed {
     /// files that begin with it. A runtime is started only then: after a normal deletion there is
     /// nothing for it to do.
     fn has_state(&self) -> bool {
-        let Ok(entries) = fs::read_dir(&self.root) else {
+        let Ok(entries) = fs::read_dir(&self.task.root) else {
             return false;
         };
-        let name = self.name().as_bytes();
+        let name = self.task.name.as_bytes();
         entries.flatten().any(
             |entry| match entry.file_name().as_bytes().strip_prefix(name) {
                 Some(rest) => rest.is_empty() || rest.starts_with(b".") || rest.starts_with(b"_"),
@@ -500,14 +240,14 @@ impl Observed {
 
     /// Cgroups that another container of the runtime's names as its own.
     fn shared_cgroups(&self) -> Vec<PathBuf> {
-        let Ok(entries) = fs::read_dir(&self.root) else {
+        let Ok(entries) = fs::read_dir(&self.task.root) else {
             return Vec::new();
         };
         entries
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
-            .filter(|other| other != self.name())
-            .filter_map(|other| read_state(&self.root, &other))
+            .filter(|other| other != self.task.name.as_str())
+            .filter_map(|other| read_state(&self.task.root, &other))
             .flat_map(|state| state.cgroups.into_values())
             .collect()
     }
@@ -518,6 +258,7 @@ impl Observed {
         let until = self.until(KILL);
         let shared = self.shared_cgroups();
         for folder in self
+            .task
             .cgroups
             .iter()
             .filter(|folder| !shared.contains(folder))
@@ -553,7 +294,7 @@ impl Observed {
 
     /// Unmounts everything at and below `rootfs`, in a child: a dead device may hold it for ever.
     fn unmount(&self) -> Result<(), String> {
-        let rootfs = self.bundle.join("rootfs");
+        let rootfs = self.task.bundle.join("rootfs");
         let below = |mounts: Vec<mounts::Mount>| -> Vec<PathBuf> {
             mounts
                 .into_iter()
@@ -586,7 +327,7 @@ impl Observed {
     /// Takes the task out of the record, and removes everything of the group with its last one.
     /// One `delete` at a time, by a lock on the folder: each has to see what the others took out.
     fn settle(&self) -> io::Result<()> {
-        let folder = fs::File::open(self.socket.parent().unwrap_or(Path::new("/")))?;
+        let folder = fs::File::open(self.task.socket.parent().unwrap_or(Path::new("/")))?;
         while !sys::try_lock(&folder, Hold::Alone)? {
             if Instant::now() >= self.deadline {
                 return Err(io::Error::from(io::ErrorKind::TimedOut));
@@ -595,8 +336,8 @@ impl Observed {
         }
         // Another `delete` may have removed everything, the lock file too, and a new shim may be
         // there already: then there is nothing of ours any more.
-        let beside = Beside::of(&self.socket);
-        match &self.lock {
+        let beside = Beside::of(&self.task.socket);
+        match &self.task.lock {
             Some(lock) if lock::is_at(lock, &beside.lock)? => {}
             Some(_) | None => return Ok(()),
         }
@@ -604,17 +345,21 @@ impl Observed {
         let mut record = match record::read(&path) {
             Seen::Present(record) => record,
             Seen::Absent => {
-                remains::remove_group(&self.socket);
+                remains::remove_group(&self.task.socket);
                 return Ok(());
             }
             Seen::Unknown(why) => return Err(io::Error::other(why)),
         };
-        record.tasks.retain(|task| task.id != self.name());
-        record.running.retain(|running| running.id != self.name());
+        record
+            .tasks
+            .retain(|task| task.id != self.task.name.as_str());
+        record
+            .running
+            .retain(|running| running.id != self.task.name.as_str());
         record.written_at = Timestamp::now();
-        let of_this_boot = self.record.present().is_some();
+        let of_this_boot = self.task.record.present().is_some();
         if record.tasks.is_empty() || !of_this_boot {
-            remains::remove_group(&self.socket);
+            remains::remove_group(&self.task.socket);
             return Ok(());
         }
         Store::new(&path).write(&record)
@@ -681,15 +426,15 @@ fn wait_for(pidfd: std::os::fd::BorrowedFd<'_>, until: Instant) -> io::Result<bo
 }
 
 /// Waits for our child `pid`; one that does not end in time is killed and left to PID 1.
-fn finish(pid: i32, until: Instant) -> Result<(), String> {
-    let pidfd = sys::pidfd_open(pid).map_err(|e| e.to_string())?;
+fn finish(pid: Pid, until: Instant) -> Result<(), String> {
+    let pidfd = sys::pidfd_open(pid.as_raw()).map_err(|e| e.to_string())?;
     if !wait_for(pidfd.as_fd(), until).map_err(|e| e.to_string())? {
         let _ = sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL);
         // And what it started, if it leads a group: not reaped yet, it still owns the number.
-        let _ = killpg(Pid::from_raw(pid), Signal::SIGKILL);
+        let _ = killpg(pid, Signal::SIGKILL);
         return Err("did not end in time".into());
     }
-    match waitpid(Pid::from_raw(pid), Some(WaitPidFlag::WNOHANG)) {
+    match waitpid(pid, Some(WaitPidFlag::WNOHANG)) {
         Ok(WaitStatus::Exited(_, 0)) => Ok(()),
         Ok(WaitStatus::Exited(_, code)) => Err(format!("ended with status {code}")),
         Ok(other) => Err(format!("ended by {other:?}")),

@@ -35,9 +35,9 @@ pub struct Journal {
     length: usize,
 }
 
-/// Later changes of one task or exec (pid, exit, oom, a runtime command and its caller) add at
-/// most this much, bytes.
-const GROWTH: usize = 2048;
+/// Later changes of one task or exec (pid, cgroups, exit, oom, a runtime command and its caller)
+/// add at most this much, bytes.
+const GROWTH: usize = 4096;
 
 impl Journal {
     /// For the record at `path`.
@@ -109,8 +109,7 @@ fn running(job: &Job) -> record::Running {
         op: job.work.word().to_owned(),
         id: job.key.id.clone(),
         exec_id: job.key.exec_id.clone(),
-        // It is a child of ours; a successor finds what it left by its files.
-        process: None,
+        process: job.process.map(process),
     }
 }
 

@@ -5,7 +5,10 @@
 use std::{
     fs::File,
     io::Write,
-    os::{fd::AsFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::AsFd,
+        unix::fs::{FileTypeExt, OpenOptionsExt},
+    },
     path::Path,
 };
 
@@ -54,7 +57,8 @@ impl Log {
             .write(true)
             .custom_flags(flags.bits())
             .open(bundle.join("log"))
-            .ok();
+            .ok()
+            .filter(|file| file.metadata().is_ok_and(|meta| meta.file_type().is_fifo()));
         if let Some(fifo) = &fifo {
             sys::become_stderr(fifo.as_fd());
         }

@@ -20,10 +20,12 @@ use std::{
 mod args;
 mod bootstrap;
 mod children;
+mod config;
 mod connections;
 #[allow(dead_code)] // restoring is for a successor
 mod context;
 mod delete;
+mod delete_look;
 mod delete_rule;
 mod event_log;
 mod events;

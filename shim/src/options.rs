@@ -390,6 +390,7 @@ fn unicode(rest: &mut std::str::Chars<'_>, digits: usize) -> Option<char> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     fn any(type_url: &str, message: &impl Message) -> Any {
         Any {
@@ -552,5 +553,31 @@ mod tests {
         assert!(matches!(Options::read(dir.path()), Seen::Unknown(_)));
         fs::remove_file(dir.path().join("options.json")).unwrap();
         assert!(matches!(Options::read(dir.path()), Seen::Present(o) if o.binary_name == "runc"));
+    }
+
+    proptest! {
+        #[test]
+        fn no_text_and_no_bytes_panic(text in "\\PC{0,60}", bytes: Vec<u8>) {
+            let _ = from_toml(&format!("BinaryName = {text}\n{text}"), "x");
+            let _ = toml_string(&text);
+            for type_url in [type_url::RUNC_OPTIONS, type_url::RUNTIME_OPTIONS] {
+                let any = Any { type_url: type_url.into(), value: bytes.clone() };
+                let _ = Options::from_request(Some(&any));
+            }
+        }
+
+        #[test]
+        fn every_string_survives_its_quotes(text: String) {
+            let mut quoted = String::from("\"");
+            for c in text.chars() {
+                match c {
+                    '"' | '\\' => quoted.extend(['\\', c]),
+                    c if c.is_control() => quoted.push_str(&format!("\\u{:04X}", u32::from(c))),
+                    c => quoted.push(c),
+                }
+            }
+            quoted.push('"');
+            prop_assert_eq!(toml_string(&quoted), Ok(text));
+        }
     }
 }

@@ -10,14 +10,19 @@ use std::{
     env,
     fs::{self, File},
     io::{self, Write},
-    os::{fd::OwnedFd, unix::net::UnixListener},
-    path::PathBuf,
+    os::{
+        fd::OwnedFd,
+        unix::{fs::FileTypeExt, net::UnixListener},
+    },
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
 };
 
 use nix::sys::socket::{getsockopt, sockopt::AcceptConn};
 use recoverd_common::{
     ids::{Id, Namespace},
     paths::Beside,
+    shim_client::{CallError, ShimClient},
 };
 
 use crate::{
@@ -25,6 +30,9 @@ use crate::{
     lock::{self, Attempt},
     socket, sys,
 };
+
+/// How long connecting may take, to find out whether somebody listens.
+const LISTENS: Duration = Duration::from_millis(100);
 
 /// What `start` is told before it closes the pipe as the sign that all is well.
 pub const READY: &str = "ready";
@@ -112,11 +120,7 @@ impl ServeArgs {
     pub fn take(flags: Flags) -> Result<Self, ServeArgsError> {
         let given = [sys::inherited(3), sys::inherited(4), sys::inherited(5)];
         let [listener, lock, pipe] = given;
-        let failed = |verb: &'static str, path: &PathBuf| {
-            let path = path.clone();
-            move |cause| ServeArgsError::Io { verb, path, cause }
-        };
-        let bundle = env::current_dir().map_err(failed("find", &PathBuf::from(".")))?;
+        let bundle = env::current_dir().map_err(failed("find", Path::new(".")))?;
         let (socket, listener, lock) = match &flags.socket {
             Some(path) => {
                 let beside = Beside::of(path);
@@ -125,13 +129,10 @@ impl ServeArgs {
                         Attempt::Taken(lock) => lock,
                         Attempt::Held => return Err(ServeArgsError::Responsible(path.clone())),
                     };
-                match fs::remove_file(path) {
-                    Err(e) if e.kind() != io::ErrorKind::NotFound => {
-                        return Err(failed("remove", path)(e));
-                    }
-                    Ok(()) | Err(_) => {}
-                }
-                let listener = socket::bind(path).map_err(failed("bind", path))?;
+                let listener = take_place(path, flags.namespace.as_str()).inspect_err(|_| {
+                    // Not responsible after all: leave no file of ours.
+                    let _ = fs::remove_file(&beside.lock);
+                })?;
                 (path.clone(), listener, lock)
             }
             None => {
@@ -170,6 +171,28 @@ impl ServeArgs {
             readiness: Readiness(pipe.map(File::from)),
         })
     }
+}
+
+fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> ServeArgsError {
+    let path = path.to_owned();
+    move |cause| ServeArgsError::Io { verb, path, cause }
+}
+
+/// Binds `path` for whoever has its lock, over a stale socket if there is one.
+fn take_place(path: &Path, namespace: &str) -> Result<UnixListener, ServeArgsError> {
+    // A stock shim holds no lock, but it listens.
+    match ShimClient::connect(path, namespace, Instant::now() + LISTENS) {
+        Err(CallError::NobodyListens(_)) => {}
+        Ok(_) | Err(_) => return Err(ServeArgsError::Responsible(path.to_owned())),
+    }
+    match fs::symlink_metadata(path) {
+        Ok(meta) if meta.file_type().is_socket() => {
+            fs::remove_file(path).map_err(failed("remove", path))?;
+        }
+        // Bind will say what it thinks of whatever else is there.
+        Ok(_) | Err(_) => {}
+    }
+    socket::bind(path).map_err(failed("bind", path))
 }
 
 fn is_listening(fd: &OwnedFd) -> bool {

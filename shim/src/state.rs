@@ -191,13 +191,20 @@ impl LoopState {
             return self.reply(from, &Err(refusal), now, out);
         }
         if let Call::Create(_) = &call {
-            // It came while the last events of what was here before are on their way: stay.
-            if let Leaving::Flushing { callers, .. } =
-                std::mem::replace(&mut self.leaving, Leaving::No)
-            {
-                self.outbox.no_hurry();
-                for to in callers {
-                    self.reply(to, &Ok(Reply::Empty), now, out);
+            match &mut self.leaving {
+                Leaving::No => {}
+                Leaving::Flushing { callers, .. } => {
+                    // It came while the last events of what was here before are on their way: stay.
+                    let callers = std::mem::take(callers);
+                    self.leaving = Leaving::No;
+                    self.outbox.no_hurry();
+                    for to in callers {
+                        self.reply(to, &Ok(Reply::Empty), now, out);
+                    }
+                }
+                Leaving::Lingering { .. } => {
+                    let refusal = Refusal::new(code::UNAVAILABLE, "shim is shut down");
+                    return self.reply(from, &Err(refusal), now, out);
                 }
             }
         }

@@ -151,27 +151,26 @@ pub fn set_nice(nice: libc::c_int) -> io::Result<()> {
     Err(io::Error::last_os_error())
 }
 
-/// Runs `work` in a child whose descriptors 0, 1 and 2 are `/dev/null`, and returns its pid; the
-/// child ends with what `work` returns. For calls that may wait for a device for ever: the parent
-/// may leave without it, and nobody waits for an end of file on a pipe that it holds. Only for a
-/// process with one thread, because the child goes on using the heap.
-pub fn apart(work: impl FnOnce() -> u8) -> io::Result<libc::pid_t> {
-    let null = File::options().read(true).write(true).open("/dev/null")?;
-    // SAFETY: the process has one thread (see above), so no lock of the heap is held by another,
-    // and the child is an ordinary copy of this process.
-    match unsafe { libc::fork() } {
-        -1 => Err(io::Error::last_os_error()),
-        0 => {
-            for target in 0..3 {
-                // SAFETY: dup2 touches no memory. Whoever owned these numbers is never run again
-                // in this child.
-                unsafe { libc::dup2(null.as_raw_fd(), target) };
-            }
-            let status = work();
+/// Runs `work` in a child whose descriptors 0, 1 and 2 are `/dev/null` and which has no others
+/// (above all not the lock), and returns its pid; the child ends with what `work` returns. For
+/// calls that may wait for a device for ever: the parent may leave without it, and nobody waits
+/// for an end of file on a pipe that it holds.
+pub fn apart(work: impl FnOnce() -> u8) -> io::Result<Pid> {
+    let null: OwnedFd = File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/null")?
+        .into();
+    match fork()? {
+        ForkResult::Parent { child } => Ok(child),
+        ForkResult::Child => {
+            let status = match keep_only(&[&null, &null, &null], &null) {
+                Ok(_) => work(),
+                Err(_) => u8::MAX,
+            };
             // SAFETY: _exit does not return and runs no destructor of the parent's objects.
             unsafe { libc::_exit(libc::c_int::from(status)) }
         }
-        pid => Ok(pid),
     }
 }
 

@@ -495,6 +495,8 @@ pub struct Job {
     pub work: Work,
     /// Who waits for it.
     pub caller: Option<Caller>,
+    /// The child, once there is one: a successor waits for its end.
+    pub process: Option<Process>,
     /// Its deadline passed and it was ended.
     ended: bool,
     /// Of Cleanup: what the caller is told when it is done.
@@ -621,6 +623,14 @@ impl Tasks {
     /// The record could not be written.
     pub fn still_dirty(&mut self) {
         self.dirty = true;
+    }
+
+    /// A short-lived child has been started.
+    pub fn started(&mut self, job: JobId, process: Process) {
+        if let Some(job) = self.jobs.get_mut(&job) {
+            job.process = Some(process);
+            self.dirty = true;
+        }
     }
 
     /// Takes an event, gives what is to be done.
@@ -762,6 +772,7 @@ impl Tasks {
                 work => work,
             },
             caller,
+            process: None,
             ended: false,
             then: None,
         };
@@ -1202,7 +1213,7 @@ impl Tasks {
                 self.gone(&job.key.id, out);
                 answer(job.caller, Err(refusal), out);
             }
-            Work::Start => self.started(&job, result, now, out),
+            Work::Start => self.init_started(&job, result, now, out),
             Work::Exec => self.exec_started(&job, result, now, out),
             Work::Pause => {
                 if result.is_ok() {
@@ -1304,7 +1315,7 @@ impl Tasks {
         }
     }
 
-    fn started(&mut self, job: &Job, result: JobResult, now: Now, out: &mut Vec<Effect>) {
+    fn init_started(&mut self, job: &Job, result: JobResult, now: Now, out: &mut Vec<Effect>) {
         let id = &job.key.id;
         if result.is_ok() {
             if let Some(task) = self.tasks.get_mut(id) {

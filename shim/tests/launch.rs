@@ -764,6 +764,40 @@ fn starts_of_one_group_at_once_bring_up_one_daemon() {
 }
 
 #[test]
+fn a_daemon_with_a_socket_of_its_own_takes_no_file_and_no_listener_away() {
+    let node = Node::new();
+    let serve = |path: &Path| {
+        let socket = path.to_str().unwrap();
+        let words = [
+            "-namespace",
+            "ns",
+            "-address",
+            GRPC,
+            "-id",
+            "c",
+            "-socket",
+            socket,
+        ];
+        run(node.dir.path(), &words, b"")
+    };
+    let file = node.sockets().join("file");
+    fs::write(&file, "precious").unwrap();
+    assert_eq!(serve(&file).status.code(), Some(1));
+    assert_eq!(fs::read(&file).unwrap(), b"precious");
+    let socket = node.socket("c");
+    fake_shim(&socket, not_found());
+    assert_refused(&serve(&socket), 1, "another shim is responsible");
+    let held = lock(&node.socket("held"));
+    assert_refused(
+        &serve(&node.socket("held")),
+        1,
+        "another shim is responsible",
+    );
+    drop(held);
+    assert!(!Beside::of(&file).lock.exists() && !Beside::of(&socket).lock.exists());
+}
+
+#[test]
 fn a_start_of_which_nobody_reads_the_answer_leaves_nothing() {
     let node = Node::new();
     let bundle = node.make_bundle("c", "{}");

@@ -3,13 +3,17 @@
 
 use std::path::PathBuf;
 
+use recoverd_common::ids::{Id, Namespace};
+
 use crate::{
     Failure,
     classify::Settings,
     cli::Global,
     config::Config,
+    correlate::Case,
+    facts::TaskName,
     observe::{Limits, NamedInstance, Plan, Roots},
-    report::{Narrow, progress::Progress},
+    report::{Narrow, Report, progress::Progress},
     verify::{self, Examined},
 };
 
@@ -70,19 +74,61 @@ pub fn narrow(global: &Global, plan: &Plan) -> Narrow {
     }
 }
 
-/// Looks at the node.
-pub fn examine(plan: &Plan, config: &Config) -> Result<Examined, Failure> {
-    raise_descriptor_limit();
-    let runtime = tokio::runtime::Builder::new_multi_thread()
+/// Threads for asking many at once while reading.
+pub fn runtime() -> Result<tokio::runtime::Runtime, Failure> {
+    tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
-        .map_err(|error| Failure::Blind(format!("start threads: {error}")))?;
+        .map_err(|error| Failure::Blind(format!("start threads: {error}")))
+}
+
+/// Looks at the node.
+pub fn examine(plan: &Plan, config: &Config) -> Result<Examined, Failure> {
+    Ok(examine_in(&runtime()?, plan, config))
+}
+
+/// As [`examine`], for a command that asks more afterwards.
+pub fn examine_in(runtime: &tokio::runtime::Runtime, plan: &Plan, config: &Config) -> Examined {
+    raise_descriptor_limit();
     runtime.block_on(async {
         let progress = Progress::start();
         let tell = |stage: &str| progress.stage(stage);
         let settings = settings(config);
-        Ok(verify::examine(plan, &settings, config.scan.second_look, &tell).await)
+        verify::examine(plan, &settings, config.scan.second_look, &tell).await
+    })
+}
+
+/// `NS/ID`, as it is typed.
+pub fn task_name(text: &str) -> Result<TaskName, Failure> {
+    let refuse = |why: &str| Failure::Usage(format!("{text:?} is no task: {why}"));
+    let (namespace, id) = text
+        .split_once('/')
+        .ok_or_else(|| refuse("write NAMESPACE/ID"))?;
+    let namespace = Namespace::new(namespace).map_err(|e| refuse(&e.to_string()))?;
+    let id = Id::new(id).map_err(|e| refuse(&e.to_string()))?;
+    Ok((namespace.into(), id.into()))
+}
+
+/// The cases of that name: one, or one for each containerd that has a task of that name.
+pub fn cases_named<'a>(report: &Report<'a>, name: &TaskName) -> Result<Vec<&'a Case<'a>>, Failure> {
+    let found: Vec<&Case<'_>> = report
+        .cases
+        .iter()
+        .copied()
+        .filter(|case| case.name == *name)
+        .collect();
+    if !found.is_empty() {
+        return Ok(found);
+    }
+    let what = format!(
+        "no bundle, shim, runc or containerd knows a task {}/{}",
+        name.0, name.1
+    );
+    Err(if report.gaps.is_empty() {
+        Failure::Usage(what)
+    } else {
+        Failure::Blind(format!("{what}, and not everything could be seen"))
     })
 }
 

@@ -1,7 +1,9 @@
 //! One file per command: what it asks for, and what it prints.
 
 pub mod config;
+pub mod dump;
 pub mod explain;
 pub mod look;
+pub mod preflight;
 pub mod scan;
 pub mod show;

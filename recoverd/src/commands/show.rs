@@ -3,11 +3,7 @@
 
 use std::io::{self, Write};
 
-use recoverd_common::{
-    ids::{Id, Namespace},
-    seen::Seen,
-    timestamp::Timestamp,
-};
+use recoverd_common::{seen::Seen, timestamp::Timestamp};
 use serde::Serialize;
 
 use super::look;
@@ -16,55 +12,31 @@ use crate::{
     cli::{Global, Show, TextOrJson},
     config::Config,
     correlate::{Case, Init, Known, ShimOf},
-    facts::{Connection, Look, Phase, Reply, TaskName},
+    facts::{Connection, Look, Phase, Reply},
     findings::{Evidence, Finding},
     report::{Report, json},
 };
 
 /// Looks and prints.
 pub fn run(args: &Show, global: &Global, config: &Config) -> Result<Verdict, Failure> {
-    let name = parse(&args.task)?;
+    let name = look::task_name(&args.task)?;
     let plan = look::plan(global, config);
     let narrow = look::narrow(global, &plan);
     let examined = look::examine(&plan, config)?;
     let cases = examined.cases(&plan);
     let report = Report::new(&examined, &cases, &narrow);
-    let found: Vec<&&Case<'_>> = report
-        .cases
-        .iter()
-        .filter(|case| case.name == name)
-        .collect();
-    if found.is_empty() {
-        let what = format!(
-            "no task {} is known to any bundle, shim, runc or containerd",
-            args.task
-        );
-        return Err(if report.gaps.is_empty() {
-            Failure::Usage(what)
-        } else {
-            Failure::Blind(format!("{what}, and not everything could be seen"))
-        });
-    }
     let mut text = String::new();
     let mut any = false;
-    for case in found {
-        let findings: Vec<&Finding> = report
-            .findings
-            .iter()
-            .filter(|s| s.finding.subject.text() == args.task)
-            .filter(|s| s.instance == case.instance || s.instance.is_none())
-            .map(|s| &s.finding)
-            .collect();
+    for case in look::cases_named(&report, &name)? {
+        let findings = findings(&report, case);
         any |= !findings.is_empty();
-        let facts = facts(report.look, case);
-        let differ = differences(case);
         text.push_str(&match args.output {
-            TextOrJson::Text => as_text(&args.task, case, &facts, &differ, &findings),
+            TextOrJson::Text => self::text(&report, case),
             TextOrJson::Json => json::line(&Shown {
                 schema: "recoverd/show/1",
                 task: json::task(&report, case),
-                facts: &facts,
-                differences: &differ,
+                facts: &facts(report.look, case),
+                differences: &differences(case),
                 findings: &findings,
             }),
         });
@@ -79,6 +51,17 @@ pub fn run(args: &Show, global: &Global, config: &Config) -> Result<Verdict, Fai
     })
 }
 
+fn findings<'a>(report: &Report<'a>, case: &Case<'_>) -> Vec<&'a Finding> {
+    let name = format!("{}/{}", case.name.0, case.name.1);
+    report
+        .findings
+        .iter()
+        .filter(|s| s.finding.subject.text() == name)
+        .filter(|s| s.instance == case.instance || s.instance.is_none())
+        .map(|s| &s.finding)
+        .collect()
+}
+
 #[derive(Serialize)]
 struct Shown<'a> {
     schema: &'static str,
@@ -88,35 +71,19 @@ struct Shown<'a> {
     findings: &'a [&'a Finding],
 }
 
-/// `NS/ID`, as it is typed.
-pub fn parse(text: &str) -> Result<TaskName, Failure> {
-    let refuse = |why: &str| Failure::Usage(format!("{text:?} is no task: {why}"));
-    let (namespace, id) = text
-        .split_once('/')
-        .ok_or_else(|| refuse("write NAMESPACE/ID"))?;
-    let namespace = Namespace::new(namespace).map_err(|e| refuse(&e.to_string()))?;
-    let id = Id::new(id).map_err(|e| refuse(&e.to_string()))?;
-    Ok((namespace.into(), id.into()))
-}
-
-fn as_text(
-    name: &str,
-    case: &Case<'_>,
-    facts: &[Evidence],
-    differ: &[String],
-    findings: &[&Finding],
-) -> String {
-    let mut text = format!("{name}: {}\n", case.phase().word());
+/// What is told of one task, for people; `dump` packs it too.
+pub fn text(report: &Report<'_>, case: &Case<'_>) -> String {
+    let mut text = format!("{}/{}: {}\n", case.name.0, case.name.1, case.phase().word());
     let mut last = "";
-    for fact in facts {
+    for fact in facts(report.look, case) {
         let by = if fact.by == last { "" } else { fact.by };
         text.push_str(&format!("  {by:<11} {}\n", fact.fact));
         last = fact.by;
     }
-    for line in differ {
+    for line in differences(case) {
         text.push_str(&format!("  {:<11} {line}\n", "differ:"));
     }
-    for finding in findings {
+    for finding in findings(report, case) {
         text.push_str(&format!(
             "\n{} {}\n",
             finding.severity.word(),
@@ -130,8 +97,8 @@ fn as_text(
     text
 }
 
-/// Every fact, with its witness. Also what `dump` begins with.
-pub fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
+/// Every fact, with its witness.
+fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
     let mut all = Vec::new();
     let mut say = |by: &'static str, fact: String| all.push(Evidence { by, fact });
     if let Some(pod) = &case.pod {

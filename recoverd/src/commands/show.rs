@@ -12,7 +12,7 @@ use crate::{
     cli::{Global, Show, TextOrJson},
     config::Config,
     correlate::{Case, Init, Known, ShimOf},
-    facts::{Connection, Look, Phase, Reply},
+    facts::{Connection, Look, Phase, Reply, one_line},
     findings::{Evidence, Finding},
     report::{Report, json},
 };
@@ -100,7 +100,12 @@ pub fn text(report: &Report<'_>, case: &Case<'_>) -> String {
 /// Every fact, with its witness.
 fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
     let mut all = Vec::new();
-    let mut say = |by: &'static str, fact: String| all.push(Evidence { by, fact });
+    let mut say = |by: &'static str, fact: String| {
+        all.push(Evidence {
+            by,
+            fact: one_line(&fact),
+        });
+    };
     if let Some(pod) = &case.pod {
         let container = if pod.container.is_empty() {
             "sandbox"

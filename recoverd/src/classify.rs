@@ -683,7 +683,10 @@ impl Context<'_> {
         let state = case.state()?;
         let down = matches!(self.instance(case)?.api, Api::Down);
         let ended = matches!(case.init, Init::Dead(..));
-        if state.phase != Phase::Stopped || !down || !ended || case.kind() == Some(Kind::Foreign) {
+        // Ours names a pid to containerd until the task is deleted, so that no release takes it
+        // for leaked, and keeps its events until they are acknowledged: nothing is lost.
+        let keeps = matches!(case.kind(), Some(Kind::Ours | Kind::Foreign));
+        if state.phase != Phase::Stopped || !down || !ended || keeps {
             return None;
         }
         let at = state.exited_at.map_or_else(String::new, |seconds| {

@@ -35,9 +35,9 @@ pub struct Journal {
     length: usize,
 }
 
-/// Later changes of one task or exec (pid, exit, oom, a runtime command and its caller) add at
-/// most this much, bytes.
-const GROWTH: usize = 2048;
+/// Later changes of one task or exec (pid, cgroups, exit, oom, a runtime command and its caller)
+/// add at most this much, bytes.
+const GROWTH: usize = 4096;
 
 impl Journal {
     /// For the record at `path`.

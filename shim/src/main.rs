@@ -20,6 +20,7 @@ use std::{
 mod args;
 mod bootstrap;
 mod children;
+mod config;
 mod connections;
 #[allow(dead_code)] // restoring is for a successor
 mod context;

@@ -4,68 +4,54 @@
 //! For each input, in this order: events into their log, the record, the effects, the answers.
 //! Whoever dies between two of them has told nobody anything that is not written down.
 
+mod effects;
+mod exits;
+mod looks;
+mod sockets;
+
 use std::{
     collections::{BTreeMap, VecDeque},
     error::Error,
-    fs::{self, File},
-    io::{self, Read, Write},
+    fs, io,
     net::Shutdown,
     os::{
-        fd::{AsFd, OwnedFd},
-        unix::{
-            fs::OpenOptionsExt,
-            net::{UnixListener, UnixStream},
-        },
+        fd::AsFd,
+        unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::OFlag,
     sys::{
         epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout},
         prctl::set_child_subreaper,
         signal::{SigSet, Signal},
         signalfd::{SfdFlags, SignalFd},
-        socket::{
-            AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
-        },
     },
     time::{ClockId, clock_gettime},
-    unistd::{Pid, geteuid},
+    unistd::Pid,
 };
 use recoverd_common::{
-    cgroup::{Cgroup, Roots, read_procs},
-    paths::Beside,
-    read::{MAX_FILE, read_file, read_text},
-    record,
-    seen::Seen,
-    timestamp::Timestamp,
+    cgroup::Roots, paths::Beside, read::read_text, record, seen::Seen, timestamp::Timestamp,
 };
-use serde::Deserialize;
 
 use crate::{
-    children::{self, ChildFile, Plan, Step},
-    connections::Caller,
     context, event_log,
     event_log::EventLog,
-    events::Post,
     journal::{Fixed, Journal},
     log::{Level, Log},
     oom::OomWatch,
     reaper, remains,
-    runc::{self, Place},
     serve_args::ServeArgs,
-    service::{Key, Refusal, Reply},
+    service::Reply,
     state::{Input, LoopState, Output},
-    stats,
-    stdio::{self, Heard, Stdio, Wanted},
+    stdio::{self, Heard, Stdio},
     sys,
-    tasks::{
-        Effect, Event, Failure, FailureKind, JobId, Now, Outcome, Process, Report, Task, Work,
-    },
+    tasks::{Effect, Event, JobId, Now},
 };
+use effects::Child;
+use sockets::Socket;
 
 const LISTENER: u64 = 1;
 const SIGNALS: u64 = 2;
@@ -99,81 +85,6 @@ fn failed<E: Into<io::Error>>(verb: &'static str) -> impl FnOnce(E) -> StartErro
     move |cause| StartError {
         verb,
         cause: cause.into(),
-    }
-}
-
-/// One connection's socket.
-struct Socket {
-    stream: UnixStream,
-    /// Epoll watches it for room to write.
-    waits: bool,
-}
-
-/// A short-lived child at work.
-struct Child {
-    pid: Pid,
-    words: OwnedFd,
-    key: Key,
-    work: Work,
-    log: PathBuf,
-    log_offset: u64,
-    program: String,
-    private_pids: bool,
-    memory_limit: Option<u64>,
-}
-
-/// The part of `config.json` that the shim itself needs.
-#[derive(Deserialize)]
-struct Config {
-    linux: Option<Linux>,
-}
-#[derive(Deserialize)]
-struct Linux {
-    #[serde(default)]
-    namespaces: Option<Vec<NamespaceEntry>>,
-    resources: Option<Resources>,
-}
-#[derive(Deserialize)]
-struct NamespaceEntry {
-    #[serde(rename = "type")]
-    kind: String,
-    #[serde(default)]
-    path: String,
-}
-#[derive(Deserialize)]
-struct Resources {
-    memory: Option<Memory>,
-}
-#[derive(Deserialize)]
-struct Memory {
-    limit: Option<i64>,
-}
-
-impl Config {
-    fn read(bundle: &Path) -> Result<Self, String> {
-        let path = bundle.join("config.json");
-        let why = match read_file(&path, MAX_FILE) {
-            Seen::Present(bytes) => match serde_json::from_slice(&bytes) {
-                Ok(config) => return Ok(config),
-                Err(e) => e.to_string(),
-            },
-            Seen::Absent => "does not exist".to_owned(),
-            Seen::Unknown(why) => why,
-        };
-        Err(format!("read {}: {why}", path.display()))
-    }
-
-    /// A pid namespace of its own: it ends with the init.
-    fn private_pids(&self) -> bool {
-        self.linux
-            .iter()
-            .flat_map(|linux| linux.namespaces.iter().flatten())
-            .any(|entry| entry.kind == "pid" && entry.path.is_empty())
-    }
-
-    fn memory_limit(&self) -> Option<u64> {
-        let memory = self.linux.as_ref()?.resources.as_ref()?.memory.as_ref()?;
-        u64::try_from(memory.limit?).ok().filter(|limit| *limit > 0)
     }
 }
 
@@ -510,6 +421,7 @@ impl Shim {
             Output::Log { .. } => {}
             Output::Effect(effect) => self.effect(effect, now),
             Output::Post(post) => self.post(post),
+            Output::Say(text) => self.log.say(Level::Warning, &text),
             Output::Close(connection, why) => {
                 if let Some(why) = why {
                     self.log
@@ -607,614 +519,15 @@ impl Shim {
             }
         }
     }
-
-    // ---- short-lived children ----
-
-    fn spawn(&mut self, job: JobId, key: &Key, work: &Work) {
-        self.log.say(
-            Level::Debug,
-            &format!("{} {} {}", work.word(), key.id, key.exec_id),
-        );
-        match self.start_child(key, work) {
-            Ok(child) => {
-                self.state.tasks.started(job, process_of(child.pid));
-                self.children.insert(job, child);
-            }
-            Err(text) => {
-                let failure = Failure {
-                    kind: FailureKind::Other,
-                    text,
-                };
-                self.inbox.push_back(Input::Event(Event::JobEnded {
-                    job,
-                    outcome: Outcome::Failed(failure),
-                }));
-            }
-        }
-    }
-
-    fn start_child(&mut self, key: &Key, work: &Work) -> Result<Child, String> {
-        let task = self
-            .state
-            .tasks
-            .get(&key.id)
-            .ok_or_else(|| format!("task {} is gone", key.id))?;
-        let bundle = Path::new(&task.bundle);
-        let place = Place {
-            bundle,
-            namespace: &self.namespace,
-            options: &task.options,
-        };
-        let rootfs = place.rootfs();
-        let log = place.log(key);
-        let log_offset = runc::log_length(&log);
-        let mut plan = Plan {
-            files: vec![ChildFile::Null, ChildFile::Words, ChildFile::Words],
-            folder: bundle.to_owned(),
-            steps: Vec::new(),
-            to_the_end: false,
-            argv: Vec::new(),
-            env: None,
-        };
-        let mut private_pids = task.private_pids;
-        let mut memory_limit = task.memory_limit;
-        match work {
-            Work::Create | Work::Exec => {
-                if *work == Work::Create {
-                    let config = Config::read(bundle)?;
-                    private_pids = config.private_pids();
-                    memory_limit = config.memory_limit();
-                    task.options.write(bundle).map_err(|e| e.to_string())?;
-                    if !task.rootfs.is_empty() {
-                        plan.steps.push(Step::MakeFolder(rootfs.clone()));
-                    }
-                    let mounts = task.rootfs.iter().cloned();
-                    plan.steps
-                        .extend(mounts.map(|mount| Step::Mount(mount, rootfs.clone())));
-                }
-                let member = task
-                    .member(&key.exec_id)
-                    .ok_or_else(|| format!("exec {} is gone", key.exec_id))?;
-                let wanted = Wanted {
-                    key,
-                    wish: &member.stdio,
-                    stdin_closed: member.stdin_closed,
-                    bundle,
-                    namespace: &self.namespace,
-                    owner: (task.options.io_uid, task.options.io_gid),
-                    memory_limit,
-                };
-                let opened = self.stdio.open(&wanted, &self.epoll)?;
-                if opened.wait_for_logger {
-                    plan.steps.push(Step::LoggerReady(3));
-                }
-                plan.files = opened.files;
-                plan.argv = place.argv(key, work, opened.console.as_deref());
-            }
-            Work::Update(resources) => {
-                let stdin =
-                    children::memory_file(resources).map_err(|e| format!("pass resources: {e}"))?;
-                if let Some(first) = plan.files.first_mut() {
-                    *first = ChildFile::Fd(stdin);
-                }
-                plan.argv = place.argv(key, work, None);
-            }
-            Work::Delete | Work::Cleanup => {
-                plan.to_the_end = *work == Work::Cleanup;
-                // The bundle may be gone.
-                plan.folder = "/".into();
-                plan.steps.push(Step::Run {
-                    argv: place.argv(key, work, None),
-                    log: log.clone(),
-                });
-                if !task.rootfs.is_empty() {
-                    plan.steps.push(Step::Unmount(rootfs));
-                }
-            }
-            Work::Start | Work::Pause | Work::Resume | Work::Kill { .. } => {
-                plan.argv = place.argv(key, work, None);
-            }
-        }
-        let program = task.options.binary().to_owned();
-        let (pid, words) = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
-        Ok(Child {
-            pid,
-            words,
-            key: key.clone(),
-            work: work.clone(),
-            log,
-            log_offset,
-            program,
-            private_pids,
-            memory_limit,
-        })
-    }
-
-    /// A short-lived child has ended; the kernel still knows it.
-    fn child_ended(&mut self, job: JobId, status: u32) {
-        let Some(child) = self.children.remove(&job) else {
-            return;
-        };
-        let outcome = if status == 0 {
-            Outcome::Done(self.report(&child))
-        } else {
-            let logged = runc::last_error(&child.log, child.log_offset);
-            Outcome::Failed(children::failure(
-                child.words,
-                logged,
-                &child.program,
-                status,
-            ))
-        };
-        if !child.key.is_init() {
-            let _ = fs::remove_file(&child.log);
-        }
-        if matches!(child.work, Work::Create | Work::Exec) {
-            let mut heard = Vec::new();
-            self.stdio.receive(&child.key, &self.epoll, &mut heard);
-            self.hear(heard);
-        }
-        self.handle(Input::Event(Event::JobEnded { job, outcome }));
-    }
-
-    fn report(&self, child: &Child) -> Report {
-        let mut report = Report {
-            private_pids: child.private_pids,
-            memory_limit: child.memory_limit,
-            ..Report::default()
-        };
-        if !matches!(child.work, Work::Create | Work::Exec) {
-            return report;
-        }
-        let Some(task) = self.state.tasks.get(&child.key.id) else {
-            return report;
-        };
-        let place = Place {
-            bundle: Path::new(&task.bundle),
-            namespace: &self.namespace,
-            options: &task.options,
-        };
-        let pid = match read_text(&place.pid_file(&child.key), 32) {
-            Seen::Present(text) => text.trim().parse::<i32>().ok().filter(|pid| *pid > 0),
-            Seen::Absent | Seen::Unknown(_) => None,
-        };
-        if let Some(pid) = pid {
-            report.process = Some(process_of(Pid::from_raw(pid)));
-            if child.work == Work::Create {
-                report.cgroup = match Cgroup::of(&self.roots, pid) {
-                    Seen::Present(cgroup) => Some(cgroup),
-                    Seen::Absent | Seen::Unknown(_) => None,
-                };
-            }
-        }
-        report
-    }
-
-    fn prepare_exec(&self, key: &Key, spec: &[u8]) -> Result<(), String> {
-        let task = self
-            .state
-            .tasks
-            .get(&key.id)
-            .ok_or_else(|| format!("task {} is gone", key.id))?;
-        let place = Place {
-            bundle: Path::new(&task.bundle),
-            namespace: &self.namespace,
-            options: &task.options,
-        };
-        let path = place.process_file(key);
-        let result = File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-            .open(&path)
-            .and_then(|mut file| file.write_all(spec));
-        result.map_err(|e| {
-            let _ = fs::remove_file(&path);
-            format!("write {}: {e}", path.display())
-        })
-    }
-
-    fn remove_exec_files(&self, key: &Key) {
-        if key.is_init() {
-            return;
-        }
-        if let Some(task) = self.state.tasks.get(&key.id) {
-            let place = Place {
-                bundle: Path::new(&task.bundle),
-                namespace: &self.namespace,
-                options: &task.options,
-            };
-            // Any of them may never have been there.
-            for path in [place.process_file(key), place.pid_file(key), place.log(key)] {
-                let _ = fs::remove_file(path);
-            }
-        }
-    }
-
-    /// Only to the process that we mean: its pidfd is taken first, then its start time compared.
-    fn signal(&self, process: Process, signal: i32) {
-        let Ok(pid) = i32::try_from(process.pid) else {
-            return;
-        };
-        let result = sys::pidfd_open(pid).and_then(|pidfd| {
-            let found = reaper::start_time(Pid::from_raw(pid));
-            if process.start_time != 0 && found != process.start_time {
-                return Err(io::Error::other("pid belongs to another process"));
-            }
-            sys::pidfd_signal(pidfd.as_fd(), signal)
-        });
-        if let Err(e) = result {
-            self.log
-                .say(Level::Warning, &format!("signal {pid} with {signal}: {e}"));
-        }
-    }
-
-    // ---- exits ----
-
-    fn signalled(&mut self, signals: &SignalFd) {
-        while let Ok(Some(info)) = signals.read_signal() {
-            let number = i32::try_from(info.ssi_signo).unwrap_or(0);
-            if number == Signal::SIGTERM as i32 || number == Signal::SIGINT as i32 {
-                self.log.say(Level::Info, "shim leaves on a signal");
-                let now = now();
-                for output in self.state.leave_now() {
-                    self.perform(output, now);
-                }
-                return;
-            }
-        }
-        self.reap();
-    }
-
-    fn reap(&mut self) {
-        while let Some(exited) = reaper::peek(None) {
-            // What a runtime command started comes to us when the command has ended: that end
-            // comes first, it says whose the process is.
-            let ended: Vec<(JobId, Pid, u32)> = self
-                .children
-                .iter()
-                .filter_map(|(job, child)| {
-                    let seen = reaper::peek(Some(child.pid))?;
-                    Some((*job, child.pid, seen.status))
-                })
-                .collect();
-            if !ended.is_empty() {
-                for (job, pid, status) in ended {
-                    self.child_ended(job, status);
-                    reaper::collect(pid);
-                }
-                continue;
-            }
-            let mut heard = Vec::new();
-            if self
-                .stdio
-                .logger_exited(exited.pid, &self.epoll, &mut heard)
-            {
-                reaper::collect(exited.pid);
-                self.hear(heard);
-                self.work_off();
-                continue;
-            }
-            let pid = u32::try_from(exited.pid.as_raw()).unwrap_or(0);
-            // The exit may be seen before what caused it.
-            let id = self
-                .state
-                .tasks
-                .iter()
-                .find(|(_, task)| task.init.process.is_some_and(|p| p.pid == pid))
-                .map(|(id, _)| id.clone());
-            if let Some(id) = id {
-                self.look_for_oom(&id);
-            }
-            self.handle(Input::Event(Event::Exited {
-                pid,
-                status: exited.status,
-            }));
-            reaper::collect(exited.pid);
-        }
-    }
-
-    // ---- out of memory ----
-
-    fn watch_oom(&mut self, id: String) {
-        let Some(cgroup) = self
-            .state
-            .tasks
-            .get(&id)
-            .and_then(|task| task.cgroup.as_ref())
-        else {
-            return;
-        };
-        let watch = match OomWatch::new(cgroup, None) {
-            Ok(watch) => watch,
-            Err(e) => {
-                self.log.say(Level::Warning, &format!("{id}: {e}"));
-                return;
-            }
-        };
-        self.last_oom += 1;
-        let token = self.last_oom;
-        match self
-            .epoll
-            .add(watch.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token))
-        {
-            Ok(()) => {
-                self.oom.insert(id, (token, watch));
-            }
-            Err(e) => self.log.say(Level::Warning, &format!("watch for OOM: {e}")),
-        }
-    }
-
-    fn oom_ready(&mut self, token: u64) {
-        let id = self
-            .oom
-            .iter()
-            .find(|(_, (other, _))| *other == token)
-            .map(|(id, _)| id.clone());
-        if let Some(id) = id {
-            self.look_for_oom(&id);
-        }
-    }
-
-    fn look_for_oom(&mut self, id: &str) {
-        let kills = self.oom.get_mut(id).map_or(0, |(_, watch)| watch.read());
-        if kills > 0 {
-            let event = Event::Oom { id: id.to_owned() };
-            self.handle(Input::Event(event));
-        }
-    }
-
-    // ---- looks at the host ----
-
-    fn pids(&self, task: &Task) -> Vec<(u32, String)> {
-        let mut pids = Vec::new();
-        if let Some(folder) = task.cgroup.as_ref().and_then(Cgroup::any_folder) {
-            collect_pids(folder, MAX_DEPTH, &mut pids);
-        }
-        let init = task.init.process.map(|process| process.pid);
-        if pids.is_empty() {
-            pids.extend(init);
-        }
-        let exec_of = |pid: u32| {
-            let has = |exec: &crate::tasks::Exec| {
-                exec.member.exit.is_none() && exec.member.process.is_some_and(|p| p.pid == pid)
-            };
-            let found = task.execs.iter().find(|(_, exec)| has(exec));
-            found.map(|(id, _)| id.clone()).unwrap_or_default()
-        };
-        pids.into_iter().map(|pid| (pid, exec_of(pid))).collect()
-    }
-
-    fn stats(&mut self, to: Caller, id: &str) {
-        let cgroup = self
-            .state
-            .tasks
-            .get(id)
-            .and_then(|task| task.cgroup.as_ref());
-        let seen = cgroup.map_or(Seen::Absent, |cgroup| stats::read(&self.roots, cgroup));
-        let reply = match seen {
-            Seen::Present(any) => Ok(Reply::Stats(any.type_url, any.value)),
-            Seen::Absent => Err(Refusal::not_found("cgroup does not exist")),
-            Seen::Unknown(why) => Err(Refusal::unknown(why)),
-        };
-        self.inbox.push_back(Input::Reply(to, reply));
-    }
-
-    // ---- connections ----
-
-    fn accept(&mut self) {
-        while let Some(listener) = &self.listener {
-            let stream = match listener.accept() {
-                Ok((stream, _)) => stream,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => continue,
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) => {
-                    // Out of descriptors or memory: the backlog would wake us again at once.
-                    self.log.say(Level::Warning, &format!("accept: {e}"));
-                    let _ = self.epoll.delete(listener);
-                    self.accept_at = Some(now().mono_ms.saturating_add(ACCEPT_PAUSE_MS));
-                    return;
-                }
-            };
-            let peer = getsockopt(&stream, sockopt::PeerCredentials);
-            if !peer.is_ok_and(|peer| peer.uid() == geteuid().as_raw()) {
-                self.log
-                    .say(Level::Warning, "refuse a connection of another user");
-                continue;
-            }
-            if let Err(e) = stream.set_nonblocking(true) {
-                self.log.say(Level::Warning, &format!("accept: {e}"));
-                continue;
-            }
-            self.handle(Input::Accepted);
-            let number = self.state.connections.last();
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, number | CONNECTION);
-            match self.epoll.add(&stream, event) {
-                Ok(()) => {
-                    let socket = Socket {
-                        stream,
-                        waits: false,
-                    };
-                    self.sockets.insert(number, socket);
-                }
-                Err(_) => self.handle(Input::Closed(number)),
-            }
-        }
-    }
-
-    fn connection_ready(&mut self, number: u64, events: EpollFlags) {
-        if events.contains(EpollFlags::EPOLLOUT) {
-            self.flush();
-        }
-        for _ in 0..READS {
-            let mut buffer = [0; READ];
-            let Some(socket) = self.sockets.get_mut(&number) else {
-                return;
-            };
-            match socket.stream.read(&mut buffer) {
-                Ok(count) if count > 0 => {
-                    let bytes = buffer.get(..count).unwrap_or_default().to_vec();
-                    self.handle(Input::Bytes(number, bytes));
-                    if count < READ {
-                        return;
-                    }
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(_) | Err(_) => return self.handle(Input::Closed(number)),
-            }
-        }
-    }
-
-    /// Writes what is unsent, as far as the peers take it.
-    fn flush(&mut self) {
-        for number in self.state.connections.numbers() {
-            let unsent = self.state.connections.unsent(number);
-            let Some(socket) = self.sockets.get_mut(&number) else {
-                continue;
-            };
-            if unsent.is_empty() && !socket.waits {
-                continue;
-            }
-            let total = unsent.len();
-            let mut sent = 0;
-            let mut broken = false;
-            while let Some(rest) = unsent.get(sent..).filter(|rest| !rest.is_empty()) {
-                match socket.stream.write(rest) {
-                    Ok(count) => sent += count,
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => {
-                        broken = true;
-                        break;
-                    }
-                }
-            }
-            let waits = sent < total && !broken;
-            if waits != socket.waits {
-                socket.waits = waits;
-                let mut flags = EpollFlags::EPOLLIN;
-                flags.set(EpollFlags::EPOLLOUT, waits);
-                let mut event = EpollEvent::new(flags, number | CONNECTION);
-                broken |= self.epoll.modify(&socket.stream, &mut event).is_err();
-            }
-            let now = now();
-            let input = if broken {
-                Input::Closed(number)
-            } else {
-                Input::Sent(number, sent)
-            };
-            for output in self.step(input, now) {
-                self.perform(output, now);
-            }
-        }
-    }
-
-    // ---- containerd's event service ----
-
-    fn post(&mut self, post: Post) {
-        match post {
-            Post::Open => {
-                let input = match self.connect_events() {
-                    Ok(stream) => {
-                        self.events = Some(stream);
-                        Input::EventsOpened
-                    }
-                    Err(e) => {
-                        Input::EventsLost(format!("connect {}: {e}", self.events_address.display()))
-                    }
-                };
-                self.inbox.push_back(input);
-            }
-            Post::Send(bytes) => {
-                let written = self.events.as_mut().map(|stream| stream.write(&bytes));
-                // An event is a few hundred bytes: a service that does not take it whole has been
-                // stuck for long.
-                if !matches!(written, Some(Ok(count)) if count == bytes.len()) {
-                    self.events = None;
-                    let why = "event service takes nothing".to_owned();
-                    self.inbox.push_back(Input::EventsLost(why));
-                }
-            }
-            Post::Close => self.events = None,
-            Post::Acknowledged(number) => {
-                if let Err(e) = self.event_log.acknowledge(number) {
-                    self.log.say(Level::Error, &format!("write events: {e}"));
-                }
-            }
-            Post::Say(text) => self.log.say(Level::Warning, &text),
-        }
-    }
-
-    fn connect_events(&self) -> io::Result<UnixStream> {
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
-        let address = UnixAddr::new(&self.events_address)?;
-        connect(std::os::fd::AsRawFd::as_raw_fd(&fd), &address)?;
-        let stream = UnixStream::from(fd);
-        self.epoll
-            .add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, EVENTS))?;
-        Ok(stream)
-    }
-
-    fn events_ready(&mut self) {
-        loop {
-            let mut buffer = [0; 512];
-            let Some(stream) = &mut self.events else {
-                return;
-            };
-            match stream.read(&mut buffer) {
-                Ok(count) if count > 0 => {
-                    let bytes = buffer.get(..count).unwrap_or_default().to_vec();
-                    self.handle(Input::EventsBytes(bytes));
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
-                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(_) | Err(_) => {
-                    self.events = None;
-                    let why = "event service closed the connection".to_owned();
-                    return self.handle(Input::EventsLost(why));
-                }
-            }
-        }
-    }
-}
-
-fn process_of(pid: Pid) -> Process {
-    Process {
-        // A pid is positive.
-        pid: u32::try_from(pid.as_raw()).unwrap_or(0),
-        start_time: reaper::start_time(pid),
-    }
 }
 
 /// See the feature in Cargo.toml.
 #[cfg(feature = "trace")]
 fn trace(input: &Input, now: Now) {
     if let Some(path) = std::env::var_os("RECOVERD_SHIM_TRACE")
-        && let Ok(mut file) = File::options().append(true).create(true).open(path)
+        && let Ok(mut file) = fs::File::options().append(true).create(true).open(path)
         && let Ok(line) = serde_json::to_string(&(input, now))
     {
-        let _ = writeln!(file, "{line}");
-    }
-}
-
-/// The pids in `folder` and below: a container may make groups of its own.
-fn collect_pids(folder: &Path, depth: u32, pids: &mut Vec<u32>) {
-    if let Seen::Present(found) = read_procs(folder) {
-        pids.extend(found.into_iter().filter_map(|pid| u32::try_from(pid).ok()));
-    }
-    if depth == 0 {
-        return;
-    }
-    let Ok(entries) = fs::read_dir(folder) else {
-        return;
-    };
-    for entry in entries.flatten() {
-        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
-            collect_pids(&entry.path(), depth - 1, pids);
-        }
+        let _ = io::Write::write_all(&mut file, (line + "\n").as_bytes());
     }
 }

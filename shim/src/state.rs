@@ -2,7 +2,7 @@
 //! effects out; everything but the descriptors, so that it can be taken into another process
 //! between any two inputs.
 
-use recoverd_common::timestamp::Timestamp;
+use recoverd_common::{timestamp::Timestamp, ttrpc::code};
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -61,6 +61,8 @@ pub enum Output {
         /// The request.
         payload: Vec<u8>,
     },
+    /// A line for the log of the shim.
+    Say(String),
     /// Close a connection.
     Close(u64, Option<Violation>),
     /// Nobody new: close the listener, remove the socket and the files beside it.
@@ -189,13 +191,20 @@ impl LoopState {
             return self.reply(from, &Err(refusal), now, out);
         }
         if let Call::Create(_) = &call {
-            // It came while the last events of what was here before are on their way: stay.
-            if let Leaving::Flushing { callers, .. } =
-                std::mem::replace(&mut self.leaving, Leaving::No)
-            {
-                self.outbox.no_hurry();
-                for to in callers {
-                    self.reply(to, &Ok(Reply::Empty), now, out);
+            match &mut self.leaving {
+                Leaving::No => {}
+                Leaving::Flushing { callers, .. } => {
+                    // It came while the last events of what was here before are on their way: stay.
+                    let callers = std::mem::take(callers);
+                    self.leaving = Leaving::No;
+                    self.outbox.no_hurry();
+                    for to in callers {
+                        self.reply(to, &Ok(Reply::Empty), now, out);
+                    }
+                }
+                Leaving::Lingering { .. } => {
+                    let refusal = Refusal::new(code::UNAVAILABLE, "shim is shut down");
+                    return self.reply(from, &Err(refusal), now, out);
                 }
             }
         }
@@ -236,6 +245,12 @@ impl LoopState {
         now: Now,
         out: &mut Vec<Output>,
     ) {
+        // That something has just gone is everyday life, and not for the log.
+        if let Err(refusal) = reply
+            && refusal.code != code::NOT_FOUND
+        {
+            out.push(Output::Say(format!("refused: {}", refusal.message)));
+        }
         let payload = service::response(reply);
         if let Err(violation) = self.connections.answer(to, &payload) {
             self.close(to.connection, Some(violation), now, out);

@@ -12,30 +12,29 @@
 //! *Read-write*: the writer is its own reader, so neither a dead client nor a dead shim can raise
 //! SIGPIPE; when nobody reads, it waits.
 
+mod console;
+mod pipes;
+mod relay;
+mod target;
+
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, IoSliceMut},
+    io,
     os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::{
             fs::{FileTypeExt, OpenOptionsExt},
-            net::{UnixListener, UnixStream},
+            net::UnixListener,
         },
     },
     path::{Path, PathBuf},
 };
 
 use nix::{
-    cmsg_space,
-    errno::Errno,
-    fcntl::{FcntlArg, OFlag, SpliceFFlags, fcntl, splice},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::{
-        epoll::{Epoll, EpollEvent, EpollFlags},
-        socket::{ControlMessageOwned, MsgFlags, recvmsg},
-    },
-    unistd::{Gid, Pid, Uid, fchown, pipe2},
+    fcntl::{FcntlArg, OFlag, fcntl},
+    sys::epoll::{Epoll, EpollEvent, EpollFlags},
+    unistd::{Pid, pipe2},
 };
 
 use crate::{
@@ -44,13 +43,15 @@ use crate::{
     service::{Key, StdioWish},
     sys,
 };
+use console::{Console, Progress};
+use pipes::{
+    Hold, has_ended, is_done, last_words, open_fifo, own, reopen, set_nonblocking, two_way_pipe,
+};
+use relay::{End, Relay, RelayKind, Turn};
+use target::Target;
 
 /// A fifo holds this much, bytes, if the memory limit does not say less.
 const FIFO_SIZE: u64 = 1 << 20;
-/// One splice, bytes.
-const CHUNK: usize = 1 << 20;
-/// So many splices, then others have their turn.
-const TURN: u32 = 16;
 /// How often a fifo with last words is looked at for a reader, milliseconds: at first, at most.
 const LOOK_MS: (u64, u64) = (20, 1_000);
 /// A logger that was asked to end has this long, as with the stock shim.
@@ -107,52 +108,6 @@ pub enum Heard {
     Drained(Key),
     /// For the log.
     Warning(String),
-}
-
-/// One direction of copying.
-#[derive(Debug)]
-struct Relay {
-    key: Key,
-    from: OwnedFd,
-    /// None: to nowhere.
-    to: Option<OwnedFd>,
-    kind: RelayKind,
-    /// Which end epoll watches, if any.
-    watched: Option<End>,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum RelayKind {
-    Output,
-    /// `true`: ends when the client's fifo is empty.
-    Input(bool),
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum End {
-    From,
-    To,
-}
-
-/// How a turn of copying ended.
-enum Turn {
-    Over,
-    Wait(End),
-    Again,
-}
-
-/// A fifo kept open.
-#[derive(Debug)]
-struct Hold {
-    fifo: OwnedFd,
-    /// Write-only now, and looked at for a reader.
-    last_words: bool,
-}
-
-#[derive(Debug)]
-enum Console {
-    Listening(UnixListener),
-    Connected(UnixStream),
 }
 
 /// A logger process.
@@ -339,6 +294,7 @@ impl Stdio {
             from,
             to,
             kind,
+            pending: Vec::new(),
             watched: None,
         };
         relay.watch(Some(End::From), number, epoll)?;
@@ -573,6 +529,13 @@ impl Stdio {
         self.held.get(key)?.logger.as_ref()
     }
 
+    /// Every logger that runs, those of deleted tasks too.
+    pub fn loggers(&self) -> impl Iterator<Item = Pid> {
+        let held = self.held.values().filter_map(|held| held.logger.as_ref());
+        let dismissed = self.dismissed.iter().map(|(pid, _)| *pid);
+        held.map(|logger| logger.pid).chain(dismissed)
+    }
+
     /// A child has exited; true if it was a logger.
     pub fn logger_exited(&mut self, pid: Pid, epoll: &Epoll, heard: &mut Vec<Heard>) -> bool {
         if let Some(at) = self.dismissed.iter().position(|(other, _)| *other == pid) {
@@ -634,202 +597,6 @@ impl Stdio {
             *next = pause.saturating_mul(2).min(LOOK_MS.1);
         }
     }
-}
-
-impl Relay {
-    fn watch(&mut self, end: Option<End>, number: u64, epoll: &Epoll) -> io::Result<()> {
-        if self.watched == end {
-            return Ok(());
-        }
-        // One end at a time: an end that is not watched at all cannot report its hang-up again
-        // and again.
-        match self.watched {
-            Some(End::From) => epoll.delete(&self.from)?,
-            Some(End::To) => {
-                if let Some(to) = &self.to {
-                    epoll.delete(to)?;
-                }
-            }
-            None => {}
-        }
-        self.watched = None;
-        match end {
-            Some(End::From) => {
-                epoll.add(&self.from, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
-            }
-            Some(End::To) => {
-                if let Some(to) = &self.to {
-                    epoll.add(to, EpollEvent::new(EpollFlags::EPOLLOUT, number))?;
-                }
-            }
-            None => {}
-        }
-        self.watched = end;
-        Ok(())
-    }
-
-    fn turn(&mut self) -> Turn {
-        for _ in 0..TURN {
-            match self.carry() {
-                Ok(0) => return Turn::Over,
-                Ok(_) => {}
-                Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return self.blocked(),
-                // EIO: the terminal's last slave is closed. EPIPE: nobody reads any more.
-                Err(_) => return Turn::Over,
-            }
-        }
-        Turn::Again
-    }
-
-    fn carry(&self) -> Result<usize, Errno> {
-        let mut buffer = [0; 4096];
-        let Some(to) = &self.to else {
-            return nix::unistd::read(&self.from, &mut buffer);
-        };
-        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-        match splice(&self.from, None, to, None, CHUNK, flags) {
-            // Neither end is a pipe (a terminal to a file).
-            Err(Errno::EINVAL) => {
-                let count = nix::unistd::read(&self.from, &mut buffer)?;
-                let mut rest = buffer.get(..count).unwrap_or_default();
-                while !rest.is_empty() {
-                    let written = nix::unistd::write(to, rest)?;
-                    rest = rest.get(written..).unwrap_or_default();
-                }
-                Ok(count)
-            }
-            other => other,
-        }
-    }
-
-    /// Which end waits?
-    fn blocked(&self) -> Turn {
-        let mut wait = [PollFd::new(self.from.as_fd(), PollFlags::POLLIN)];
-        let _ = poll(&mut wait, PollTimeout::ZERO);
-        let [entry] = &wait;
-        let seen = entry.revents().unwrap_or(PollFlags::empty());
-        if seen.contains(PollFlags::POLLIN) {
-            return Turn::Wait(End::To);
-        }
-        if self.kind == RelayKind::Input(true) || seen.contains(PollFlags::POLLHUP) {
-            return Turn::Over;
-        }
-        Turn::Wait(End::From)
-    }
-}
-
-enum Progress {
-    Waits(Console),
-    Got(OwnedFd),
-}
-
-impl Console {
-    fn advance(self, number: u64, epoll: &Epoll) -> io::Result<Progress> {
-        let stream = match self {
-            Console::Listening(listener) => match listener.accept() {
-                Ok((stream, _)) => {
-                    stream.set_nonblocking(true)?;
-                    epoll.delete(&listener)?;
-                    epoll.add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
-                    stream
-                }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
-                    return Ok(Progress::Waits(Console::Listening(listener)));
-                }
-                Err(e) => return Err(e),
-            },
-            Console::Connected(stream) => stream,
-        };
-        match receive_descriptor(stream.as_fd()) {
-            Ok(Some(master)) => {
-                epoll.delete(&stream)?;
-                Ok(Progress::Got(master))
-            }
-            Ok(None) => Err(io::Error::other("no descriptor came")),
-            Err(Errno::EAGAIN) => Ok(Progress::Waits(Console::Connected(stream))),
-            Err(e) => Err(e.into()),
-        }
-    }
-}
-
-fn receive_descriptor(socket: BorrowedFd<'_>) -> Result<Option<OwnedFd>, Errno> {
-    // The message is the terminal's name; nobody needs it.
-    let mut name = [0; 256];
-    let mut slices = [IoSliceMut::new(&mut name)];
-    let mut space = cmsg_space!([std::os::fd::RawFd; 4]);
-    let flags = MsgFlags::MSG_CMSG_CLOEXEC;
-    let message = recvmsg::<()>(socket.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
-    let mut found = Vec::new();
-    for control in message.cmsgs()? {
-        if let ControlMessageOwned::ScmRights(fds) = control {
-            found.extend(fds.into_iter().map(sys::received));
-        }
-    }
-    // A second one, which no runtime sends, is closed.
-    Ok(found.into_iter().next())
-}
-
-/// Where output goes.
-#[derive(Debug, PartialEq, Eq)]
-enum Target {
-    None,
-    Path(PathBuf),
-    File(PathBuf),
-    Binary(Vec<String>),
-}
-
-impl Target {
-    fn parse(uri: &str) -> Result<Self, String> {
-        if uri.is_empty() {
-            return Ok(Target::None);
-        }
-        let Some((scheme, rest)) = uri.split_once("://") else {
-            return Ok(Target::Path(uri.into()));
-        };
-        let (path, query) = rest.split_once('?').unwrap_or((rest, ""));
-        let path = decode(path)?;
-        if !path.starts_with('/') {
-            return Err(format!("stdio {uri:?} names no absolute path"));
-        }
-        match scheme {
-            "fifo" => Ok(Target::Path(path.into())),
-            "file" => Ok(Target::File(path.into())),
-            "binary" => {
-                let mut argv = vec![path];
-                for pair in query.split('&').filter(|pair| !pair.is_empty()) {
-                    let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
-                    argv.push(decode(&name.replace('+', " "))?);
-                    argv.push(decode(&value.replace('+', " "))?);
-                }
-                Ok(Target::Binary(argv))
-            }
-            other => Err(format!(
-                "unknown stdio scheme {other:?} (allowed: fifo, file, binary)"
-            )),
-        }
-    }
-}
-
-/// `%41` and the like.
-fn decode(text: &str) -> Result<String, String> {
-    let mut out = Vec::with_capacity(text.len());
-    let mut bytes = text.bytes();
-    while let Some(byte) = bytes.next() {
-        if byte != b'%' {
-            out.push(byte);
-            continue;
-        }
-        let mut digit = || {
-            let value = char::from(bytes.next()?).to_digit(16)?;
-            u8::try_from(value).ok()
-        };
-        let (Some(high), Some(low)) = (digit(), digit()) else {
-            return Err(format!("stdio {text:?} has a broken escape"));
-        };
-        out.push(high << 4 | low);
-    }
-    String::from_utf8(out).map_err(|_| format!("stdio {text:?} is not valid UTF-8"))
 }
 
 fn set_file(opened: &mut Opened, at: usize, file: ChildFile) {
@@ -929,101 +696,4 @@ fn start_logger(
     opened.files.push(ChildFile::Fd(ready));
     opened.files.push(ChildFile::Fd(words));
     Ok((out_write, err_write))
-}
-
-/// A pipe whose write end is opened read-write: its writer is its own reader.
-fn two_way_pipe(owner: (u32, u32)) -> io::Result<(OwnedFd, OwnedFd)> {
-    let (read, write) = pipe2(OFlag::O_CLOEXEC)?;
-    own(&read, owner);
-    let both = reopen(&write, true, true, OFlag::empty())?;
-    Ok((read, both))
-}
-
-/// Opens a client's fifo read-write, which never waits.
-fn open_fifo(path: impl AsRef<Path>, owner: (u32, u32)) -> io::Result<OwnedFd> {
-    let path = path.as_ref();
-    // Looked at first: opening a device could do something.
-    if !fs::metadata(path)?.file_type().is_fifo() {
-        return Err(io::Error::other("is not a fifo"));
-    }
-    let fifo = File::options()
-        .read(true)
-        .write(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(path)?;
-    if !fifo.metadata()?.file_type().is_fifo() {
-        return Err(io::Error::other("is not a fifo"));
-    }
-    let fifo = OwnedFd::from(fifo);
-    own(&fifo, owner);
-    Ok(fifo)
-}
-
-/// Another opening of the same pipe or fifo.
-fn reopen(fd: &OwnedFd, read: bool, write: bool, flags: OFlag) -> io::Result<OwnedFd> {
-    File::options()
-        .read(read)
-        .write(write)
-        .custom_flags(flags.bits())
-        .open(format!("/proc/self/fd/{}", fd.as_raw_fd()))
-        .map(OwnedFd::from)
-}
-
-/// Gives a pipe to the owner that the options name. Root is the owner anyway.
-fn own(fd: &OwnedFd, (uid, gid): (u32, u32)) {
-    if (uid, gid) != (0, 0) {
-        // A fifo on a file system that cannot is still readable by root.
-        let _ = fchown(fd, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)));
-    }
-}
-
-fn set_nonblocking(fd: &OwnedFd) {
-    if let Ok(flags) = fcntl(fd, FcntlArg::F_GETFL) {
-        let flags = OFlag::from_bits_retain(flags) | OFlag::O_NONBLOCK;
-        let _ = fcntl(fd, FcntlArg::F_SETFL(flags));
-    }
-}
-
-/// The writer of `fifo` has gone. While nobody reads and something is in it, it has to stay
-/// open, write-only, so that a reader shows.
-fn last_words(fifo: OwnedFd) -> Option<Hold> {
-    let is_fifo =
-        nix::sys::stat::fstat(&fifo).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO);
-    if !is_fifo {
-        return None;
-    }
-    // Out of descriptors: closing would lose bytes, so it stays as it is until Delete.
-    let Ok(writer) = reopen(&fifo, false, true, OFlag::O_NONBLOCK) else {
-        return Some(Hold {
-            fifo,
-            last_words: false,
-        });
-    };
-    drop(fifo);
-    (!is_done(&writer)).then_some(Hold {
-        fifo: writer,
-        last_words: true,
-    })
-}
-
-/// True if this read end has no writer and nothing to read: a logger that ends with its
-/// container is no dead logger.
-fn has_ended(reader: &OwnedFd) -> bool {
-    let mut wait = [PollFd::new(reader.as_fd(), PollFlags::POLLIN)];
-    let _ = poll(&mut wait, PollTimeout::ZERO);
-    let [entry] = &wait;
-    entry.revents() == Some(PollFlags::POLLHUP)
-}
-
-/// True if nothing is lost by closing this write end: somebody reads, or all is read.
-fn is_done(writer: &OwnedFd) -> bool {
-    let mut wait = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
-    if poll(&mut wait, PollTimeout::ZERO).is_err() {
-        return false;
-    }
-    let [entry] = &wait;
-    let unread = entry
-        .revents()
-        .is_some_and(|seen| seen.contains(PollFlags::POLLERR));
-    !unread || matches!(sys::waiting_bytes(writer.as_fd()), Ok(0))
 }

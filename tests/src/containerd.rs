@@ -34,6 +34,7 @@ pub struct Containerd {
     root: PathBuf,
     config: PathBuf,
     log: PathBuf,
+    log_level: &'static str,
     running: Option<Running>,
 }
 
@@ -66,6 +67,7 @@ impl Containerd {
             release: release.clone(),
             state,
             root,
+            log_level: "info",
             running: None,
         };
         containerd.write_config();
@@ -79,11 +81,12 @@ impl Containerd {
             "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
              [grpc]\n  address = {address:?}\n\
              [ttrpc]\n  address = {ttrpc:?}\n\
-             [debug]\n  level = \"info\"\n",
+             [debug]\n  level = {level:?}\n",
             root = self.root,
             state = self.state,
             disabled = disabled.join(", "),
             address = self.address,
+            level = self.log_level,
             ttrpc = format!("{}.ttrpc", self.address.display()),
         );
         fs::write(&self.config, text)
@@ -217,6 +220,12 @@ impl Containerd {
     pub fn restart(&mut self) {
         self.kill();
         self.start();
+    }
+
+    /// Another log level from the next start on; shims inherit `debug`.
+    pub fn log_level(&mut self, level: &'static str) {
+        self.log_level = level;
+        self.write_config();
     }
 
     /// Another release on the same root and state from the next start on.

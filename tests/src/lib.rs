@@ -30,10 +30,12 @@
 //! recoverd_tests::tests! { on_every_release: [healthy_task_has_no_finding] }
 //! ```
 
+mod api;
 mod container;
 mod containerd;
 mod direct;
 mod events;
+mod fifo;
 mod node;
 mod process;
 mod recoverd;
@@ -42,10 +44,14 @@ mod stream;
 mod traces;
 mod wait;
 
+pub use api::{Api, Ended, Refused, Stdio, assert_refused, oci_process, oci_spec, runc_options};
 pub use container::{Container, Task};
 pub use containerd::{Containerd, TaskRow};
+pub use containerd_client::tonic::Code;
+pub use containerd_client::types::v1::Status;
 pub use direct::{call, record_at, refusal};
 pub use events::{Event, Events};
+pub use fifo::{Fifos, Input, Output, make_fifo};
 pub use node::{Node, Running};
 pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};

@@ -162,6 +162,8 @@ pub struct Tests<'a> {
     pub with_each_shim: &'a [WithShim],
     /// Run once, on the newest release that is there.
     pub once: &'a [OnRelease],
+    /// Run once per shim, on the newest release that is there.
+    pub once_with_each_shim: &'a [WithShim],
 }
 
 impl Tests<'_> {
@@ -184,11 +186,19 @@ impl Tests<'_> {
                 }
             }
         }
-        for &(test, run) in self.once {
-            let newest = Release::available()
+        let newest = || {
+            Release::available()
                 .pop()
-                .ok_or_else(|| "no release of containerd is there: run tests/setup".to_owned());
-            trials.push(trial(test.to_owned(), newest, run));
+                .ok_or_else(|| "no release of containerd is there: run tests/setup".to_owned())
+        };
+        for &(test, run) in self.once {
+            trials.push(trial(test.to_owned(), newest(), run));
+        }
+        for &(test, run) in self.once_with_each_shim {
+            for shim in ShimUnderTest::ALL {
+                let title = format!("{test}::{}", shim.word());
+                trials.push(trial(title, newest(), move |release| run(release, shim)));
+            }
         }
         libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
     }

@@ -1,0 +1,292 @@
+//! Effects on processes: one short-lived child each, from its plan to its report, and signals.
+
+use std::{
+    fs::{self, File},
+    io::{self, Write},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use nix::{fcntl::OFlag, unistd::Pid};
+use recoverd_common::{cgroup::Cgroup, read::read_text, seen::Seen};
+
+use super::Shim;
+use crate::{
+    children::{self, ChildFile, Plan, Step},
+    config::Config,
+    log::Level,
+    reaper,
+    runc::{self, Place},
+    service::Key,
+    state::Input,
+    stdio::Wanted,
+    sys,
+    tasks::{Event, Failure, FailureKind, JobId, Outcome, Process, Report, Work},
+};
+
+/// A short-lived child at work.
+pub(super) struct Child {
+    pub(super) pid: Pid,
+    words: OwnedFd,
+    key: Key,
+    pub(super) work: Work,
+    log: PathBuf,
+    log_offset: u64,
+    program: String,
+    private_pids: bool,
+    memory_limit: Option<u64>,
+}
+
+impl Shim {
+    pub(super) fn spawn(&mut self, job: JobId, key: &Key, work: &Work) {
+        self.log.say(
+            Level::Debug,
+            &format!("{} {} {}", work.word(), key.id, key.exec_id),
+        );
+        match self.start_child(key, work) {
+            Ok(child) => {
+                self.state.tasks.started(job, process_of(child.pid));
+                self.children.insert(job, child);
+            }
+            Err(text) => {
+                let failure = Failure {
+                    kind: FailureKind::Other,
+                    text,
+                };
+                self.inbox.push_back(Input::Event(Event::JobEnded {
+                    job,
+                    outcome: Outcome::Failed(failure),
+                }));
+            }
+        }
+    }
+
+    pub(super) fn start_child(&mut self, key: &Key, work: &Work) -> Result<Child, String> {
+        let task = self
+            .state
+            .tasks
+            .get(&key.id)
+            .ok_or_else(|| format!("task {} is gone", key.id))?;
+        let bundle = Path::new(&task.bundle);
+        let place = Place {
+            bundle,
+            namespace: &self.namespace,
+            options: &task.options,
+        };
+        let rootfs = place.rootfs();
+        let log = place.log(key);
+        let log_offset = runc::log_length(&log);
+        let mut plan = Plan {
+            files: vec![ChildFile::Null, ChildFile::Words, ChildFile::Words],
+            folder: bundle.to_owned(),
+            steps: Vec::new(),
+            to_the_end: false,
+            argv: Vec::new(),
+            env: None,
+        };
+        let mut private_pids = task.private_pids;
+        let mut memory_limit = task.memory_limit;
+        match work {
+            Work::Create | Work::Exec => {
+                if *work == Work::Create {
+                    let config = Config::read(bundle)?;
+                    private_pids = config.private_pids();
+                    memory_limit = config.memory_limit();
+                    task.options.write(bundle).map_err(|e| e.to_string())?;
+                    if !task.rootfs.is_empty() {
+                        plan.steps.push(Step::MakeFolder(rootfs.clone()));
+                    }
+                    let mounts = task.rootfs.iter().cloned();
+                    plan.steps
+                        .extend(mounts.map(|mount| Step::Mount(mount, rootfs.clone())));
+                }
+                let member = task
+                    .member(&key.exec_id)
+                    .ok_or_else(|| format!("exec {} is gone", key.exec_id))?;
+                let wanted = Wanted {
+                    key,
+                    wish: &member.stdio,
+                    stdin_closed: member.stdin_closed,
+                    bundle,
+                    namespace: &self.namespace,
+                    owner: (task.options.io_uid, task.options.io_gid),
+                    memory_limit,
+                };
+                let opened = self.stdio.open(&wanted, &self.epoll)?;
+                if opened.wait_for_logger {
+                    plan.steps.push(Step::LoggerReady(3));
+                }
+                plan.files = opened.files;
+                plan.argv = place.argv(key, work, opened.console.as_deref());
+            }
+            Work::Update(resources) => {
+                let stdin =
+                    children::memory_file(resources).map_err(|e| format!("pass resources: {e}"))?;
+                if let Some(first) = plan.files.first_mut() {
+                    *first = ChildFile::Fd(stdin);
+                }
+                plan.argv = place.argv(key, work, None);
+            }
+            Work::Delete | Work::Cleanup => {
+                plan.to_the_end = *work == Work::Cleanup;
+                // The bundle may be gone.
+                plan.folder = "/".into();
+                plan.steps.push(Step::Run {
+                    argv: place.argv(key, work, None),
+                    log: log.clone(),
+                });
+                if !task.rootfs.is_empty() {
+                    plan.steps.push(Step::Unmount(rootfs));
+                }
+            }
+            Work::Start | Work::Pause | Work::Resume | Work::Kill { .. } => {
+                plan.argv = place.argv(key, work, None);
+            }
+        }
+        let program = task.options.binary().to_owned();
+        let (pid, words) = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+        Ok(Child {
+            pid,
+            words,
+            key: key.clone(),
+            work: work.clone(),
+            log,
+            log_offset,
+            program,
+            private_pids,
+            memory_limit,
+        })
+    }
+
+    /// A short-lived child has ended; the kernel still knows it.
+    pub(super) fn child_ended(&mut self, job: JobId, status: u32) {
+        let Some(child) = self.children.remove(&job) else {
+            return;
+        };
+        let outcome = if status == 0 {
+            Outcome::Done(self.report(&child))
+        } else {
+            let logged = runc::last_error(&child.log, child.log_offset);
+            Outcome::Failed(children::failure(
+                child.words,
+                logged,
+                &child.program,
+                status,
+            ))
+        };
+        if !child.key.is_init() {
+            let _ = fs::remove_file(&child.log);
+        }
+        if matches!(child.work, Work::Create | Work::Exec) {
+            let mut heard = Vec::new();
+            self.stdio.receive(&child.key, &self.epoll, &mut heard);
+            self.hear(heard);
+        }
+        self.handle(Input::Event(Event::JobEnded { job, outcome }));
+    }
+
+    pub(super) fn report(&self, child: &Child) -> Report {
+        let mut report = Report {
+            private_pids: child.private_pids,
+            memory_limit: child.memory_limit,
+            ..Report::default()
+        };
+        if !matches!(child.work, Work::Create | Work::Exec) {
+            return report;
+        }
+        let Some(task) = self.state.tasks.get(&child.key.id) else {
+            return report;
+        };
+        let place = Place {
+            bundle: Path::new(&task.bundle),
+            namespace: &self.namespace,
+            options: &task.options,
+        };
+        let pid = match read_text(&place.pid_file(&child.key), 32) {
+            Seen::Present(text) => text.trim().parse::<i32>().ok().filter(|pid| *pid > 0),
+            Seen::Absent | Seen::Unknown(_) => None,
+        };
+        if let Some(pid) = pid {
+            report.process = Some(process_of(Pid::from_raw(pid)));
+            if child.work == Work::Create {
+                report.cgroup = match Cgroup::of(&self.roots, pid) {
+                    Seen::Present(cgroup) => Some(cgroup),
+                    Seen::Absent | Seen::Unknown(_) => None,
+                };
+            }
+        }
+        report
+    }
+
+    pub(super) fn prepare_exec(&self, key: &Key, spec: &[u8]) -> Result<(), String> {
+        let task = self
+            .state
+            .tasks
+            .get(&key.id)
+            .ok_or_else(|| format!("task {} is gone", key.id))?;
+        let place = Place {
+            bundle: Path::new(&task.bundle),
+            namespace: &self.namespace,
+            options: &task.options,
+        };
+        let path = place.process_file(key);
+        let result = File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+            .open(&path)
+            .and_then(|mut file| file.write_all(spec));
+        result.map_err(|e| {
+            let _ = fs::remove_file(&path);
+            format!("write {}: {e}", path.display())
+        })
+    }
+
+    pub(super) fn remove_exec_files(&self, key: &Key) {
+        if key.is_init() {
+            return;
+        }
+        if let Some(task) = self.state.tasks.get(&key.id) {
+            let place = Place {
+                bundle: Path::new(&task.bundle),
+                namespace: &self.namespace,
+                options: &task.options,
+            };
+            // Any of them may never have been there.
+            for path in [place.process_file(key), place.pid_file(key), place.log(key)] {
+                let _ = fs::remove_file(path);
+            }
+        }
+    }
+
+    /// Only to the process that we mean: its pidfd is taken first, then its start time compared.
+    pub(super) fn signal(&self, process: Process, signal: i32) {
+        let Ok(pid) = i32::try_from(process.pid) else {
+            return;
+        };
+        let result = sys::pidfd_open(pid).and_then(|pidfd| {
+            let found = reaper::start_time(Pid::from_raw(pid));
+            if process.start_time != 0 && found != process.start_time {
+                return Err(io::Error::other("pid belongs to another process"));
+            }
+            sys::pidfd_signal(pidfd.as_fd(), signal)
+        });
+        if let Err(e) = result {
+            self.log
+                .say(Level::Warning, &format!("signal {pid} with {signal}: {e}"));
+        }
+    }
+}
+
+fn process_of(pid: Pid) -> Process {
+    Process {
+        // A pid is positive.
+        pid: u32::try_from(pid.as_raw()).unwrap_or(0),
+        start_time: reaper::start_time(pid),
+    }
+}

@@ -1,0 +1,232 @@
+//! One direction of copying, by splice(2) where the kernel can.
+
+use std::{
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::{SpliceFFlags, splice},
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::epoll::{Epoll, EpollEvent, EpollFlags},
+};
+
+use crate::service::Key;
+
+/// One splice, bytes.
+const CHUNK: usize = 1 << 20;
+/// So many splices, then others have their turn.
+const TURN: u32 = 16;
+
+/// One direction of copying.
+#[derive(Debug)]
+pub(super) struct Relay {
+    /// Whose.
+    pub(super) key: Key,
+    pub(super) from: OwnedFd,
+    /// None: to nowhere.
+    pub(super) to: Option<OwnedFd>,
+    pub(super) kind: RelayKind,
+    /// Read and not yet written, where splice(2) does not go.
+    pub(super) pending: Vec<u8>,
+    /// Which end epoll watches, if any.
+    pub(super) watched: Option<End>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum RelayKind {
+    Output,
+    /// `true`: ends when the client's fifo is empty.
+    Input(bool),
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    From,
+    To,
+}
+
+/// How a turn of copying ended.
+pub(super) enum Turn {
+    Over,
+    Wait(End),
+    Again,
+}
+
+impl Relay {
+    pub(super) fn watch(&mut self, end: Option<End>, number: u64, epoll: &Epoll) -> io::Result<()> {
+        if self.watched == end {
+            return Ok(());
+        }
+        // One end at a time: an end that is not watched at all cannot report its hang-up again
+        // and again.
+        match self.watched {
+            Some(End::From) => epoll.delete(&self.from)?,
+            Some(End::To) => {
+                if let Some(to) = &self.to {
+                    epoll.delete(to)?;
+                }
+            }
+            None => {}
+        }
+        self.watched = None;
+        match end {
+            Some(End::From) => {
+                epoll.add(&self.from, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+            }
+            Some(End::To) => {
+                if let Some(to) = &self.to {
+                    epoll.add(to, EpollEvent::new(EpollFlags::EPOLLOUT, number))?;
+                }
+            }
+            None => {}
+        }
+        self.watched = end;
+        Ok(())
+    }
+
+    pub(super) fn turn(&mut self) -> Turn {
+        for _ in 0..TURN {
+            match self.carry() {
+                Ok(0) => return Turn::Over,
+                Ok(_) => {}
+                Err(Errno::EINTR) => {}
+                Err(Errno::EAGAIN) => return self.blocked(),
+                // EIO: the terminal's last slave is closed. EPIPE: nobody reads any more.
+                Err(_) => return Turn::Over,
+            }
+        }
+        Turn::Again
+    }
+
+    fn carry(&mut self) -> Result<usize, Errno> {
+        let mut buffer = [0; 4096];
+        let Some(to) = &self.to else {
+            return nix::unistd::read(&self.from, &mut buffer);
+        };
+        while !self.pending.is_empty() {
+            let written = nix::unistd::write(to, &self.pending)?;
+            self.pending.drain(..written.min(self.pending.len()));
+        }
+        let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
+        match splice(&self.from, None, to, None, CHUNK, flags) {
+            // Neither end is a pipe (a terminal to a file), or a kernel that does not splice
+            // terminals.
+            Err(Errno::EINVAL) => {
+                let count = nix::unistd::read(&self.from, &mut buffer)?;
+                // Written by the next call: what cannot be written now must not be lost.
+                self.pending
+                    .extend_from_slice(buffer.get(..count).unwrap_or_default());
+                Ok(count)
+            }
+            other => other,
+        }
+    }
+
+    /// Which end waits?
+    fn blocked(&self) -> Turn {
+        if !self.pending.is_empty() {
+            return Turn::Wait(End::To);
+        }
+        let mut wait = [PollFd::new(self.from.as_fd(), PollFlags::POLLIN)];
+        let _ = poll(&mut wait, PollTimeout::ZERO);
+        let [entry] = &wait;
+        let seen = entry.revents().unwrap_or(PollFlags::empty());
+        if seen.contains(PollFlags::POLLIN) {
+            return Turn::Wait(End::To);
+        }
+        if self.kind == RelayKind::Input(true) || seen.contains(PollFlags::POLLHUP) {
+            return Turn::Over;
+        }
+        Turn::Wait(End::From)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use nix::{fcntl::OFlag, unistd::pipe2};
+
+    fn relay(from: OwnedFd, to: OwnedFd, kind: RelayKind) -> Relay {
+        Relay {
+            key: Key::init("c"),
+            from,
+            to: Some(to),
+            kind,
+            pending: Vec::new(),
+            watched: None,
+        }
+    }
+
+    fn pipe() -> (OwnedFd, OwnedFd) {
+        pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK).unwrap()
+    }
+
+    #[test]
+    fn a_full_pipe_makes_the_writer_wait_and_loses_nothing() {
+        let (from, source) = pipe();
+        let (sink, to) = pipe();
+        let mut relay = relay(from, to, RelayKind::Output);
+        let mut sent = Vec::new();
+        let mut got = Vec::new();
+        let mut buffer = [0; 3000];
+        for round in 0..2000u32 {
+            let bytes = [round.to_le_bytes()[0]; 1000];
+            if nix::unistd::write(&source, &bytes).is_ok() {
+                sent.extend_from_slice(&bytes);
+            }
+            assert!(matches!(relay.turn(), Turn::Wait(_)));
+            if round % 3 == 0
+                && let Ok(count) = nix::unistd::read(&sink, &mut buffer)
+            {
+                got.extend_from_slice(&buffer[..count]);
+            }
+        }
+        drop(source);
+        while !matches!(relay.turn(), Turn::Over) {
+            let count = nix::unistd::read(&sink, &mut buffer).unwrap();
+            got.extend_from_slice(&buffer[..count]);
+        }
+        drop(relay);
+        while let Ok(count) = nix::unistd::read(&sink, &mut buffer) {
+            if count == 0 {
+                break;
+            }
+            got.extend_from_slice(&buffer[..count]);
+        }
+        assert!(sent.len() > 500_000 && sent == got);
+    }
+
+    #[test]
+    fn stdin_ends_when_asked_to_and_not_before_what_was_written_is_carried() {
+        let (from, client) = pipe();
+        let (sink, to) = pipe();
+        let mut relay = relay(from, to, RelayKind::Input(false));
+        nix::unistd::write(&client, b"all of it").unwrap();
+        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        nix::unistd::write(&client, b", really").unwrap();
+        relay.kind = RelayKind::Input(true);
+        // The client still holds its end.
+        assert!(matches!(relay.turn(), Turn::Over));
+        let mut buffer = [0; 100];
+        let count = nix::unistd::read(&sink, &mut buffer).unwrap();
+        assert_eq!(&buffer[..count], b"all of it, really");
+    }
+
+    #[test]
+    fn where_splice_does_not_go_the_bytes_are_copied() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("in");
+        std::fs::write(&path, vec![b'x'; 10_000]).unwrap();
+        let open = |path: &std::path::Path, write: bool| -> OwnedFd {
+            let mut options = std::fs::File::options();
+            let options = options.read(!write).write(write).create(write);
+            options.open(path).unwrap().into()
+        };
+        let out = dir.path().join("out");
+        let mut relay = relay(open(&path, false), open(&out, true), RelayKind::Output);
+        assert!(matches!(relay.turn(), Turn::Over));
+        assert_eq!(std::fs::read(&out).unwrap().len(), 10_000);
+    }
+}

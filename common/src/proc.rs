@@ -258,6 +258,12 @@ impl Proc {
         })
     }
 
+    /// Real, effective, saved and file system user. Not the owner of its `/proc` folder, which a
+    /// process that is not dumpable gives to root.
+    pub fn users(&self, pid: i32) -> Seen<Vec<u32>> {
+        self.status_numbers(pid, "Uid:")
+    }
+
     /// The executable.
     pub fn exe(&self, pid: i32) -> Seen<Exe> {
         let link = self.path(pid, "exe");
@@ -318,13 +324,17 @@ impl Proc {
 
     /// Its number in each pid namespace from ours inwards (`NSpid` of `/proc/<pid>/status`).
     pub fn namespace_pids(&self, pid: i32) -> Seen<Vec<i32>> {
+        self.status_numbers(pid, "NSpid:")
+    }
+
+    fn status_numbers<T: std::str::FromStr>(&self, pid: i32, field: &str) -> Seen<Vec<T>> {
         read_file(&self.path(pid, "status"), SMALL).and_then(|bytes| {
             let text = String::from_utf8_lossy(&bytes);
-            match text.lines().find_map(|line| line.strip_prefix("NSpid:")) {
+            match text.lines().find_map(|line| line.strip_prefix(field)) {
                 Some(rest) => {
                     Seen::Present(rest.split_ascii_whitespace().flat_map(str::parse).collect())
                 }
-                None => Seen::Unknown("its status has no NSpid".into()),
+                None => Seen::Unknown(format!("its status has no {field}")),
             }
         })
     }

@@ -17,7 +17,7 @@ use crate::{
     correlate::{Case, Cases, Init, Kind, Known, ShimOf, kind},
     facts::{
         Address, Answer, Api, Connection, Gap, Instance, Look, Phase, Reply, Shim, TaskName,
-        TaskState,
+        one_line,
     },
     findings::{Code, Evidence, Finding, Subject},
 };
@@ -112,7 +112,7 @@ pub fn classify(look: &Look, cases: &Cases<'_>, settings: &Settings) -> Vec<Susp
 fn evidence(by: &'static str, fact: impl Into<String>) -> Evidence {
     Evidence {
         by,
-        fact: fact.into(),
+        fact: one_line(&fact.into()),
     }
 }
 
@@ -226,7 +226,7 @@ impl Context<'_> {
         facts.push(evidence("kernel", "no shim process serves the task"));
         match case.bundle {
             Some(bundle) => facts.push(evidence("bundle", bundle.path.display().to_string())),
-            None => facts.push(evidence("bundle", "there is none")),
+            None => facts.push(self.no_bundle(case)),
         }
         facts.push(self.said_by_containerd(case));
         Some(self.about(
@@ -236,6 +236,23 @@ impl Context<'_> {
             facts,
             "adopt it before containerd starts: that start ends the workload",
         ))
+    }
+
+    /// Why a case has no bundle.
+    fn no_bundle(&self, case: &Case<'_>) -> Evidence {
+        let named = case
+            .runc
+            .and_then(|entry| entry.state.present()?.bundle.as_deref());
+        match (case.instance, named) {
+            (None, Some(path)) => evidence(
+                "runc",
+                format!(
+                    "its bundle is {}, of a containerd that is not known here",
+                    path.display()
+                ),
+            ),
+            (Some(_), _) | (None, None) => evidence("bundle", "there is none"),
+        }
     }
 
     /// What its shim failed to answer, if it did.
@@ -276,10 +293,9 @@ impl Context<'_> {
             // It died while it was asked: the second look says what is left.
             ShimOf::None => return None,
         }
-        // Silence was waited for, twice. A closed connection or a full queue may be a moment of a
-        // shim that leaves.
-        let silent = |reply: &Reply<TaskState>| matches!(reply, Reply::Silent);
-        let waited = matches!(answer.greeting, Reply::Silent) || answer.states.values().any(silent);
+        // Silence to Connect was waited for twice. What else may be a moment's: a closed
+        // connection or a full queue, of a shim that leaves; one State on a busy node.
+        let waited = answer.greeting == Reply::Silent && answer.patient;
         let hold = if waited { Hold::Once } else { Hold::Twice };
         if case.kind() == Some(Kind::Foreign) {
             return Some(self.about(
@@ -408,6 +424,9 @@ impl Context<'_> {
         if case.kind() == Some(Kind::Foreign) {
             return None;
         }
+        if let Some(other) = self.wrong_address(case, shim) {
+            return Some(other);
+        }
         let address = case.address.as_deref()?;
         if address.starts_with('@') || !shim.listens.iter().any(|a| a == address) {
             return None;
@@ -429,6 +448,36 @@ impl Context<'_> {
                 self.said_by_containerd(case),
             ],
             "do not restart containerd: it cannot reach the shim, and its start ends the workload",
+        ))
+    }
+
+    /// The shim listens, but not where containerd will look at its next start.
+    fn wrong_address(&self, case: &Case<'_>, shim: &Shim) -> Option<Suspicion> {
+        let bundle = case.bundle?;
+        case.init.alive()?;
+        let listens = shim.listens.first()?;
+        let says = match &case.written {
+            Some(written) if shim.listens.contains(written) => return None,
+            Some(written) => format!("{} names {written}", bundle.path.display()),
+            // What cannot be read is a gap, and containerd may read it well.
+            None if matches!(bundle.bootstrap, Seen::Unknown(_))
+                || matches!(bundle.address, Seen::Unknown(_)) =>
+            {
+                return None;
+            }
+            None => format!("{} names no address", bundle.path.display()),
+        };
+        Some(self.about(
+            case,
+            Code::SocketMissing,
+            Hold::Twice,
+            vec![
+                self.process("shim", shim.id),
+                evidence("kernel", format!("it listens on {listens}")),
+                evidence("bundle", says),
+                self.said_by_containerd(case),
+            ],
+            "do not restart containerd: it looks for the shim elsewhere, and its start ends the workload",
         ))
     }
 
@@ -498,7 +547,7 @@ impl Context<'_> {
             .look
             .instances
             .iter()
-            .position(|i| i.address == shim.address)?;
+            .position(|i| i.is(&shim.address))?;
         let tasks = self.look.instances.get(at)?.api.up()?.tasks.as_ref()?;
         let young = self.age_of(shim.id) < self.settings.settle;
         if tasks.contains_key(&name) || young || kind(&shim.name, false) == Kind::Foreign {
@@ -634,7 +683,10 @@ impl Context<'_> {
         let state = case.state()?;
         let down = matches!(self.instance(case)?.api, Api::Down);
         let ended = matches!(case.init, Init::Dead(..));
-        if state.phase != Phase::Stopped || !down || !ended || case.kind() == Some(Kind::Foreign) {
+        // Ours names a pid to containerd until the task is deleted, so that no release takes it
+        // for leaked, and keeps its events until they are acknowledged: nothing is lost.
+        let keeps = matches!(case.kind(), Some(Kind::Ours | Kind::Foreign));
+        if state.phase != Phase::Stopped || !down || !ended || keeps {
             return None;
         }
         let at = state.exited_at.map_or_else(String::new, |seconds| {
@@ -716,11 +768,7 @@ impl Context<'_> {
         match case {
             Some(case) => self.about(case, code, Hold::Once, facts, action),
             None => Suspicion {
-                instance: self
-                    .look
-                    .instances
-                    .iter()
-                    .position(|i| i.address == shim.address),
+                instance: self.look.instances.iter().position(|i| i.is(&shim.address)),
                 ..self.suspicion(
                     code,
                     Subject::Shim { shim: shim.id.pid },
@@ -853,8 +901,11 @@ impl Context<'_> {
             let containers = instance.api.up().map(|api| &api.containers);
             for (name, container) in containers.into_iter().flatten() {
                 let group = container.group.as_deref().unwrap_or(&name.1);
-                let address = Look::computed_address(dir, instance, &name.0, group);
-                found.insert(address, (at, name.clone()));
+                for spelling in instance.spellings() {
+                    let address = paths::socket(dir, spelling, &name.0, group);
+                    let address = address.to_string_lossy().into_owned();
+                    found.insert(address, (at, name.clone()));
+                }
             }
         }
         found

@@ -45,6 +45,8 @@ pub struct Case<'a> {
     pub init: Init,
     /// Where its shim listens or should.
     pub address: Option<Address>,
+    /// Where containerd will look for the shim: what the bundle says.
+    pub written: Option<Address>,
     /// Its shim.
     pub shim: ShimOf<'a>,
     /// What that address answered.
@@ -299,7 +301,7 @@ impl<'a> Index<'a> {
                 .instances
                 .iter()
                 .enumerate()
-                .map(|(at, instance)| (instance.address.as_str(), at))
+                .flat_map(|(at, instance)| instance.spellings().map(move |text| (text, at)))
                 .collect(),
             listening: shims()
                 .flat_map(|s| s.listens.iter().map(move |a| (a.as_str(), s)))
@@ -356,7 +358,8 @@ impl<'a> Index<'a> {
             .or(record)
             .unwrap_or_else(|| name.1.clone());
         let written = parts.bundle.and_then(Bundle::socket_address);
-        let address = written.map(|text| address_of(&text)).or_else(|| {
+        let written = written.map(|text| address_of(&text));
+        let address = written.clone().or_else(|| {
             let instance = look.instances.get(instance?)?;
             Some(Look::computed_address(
                 socket_dir, instance, &name.0, &group,
@@ -383,6 +386,7 @@ impl<'a> Index<'a> {
                 .as_ref()
                 .and_then(|address| look.answers.get(address)),
             address,
+            written,
             shim,
             cgroup: self.cgroups.get(&name).copied(),
             containerd: known(look, instance, &name),
@@ -406,11 +410,12 @@ impl<'a> Index<'a> {
         }
         // Not found by its socket: the socket may be gone or the address wrong, so every other
         // word that ties a process to the task counts before we say that there is none.
-        let owner = instance
-            .and_then(|at| look.instances.get(at))
-            .map(|i| i.address.as_str());
+        let owner = instance.and_then(|at| look.instances.get(at));
         let (namespace, task) = (name.0.as_str(), name.1.as_str());
-        let started_for = |task| self.by_task.get(&(owner?, namespace, task)).copied();
+        let started_for = |task| {
+            let mut spellings = owner?.spellings();
+            spellings.find_map(|owner| self.by_task.get(&(owner, namespace, task)).copied())
+        };
         let by_cwd = || {
             let bundle = parts.bundle?;
             self.by_cwd.get(bundle.path.as_path()).copied()

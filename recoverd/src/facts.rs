@@ -17,6 +17,16 @@ use recoverd_common::{
     seen::Seen,
 };
 
+/// What files and processes say may hold anything: shown, it is one line of bounded length that
+/// moves no terminal's cursor.
+pub fn one_line(text: &str) -> String {
+    const LONGEST: usize = 1000;
+    text.chars()
+        .take(LONGEST)
+        .map(|c| if c.is_control() { '\u{fffd}' } else { c })
+        .collect()
+}
+
 /// A task's name: containerd namespace and id.
 pub type TaskName = (String, String);
 
@@ -109,6 +119,21 @@ pub struct Instance {
     pub daemon: Option<ProcessId>,
     /// Its API.
     pub api: Api,
+    /// Other spellings of the address (`/var/run` for `/run`) that something uses: socket names
+    /// are hashes of the very text.
+    pub aliases: Vec<String>,
+}
+
+impl Instance {
+    /// Every spelling of its address.
+    pub fn spellings(&self) -> impl Iterator<Item = &str> {
+        std::iter::once(self.address.as_str()).chain(self.aliases.iter().map(String::as_str))
+    }
+
+    /// This is its address.
+    pub fn is(&self, address: &str) -> bool {
+        self.spellings().any(|spelling| spelling == address)
+    }
 }
 
 /// What a containerd answered.
@@ -304,6 +329,8 @@ pub struct Answer {
     pub took: Option<Duration>,
     /// How often it was asked.
     pub asked: u32,
+    /// The questions were a second apart or more, so that no answer is no slow answer.
+    pub patient: bool,
 }
 
 /// How connecting went.
@@ -472,8 +499,8 @@ impl Gap {
     /// A gap that concerns the whole look.
     pub fn new(what: impl Into<String>, why: impl Into<String>) -> Self {
         Self {
-            what: what.into(),
-            why: why.into(),
+            what: one_line(&what.into()),
+            why: one_line(&why.into()),
             instance: None,
         }
     }

@@ -27,7 +27,7 @@ use crate::{
     correlate::{Case, Init, Kind},
     facts::{
         Answer, Api, Connection, Filesystem, Gap, Instance, Look, Phase, Premises, Reply, Sandbox,
-        TaskName, Unit, address_of,
+        TaskName, Unit, address_of, one_line,
     },
     findings::{Code, Finding, Severity, Subject},
 };
@@ -325,8 +325,7 @@ impl Judge<'_> {
     }
 
     fn gap(&mut self, what: impl Into<String>, why: impl Into<String>) {
-        self.gaps
-            .insert(Gap::new(one_line(&what.into()), one_line(&why.into())));
+        self.gaps.insert(Gap::new(what, why));
     }
 
     /// One of several places of containerd at which none runs and nothing is left: no start of it
@@ -1028,12 +1027,6 @@ fn percent_used(size: u64, free: u64) -> u64 {
     u64::try_from(percent).unwrap_or(100)
 }
 
-/// What files and shims say may hold anything; a reason is one line of a bounded length.
-fn one_line(text: &str) -> String {
-    let part = text.chars().take(1000);
-    part.map(|c| if c.is_control() { ' ' } else { c }).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use std::{
@@ -1084,6 +1077,7 @@ mod tests {
             stdio: [String::new(), String::new(), String::new()],
         };
         Answer {
+            patient: true,
             connection: Connection::Made,
             greeting: Reply::Said(Greeting {
                 shim_pid: 6,
@@ -1113,6 +1107,7 @@ mod tests {
                 source: "default".into(),
                 daemon: Some(id(5)),
                 api: Api::Up(Box::new(api)),
+                aliases: Vec::new(),
             };
             let bundle = Bundle {
                 path: "/run/containerd/io.containerd.runtime.v2.task/default/c1".into(),
@@ -1218,6 +1213,7 @@ mod tests {
         /// With so many tasks alike.
         fn report_of(&self, count: usize) -> Report {
             let case = || Case {
+                written: None,
                 name: ("default".into(), "c1".into()),
                 instance: Some(0),
                 bundle: Some(&self.bundle),

@@ -51,7 +51,17 @@ pub async fn examine(
     // At most one wait per kind of hold, whatever the number of suspects.
     if suspicions.iter().any(|s| s.hold != Hold::Once) {
         progress("suspects again");
-        tokio::time::sleep(second_look).await;
+        // Two misses of one shim are to be a second apart.
+        let missed = |s: &Suspicion| {
+            s.hold == Hold::Twice
+                && matches!(s.finding.code, Code::UnresponsiveShim | Code::Foreign)
+        };
+        let wait = if suspicions.iter().any(missed) {
+            second_look.max(Duration::from_secs(1))
+        } else {
+            second_look
+        };
+        tokio::time::sleep(wait).await;
         suspicions = confirm(plan, settings, suspicions, progress).await;
     }
     if suspicions.iter().any(|s| s.hold == Hold::Settle) {

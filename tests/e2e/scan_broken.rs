@@ -13,6 +13,8 @@ recoverd_tests::tests! {
         orphaned_task_without_bundle_is_found,
         unresponsive_shim_is_found_and_said_to_be_stopped,
         missing_socket_is_found,
+        shim_that_listens_elsewhere_than_its_bundle_says_is_found,
+        process_of_another_user_is_no_shim,
         task_unknown_to_containerd_is_found,
         shim_without_process_is_found,
         exit_while_containerd_is_down_is_found,
@@ -179,6 +181,78 @@ fn missing_socket_is_found(release: &Release) {
     }
     task.assert_init_alive();
     task.assert_shim_alive();
+}
+
+fn shim_that_listens_elsewhere_than_its_bundle_says_is_found(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    containerd.run(&Container::new("well"));
+    let task = containerd.run(&Container::new("astray"));
+    containerd.kill();
+    let bundle = task.bundle().display().to_string();
+    let away = format!("/run/containerd/s/{}", "0".repeat(64));
+    for edit in [
+        format!("rm -f {bundle}/address {bundle}/bootstrap.json"),
+        format!("printf unix://{away} >{bundle}/address"),
+    ] {
+        node.shell(&edit);
+        let scan = node.scan();
+        scan.assert_codes(&["socket-missing"]);
+        assert_eq!(scan.codes("e2e/astray"), ["socket-missing"], "{edit}");
+        let finding = scan.finding("socket-missing");
+        assert!(
+            finding.mentions(&task.socket().display().to_string()),
+            "{finding:?}"
+        );
+    }
+    assert!(node.scan().finding("socket-missing").mentions(&away));
+    task.assert_init_alive();
+    task.assert_shim_alive();
+}
+
+fn process_of_another_user_is_no_shim(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let task = containerd.run(&Container::new("orphan"));
+    containerd.kill();
+    node.kill(&task.shim);
+    // Anybody can have these arguments, and working folders, and escapes in their arguments.
+    let script = "chdir '/tmp'; sleep 1000";
+    let address = "/run/containerd/containerd.sock";
+    let false_shim = |address: &str| {
+        let words = [
+            "--reuid",
+            "65534",
+            "--regid",
+            "65534",
+            "--clear-groups",
+            "--",
+            "perl",
+            "-e",
+            script,
+            "--",
+            "-namespace",
+            "e2e",
+            "-id",
+            "orphan",
+            "-address",
+            address,
+        ];
+        node.spawn("setpriv", words)
+    };
+    let pretenders = [false_shim(address), false_shim("/tmp/\u{1b}[31mred.sock")];
+    wait_for("the pretenders", || {
+        let all = node.processes();
+        let pretends = |p: &&Process| p.program() == "perl" && p.argv.iter().any(|a| a == "orphan");
+        (all.iter().filter(pretends).count() == 2).then_some(())
+    });
+    let scan = node.scan();
+    scan.assert_codes(&["orphaned-task"]);
+    assert_eq!(scan.report.instances.len(), 1, "{scan:#?}");
+    let table = node.recoverd(["scan"]);
+    assert!(!table.stdout.contains(&0x1b), "{table:?}");
+    drop(pretenders);
+    task.assert_init_alive();
 }
 
 fn task_unknown_to_containerd_is_found(release: &Release) {

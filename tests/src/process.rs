@@ -3,8 +3,9 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// One process as its node numbers it. Two with the same pid and start time are the same process.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// One process as its node numbers it, as it was when it was read. Two with the same pid and start
+/// time are the same process, and equal, whatever it does meanwhile.
+#[derive(Clone, Debug, Eq)]
 pub struct Process {
     /// Its pid in the node.
     pub pid: u32,
@@ -16,6 +17,12 @@ pub struct Process {
     pub state: char,
     /// Its command line.
     pub argv: Vec<String>,
+}
+
+impl PartialEq for Process {
+    fn eq(&self, other: &Process) -> bool {
+        (self.pid, self.start_time) == (other.pid, other.start_time)
+    }
 }
 
 impl Process {

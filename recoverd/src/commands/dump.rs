@@ -34,26 +34,17 @@ struct Text {
 /// Looks and writes the tar. What was done to the shim is told on standard error.
 pub fn run(args: &cli::Dump, global: &cli::Global, config: &Config) -> Result<Verdict, Failure> {
     let name = look::task_name(&args.task)?;
-    // Before the look, which may take a while.
-    let mut out = open(&args.output).map_err(|error| Failure::Usage(error.to_string()))?;
     let plan = look::plan(global, config);
     let narrow = look::narrow(global, &plan);
     let examined = look::examine(&plan, config)?;
     let cases = examined.cases(&plan);
     let report = Report::new(&examined, &cases, &narrow);
-    let found = look::cases_named(&report, &name);
-    let case = match found.as_deref() {
-        Ok([case]) => *case,
-        Ok(_) => {
-            discard(&args.output);
-            let why = "several containerds have a task of that name: choose one with --address";
-            return Err(Failure::Usage(why.into()));
-        }
-        Err(_) => {
-            discard(&args.output);
-            return found.map(|_| Verdict::Clean);
-        }
+    let found = look::cases_named(&report, &name)?;
+    let [case] = found.as_slice() else {
+        let why = "several containerds have a task of that name: choose one with --address";
+        return Err(Failure::Usage(why.into()));
     };
+    let mut out = open(&args.output).map_err(|error| Failure::Usage(error.to_string()))?;
     let texts = [
         Text {
             name: "show.txt",
@@ -71,14 +62,6 @@ pub fn run(args: &cli::Dump, global: &cli::Global, config: &Config) -> Result<Ve
     }
     out.flush()?;
     Ok(Verdict::Clean)
-}
-
-/// Removes the file that was made for a tar that there will not be.
-fn discard(path: &Path) {
-    if path != Path::new("-") {
-        // Made by us a moment ago; an empty file is all that a failure leaves.
-        let _ = std::fs::remove_file(path);
-    }
 }
 
 /// Standard output, or a new file that only its owner may read. An existing file is not touched:

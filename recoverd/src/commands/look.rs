@@ -1,7 +1,7 @@
 //! What every command that looks does first: turn flags and configuration into a plan, look, and
 //! narrow.
 
-use std::path::PathBuf;
+use std::{io::Write as _, path::PathBuf, time::Duration};
 
 use recoverd_common::ids::{Id, Namespace};
 
@@ -91,12 +91,30 @@ pub fn examine(plan: &Plan, config: &Config) -> Result<Examined, Failure> {
 /// As [`examine`], for a command that asks more afterwards.
 pub fn examine_in(runtime: &tokio::runtime::Runtime, plan: &Plan, config: &Config) -> Examined {
     raise_descriptor_limit();
+    give_up_after(config.scan.budget + config.scan.settle + STUCK);
     runtime.block_on(async {
         let progress = Progress::start();
         let tell = |stage: &str| progress.stage(stage);
         let settings = settings(config);
         verify::examine(plan, &settings, config.scan.second_look, &tell).await
     })
+}
+
+/// Beyond the time that a look may take, this much more means that it will never end.
+const STUCK: Duration = Duration::from_secs(30);
+
+/// Ends this process if the look never ends: a read of `/proc` waits for ever where a process hangs
+/// in the kernel, and such nodes are what a look is for. A thread in that state cannot be stopped.
+fn give_up_after(limit: Duration) {
+    std::thread::spawn(move || {
+        std::thread::sleep(limit);
+        let seconds = limit.as_secs();
+        let _ = writeln!(
+            std::io::stderr(),
+            "recoverd: gave up after {seconds} s: a read of the host does not return (look for processes in state D)"
+        );
+        std::process::exit(3);
+    });
 }
 
 /// `NS/ID`, as it is typed.

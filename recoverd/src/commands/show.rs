@@ -12,7 +12,7 @@ use crate::{
     cli::{Global, Show, TextOrJson},
     config::Config,
     correlate::{Case, Init, Known, ShimOf},
-    facts::{Connection, Look, Phase, Reply},
+    facts::{Api, Connection, Look, Phase, Reply, one_line},
     findings::{Evidence, Finding},
     report::{Report, json},
 };
@@ -100,7 +100,12 @@ pub fn text(report: &Report<'_>, case: &Case<'_>) -> String {
 /// Every fact, with its witness.
 fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
     let mut all = Vec::new();
-    let mut say = |by: &'static str, fact: String| all.push(Evidence { by, fact });
+    let mut say = |by: &'static str, fact: String| {
+        all.push(Evidence {
+            by,
+            fact: one_line(&fact),
+        });
+    };
     if let Some(pod) = &case.pod {
         let container = if pod.container.is_empty() {
             "sandbox"
@@ -129,7 +134,10 @@ fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
     }
     if let Some(cgroup) = case.cgroup {
         let count = match &cgroup.processes {
-            Seen::Present(processes) => format!("{} processes", processes.len()),
+            Seen::Present(processes) => match processes.len() {
+                1 => "1 process".into(),
+                many => format!("{many} processes"),
+            },
             Seen::Absent => "gone".into(),
             Seen::Unknown(why) => why.clone(),
         };
@@ -257,7 +265,14 @@ fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
             ),
         ),
         (Known::No, Some(i)) => say("containerd", format!("at {} does not list it", i.address)),
-        (Known::CannotSay, Some(i)) => say("containerd", format!("at {} did not say", i.address)),
+        (Known::CannotSay, Some(i)) => match &i.api {
+            Api::Down => say("containerd", format!("at {} is down", i.address)),
+            Api::Unknown(why) => say("containerd", format!("at {}: {why}", i.address)),
+            Api::Up(_) => say(
+                "containerd",
+                format!("at {} did not list it in time", i.address),
+            ),
+        },
         (_, None) => say("containerd", "which one it belongs to is not known".into()),
     }
     let record = case

@@ -26,6 +26,8 @@ use crate::facts::{
 
 /// Asked at the same time: enough to hide silent ones, few enough for 1,024 descriptors.
 const AT_ONCE: usize = 256;
+/// Two misses count as silence when they are this far apart.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// More tasks than this are not asked of one shim; no pod is that large.
 const MAX_TASKS: usize = 1024;
 
@@ -101,13 +103,9 @@ pub fn questions(
             continue;
         }
         let group = entry.state.present().and_then(|state| state.group());
-        for instance in instances {
-            let path = paths::socket(
-                &roots.socket_dir,
-                &instance.address,
-                namespace,
-                group.unwrap_or(id),
-            );
+        for spelling in instances.iter().flat_map(Instance::spellings) {
+            let group = group.unwrap_or(id);
+            let path = paths::socket(&roots.socket_dir, spelling, namespace, group);
             let address = path.to_string_lossy().into_owned();
             if shims.iter().any(|shim| shim.listens.contains(&address)) {
                 ask(address, namespace, Some(id), None);
@@ -161,12 +159,16 @@ fn unasked(why: &str) -> Answer {
         api: None,
         took: None,
         asked: 0,
+        patient: false,
     }
 }
 
 async fn ask_one(question: Question, deadline: Duration, end: time::Instant) -> Answer {
     let began = Instant::now();
-    let until = (time::Instant::now() + deadline).min(end);
+    let until = time::Instant::now() + deadline;
+    if until > end {
+        return unasked("not asked: the budget of the whole look was used up");
+    }
     let first = converse(&question, until);
     let again = async {
         time::sleep(deadline / 2).await;
@@ -177,7 +179,7 @@ async fn ask_one(question: Question, deadline: Duration, end: time::Instant) -> 
     let (mut answer, mut asked) = (None, 1);
     tokio::select! {
         done = &mut first => {
-            if done.silent() {
+            if done.greeting == Reply::Silent {
                 asked = 2;
             }
             answer = Some(done);
@@ -194,6 +196,7 @@ async fn ask_one(question: Question, deadline: Duration, end: time::Instant) -> 
         None => first.await,
     };
     answer.asked = asked;
+    answer.patient = deadline / 2 >= PATIENCE;
     if answer.took.is_some() {
         answer.took = Some(began.elapsed());
     }

@@ -83,25 +83,31 @@ async fn facts(address: &str, limits: Limits) -> Result<ApiFacts, String> {
         .collect();
     names.sort();
 
-    let mut containers = BTreeMap::new();
-    for namespace in &names {
-        list_containers(&channel, namespace, &mut containers).await?;
-    }
-    // containerd's list asks each shim in turn and waits 2 s for each that hangs. Once it takes
-    // longer than a shim may take to answer us, tasks are asked for one by one beside it.
+    // containerd's list of tasks asks each shim in turn and waits 2 s for each that hangs: begun at
+    // once, and once it takes too long tasks are asked for one by one beside it.
     let listed = list_tasks(&channel, &names);
     tokio::pin!(listed);
-    let tasks = match time::timeout(limits.shim_deadline / 2, &mut listed).await {
+    let all_containers = async {
+        let mut containers = BTreeMap::new();
+        for namespace in &names {
+            list_containers(&channel, namespace, &mut containers).await?;
+        }
+        Ok::<_, String>(containers)
+    };
+    let first = async { tokio::join!(all_containers, time::timeout(LIST_PATIENCE, &mut listed)) };
+    let (containers, first) = first.await;
+    let containers = containers?;
+    let tasks = match first {
         Ok(tasks) => Some(tasks?),
         Err(_) => {
             let single = get_tasks(&channel, containers.keys().cloned().collect());
-            let first = async {
+            let either = async {
                 tokio::select! {
                     tasks = &mut listed => tasks,
                     tasks = single => tasks,
                 }
             };
-            match time::timeout(TASK_STATE_TIMEOUT + Duration::from_millis(500), first).await {
+            match time::timeout(TASK_STATE_TIMEOUT + LIST_PATIENCE, either).await {
                 Ok(tasks) => Some(tasks?),
                 Err(_) => None,
             }
@@ -115,6 +121,8 @@ async fn facts(address: &str, limits: Limits) -> Result<ApiFacts, String> {
     })
 }
 
+/// How long containerd's own list of tasks is waited for alone. A thousand tasks take about this.
+const LIST_PATIENCE: Duration = Duration::from_millis(400);
 /// `io.containerd.timeout.task.state`: after it containerd gives a hung shim's task as *unknown*.
 const TASK_STATE_TIMEOUT: Duration = Duration::from_secs(2);
 

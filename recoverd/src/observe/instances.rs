@@ -91,7 +91,20 @@ fn of_daemon(daemon: &Daemon, gaps: &mut Vec<Gap>) -> Instance {
             })
     };
     let config = value(["config", "c"]).unwrap_or_else(|| DEFAULT_CONFIG.to_owned());
-    let file = read_config(Path::new(&config), gaps);
+    // A relative name is relative to where the daemon works; unseen, it leads to no file, which
+    // is told.
+    let base = daemon.cwd.as_deref().unwrap_or(Path::new("/proc/nowhere"));
+    let path = base.join(config);
+    if Path::new(DEFAULT_CONFIG) != path && !path.exists() {
+        gaps.push(Gap::new(
+            path.display().to_string(),
+            format!(
+                "configuration of containerd {}: no such file",
+                daemon.id.pid
+            ),
+        ));
+    }
+    let file = read_config(&path, gaps);
     let or = |path: Option<PathBuf>, default: &str| Some(path.unwrap_or_else(|| default.into()));
     Instance {
         address: value(["address", "a"])
@@ -108,6 +121,7 @@ fn of_daemon(daemon: &Daemon, gaps: &mut Vec<Gap>) -> Instance {
         source: format!("process {}", daemon.id.pid),
         daemon: Some(daemon.id),
         api: Api::Down,
+        aliases: Vec::new(),
     }
 }
 
@@ -156,6 +170,7 @@ pub fn observe(plan: &Plan, seen: &Seeing, gaps: &mut Vec<Gap>) -> Vec<Instance>
                 source: format!("shim {}", shim.id.pid),
                 daemon: None,
                 api: Api::Down,
+                aliases: Vec::new(),
             },
         );
     }
@@ -167,6 +182,7 @@ pub fn observe(plan: &Plan, seen: &Seeing, gaps: &mut Vec<Gap>) -> Vec<Instance>
         source: "configuration".into(),
         daemon: None,
         api: Api::Down,
+        aliases: Vec::new(),
     };
     let known = KNOWN.iter().map(|(who, address, state, root)| Instance {
         address: (*address).to_owned(),
@@ -175,6 +191,7 @@ pub fn observe(plan: &Plan, seen: &Seeing, gaps: &mut Vec<Gap>) -> Vec<Instance>
         source: format!("place of {who}"),
         daemon: None,
         api: Api::Down,
+        aliases: Vec::new(),
     });
     for instance in std::iter::once(configured).chain(known) {
         // A place where nothing ever was is no instance, but its defaults complete one that is.
@@ -203,6 +220,7 @@ fn of_named(named: &NamedInstance) -> Instance {
         source: named.source.clone(),
         daemon: None,
         api: Api::Down,
+        aliases: Vec::new(),
     }
 }
 
@@ -228,6 +246,9 @@ fn merge(found: &mut Vec<Instance>, new: Instance) {
         .find(|old| same_address(&old.address, &new.address))
     {
         Some(old) => {
+            if old.address != new.address && !old.aliases.contains(&new.address) {
+                old.aliases.push(new.address);
+            }
             if old.state.is_none() {
                 old.state = new.state;
             }

@@ -62,7 +62,12 @@ pub fn observe(plan: &Plan, instances: &[Instance], gaps: &mut Vec<Gap>) -> Left
         sockets: sockets(&roots.socket_dir, gaps),
         mount_ages,
         fifos: fifos(&roots.fifo_dir, instances),
-        filesystems: filesystems(plan, &states, mounts.present().map_or(&[], Vec::as_slice)),
+        filesystems: filesystems(
+            plan,
+            &states,
+            mounts.present().map_or(&[], Vec::as_slice),
+            gaps,
+        ),
         mounts,
     }
 }
@@ -307,14 +312,35 @@ fn open_fifos(proc: &Proc, shim: i32, exec_id: &str) -> Vec<PathBuf> {
     found
 }
 
-fn filesystems(plan: &Plan, states: &[&Path], mounts: &[Mount]) -> Vec<Filesystem> {
+fn filesystems(
+    plan: &Plan,
+    states: &[&Path],
+    mounts: &[Mount],
+    gaps: &mut Vec<Gap>,
+) -> Vec<Filesystem> {
     let mut places: Vec<&Path> = vec![&plan.roots.socket_dir];
     places.extend(states);
     let mut devices = BTreeSet::new();
     let mut found = Vec::new();
     for place in places {
-        let (Ok(meta), Ok(stat)) = (fs::metadata(place), nix::sys::statvfs::statvfs(place)) else {
-            continue;
+        let meta = match fs::metadata(place) {
+            Ok(meta) => meta,
+            // A node without any containerd yet.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            Err(error) => {
+                gaps.push(Gap::new(place.display().to_string(), error.to_string()));
+                continue;
+            }
+        };
+        let stat = match nix::sys::statvfs::statvfs(place) {
+            Ok(stat) => stat,
+            Err(error) => {
+                gaps.push(Gap::new(
+                    format!("room on {}", place.display()),
+                    error.to_string(),
+                ));
+                continue;
+            }
         };
         if !devices.insert(meta.dev()) {
             continue;

@@ -22,6 +22,8 @@ pub struct Daemon {
     pub id: ProcessId,
     /// Its arguments, without the first.
     pub arguments: Vec<String>,
+    /// Its working folder.
+    pub cwd: Option<PathBuf>,
 }
 
 /// What the table holds.
@@ -136,6 +138,10 @@ pub fn observe(proc: &Proc, roots: &Roots, host: &Host, gaps: &mut Vec<Gap>) -> 
             Found::Daemon(arguments) if ours(stat.id.pid) => seeing.daemons.push(Daemon {
                 id: stat.id,
                 arguments,
+                cwd: proc
+                    .cwd(stat.id.pid)
+                    .present()
+                    .map(|(path, _)| path.clone()),
             }),
             Found::Shim(line, _) if line.verb => {
                 seeing.busy_verbs.insert((line.namespace, line.id));
@@ -165,6 +171,18 @@ fn sort(proc: &Proc, stat: &Stat, arguments: Vec<String>) -> Found {
     if !stat.alive() {
         return Found::Other;
     }
+    let found = by_arguments(proc, stat, arguments);
+    // Anybody can give a process any arguments. containerd and its shims are root's, or, without
+    // root, those of the user who looks; what anybody else runs under such a name is nothing.
+    let trusted = |user: &u32| *user == 0 || *user == nix::unistd::geteuid().as_raw();
+    match (&found, proc.users(stat.id.pid)) {
+        (Found::Other, _) => found,
+        (_, Seen::Present(users)) if !users.is_empty() && users.iter().all(trusted) => found,
+        (_, Seen::Present(_) | Seen::Absent | Seen::Unknown(_)) => Found::Other,
+    }
+}
+
+fn by_arguments(proc: &Proc, stat: &Stat, arguments: Vec<String>) -> Found {
     if let Some(line) = parse_shim_line(&arguments) {
         let shown = proc.exe(stat.id.pid).present().map(|exe| exe.path.clone());
         let name = shown

@@ -6,7 +6,7 @@ use comfy_table::{Attribute, Cell, Color, ContentArrangement, Table, presets};
 use super::Report;
 use crate::{
     correlate::{Case, Init, Known, ShimOf},
-    facts::Api,
+    facts::{Api, one_line},
     findings::Severity,
 };
 
@@ -30,7 +30,11 @@ pub fn scan(report: &Report<'_>, style: Style) -> String {
             Api::Down => "down".into(),
             Api::Unknown(why) => format!("unknown, {why}"),
         };
-        text.push_str(&format!("containerd {} ({state})\n", instance.address));
+        text.push_str(&one_line(&format!(
+            "containerd {} ({state})",
+            instance.address
+        )));
+        text.push('\n');
     }
     if report.instances.is_empty() {
         text.push_str("no containerd was found\n");
@@ -50,7 +54,7 @@ pub fn scan(report: &Report<'_>, style: Style) -> String {
         text.push_str(&format!(
             "\n{} {}\n",
             paint(&head, color_of(finding.severity), style),
-            finding.subject.text()
+            one_line(&finding.subject.text())
         ));
         for evidence in &finding.evidence {
             text.push_str(&format!("  {:<10} {}\n", evidence.by, evidence.fact));
@@ -138,7 +142,7 @@ fn tasks(report: &Report<'_>, cases: &[&&Case<'_>], style: Style) -> String {
             findings = findings.fg(color_of(worst));
         }
         let mut row = vec![
-            Cell::new(format!("{}/{}", case.name.0, case.name.1)),
+            Cell::new(one_line(&format!("{}/{}", case.name.0, case.name.1))),
             Cell::new(case.phase().word()),
             Cell::new(init(case)),
             Cell::new(shim(case)),
@@ -149,10 +153,10 @@ fn tasks(report: &Report<'_>, cases: &[&&Case<'_>], style: Style) -> String {
         if pods {
             let pod = case.pod.as_ref().map_or("-".into(), |pod| {
                 let name = format!("{}/{}", pod.namespace, pod.name);
-                match pod.container.as_str() {
+                one_line(&match pod.container.as_str() {
                     "" => name,
                     container => format!("{name}/{container}"),
-                }
+                })
             });
             row.insert(1, Cell::new(pod));
         }

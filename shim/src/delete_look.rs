@@ -166,6 +166,9 @@ fn ask(socket: &Path, namespace: &str, id: &str) -> (Answer, Option<fs::File>) {
     loop {
         let asked = ShimClient::connect(socket, namespace, deadline)
             .and_then(|mut client| client.state(id));
+        // A shim that is being killed closes its descriptors one by one: the connection and the
+        // lock may be gone while the socket still takes connections.
+        let dying = matches!(asked, Err(CallError::Closed | CallError::Io(_)));
         let answer = match asked {
             Ok(_) => Answer::Claims,
             Err(CallError::Status {
@@ -191,6 +194,11 @@ fn ask(socket: &Path, namespace: &str, id: &str) -> (Answer, Option<fs::File>) {
             Ok(Attempt::Taken(lock)) => {
                 if answer == Answer::Nobody {
                     return (answer, Some(lock));
+                }
+                if dying && Instant::now() < deadline {
+                    drop(lock);
+                    thread::sleep(Duration::from_millis(10));
+                    continue;
                 }
                 // A silent stranger without a lock: leave no file of ours.
                 let _ = fs::remove_file(&lock_path);

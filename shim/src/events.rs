@@ -14,7 +14,6 @@ use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
     pb::{events, task, ttrpc as envelope, type_url},
-    timestamp::Timestamp,
     ttrpc::{HEADER, Header, Kind, MAX_PAYLOAD, code},
 };
 use serde::{Deserialize, Serialize};
@@ -130,11 +129,11 @@ impl Outbox {
     }
 
     /// Takes an event; gives what has to be in the log before it is sent.
-    pub fn push(&mut self, notice: &Notice, namespace: &str, at: Timestamp) -> Entry {
+    pub fn push(&mut self, notice: &Notice, namespace: &str, now: Now) -> Entry {
         let (topic, event) = message(notice);
         let request = events::ForwardRequest {
             envelope: Some(events::Envelope {
-                timestamp: Some(proto_time(at)),
+                timestamp: Some(proto_time(now.wall)),
                 namespace: namespace.to_owned(),
                 topic: topic.to_owned(),
                 event: Some(event),
@@ -145,12 +144,22 @@ impl Outbox {
             number: self.last,
             payload: request.encode_to_vec(),
             echo: matches!(notice, Notice::Exit { .. } | Notice::Oom(_)),
-            waited: false,
+            waited: self.is_downtime(now.mono_ms),
             again_at: None,
             refusals: 0,
         };
         self.entries.push_back(entry.clone());
         entry
+    }
+
+    /// What happens between two failed tries to connect waits for containerd, too, even if the
+    /// next try succeeds: its subscribers are not back yet.
+    fn is_downtime(&self, now: u64) -> bool {
+        match &self.link {
+            // The first connection of all is made for the first event, without any failure.
+            Link::Down { retry_at, .. } => *retry_at > now || self.entries.iter().any(|e| e.waited),
+            Link::Up { .. } => false,
+        }
     }
 
     /// The shim wants to leave: no echo waits for its time any more.
@@ -514,6 +523,7 @@ fn proto_mount(mount: &Mount) -> task::Mount {
 mod tests {
     use super::*;
     use crate::service::{Ended, Key};
+    use recoverd_common::timestamp::Timestamp;
 
     fn at(mono_ms: u64) -> Now {
         Now {
@@ -537,7 +547,7 @@ mod tests {
     }
 
     fn push(outbox: &mut Outbox, notice: &Notice) -> u64 {
-        outbox.push(notice, "ns", at(0).wall).number
+        outbox.push(notice, "ns", at(0)).number
     }
 
     /// Sends the next event and answers it; gives its number when the log may forget it.
@@ -611,6 +621,20 @@ mod tests {
         assert_eq!(outbox.tick(at(now + ECHO_MS - 1)), []);
         assert_eq!(deliver(&mut outbox, now + ECHO_MS), Some(ended));
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn what_happens_between_two_tries_to_connect_is_said_again_too() {
+        let mut outbox = Outbox::default();
+        let first = push(&mut outbox, &Notice::Oom("a".into()));
+        assert_eq!(outbox.tick(at(0)), [Post::Open]);
+        outbox.lost(at(0), "connection refused");
+        let second = push(&mut outbox, &exit("a"));
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 100), None);
+        assert_eq!(deliver(&mut outbox, 100), None);
+        assert_eq!(deliver(&mut outbox, 100 + ECHO_MS), Some(first));
+        assert_eq!(deliver(&mut outbox, 100 + ECHO_MS), Some(second));
     }
 
     #[test]

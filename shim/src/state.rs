@@ -2,7 +2,7 @@
 //! effects out; everything but the descriptors, so that it can be taken into another process
 //! between any two inputs.
 
-use recoverd_common::{timestamp::Timestamp, ttrpc::code};
+use recoverd_common::ttrpc::code;
 use serde::{Deserialize, Serialize};
 
 use crate::{
@@ -221,7 +221,7 @@ impl LoopState {
         for effect in self.tasks.handle(event, now) {
             match effect {
                 Effect::Reply { to, reply } => self.reply(to, &reply, now, out),
-                Effect::Publish(notice) => self.publish(&notice, now.wall, out),
+                Effect::Publish(notice) => self.publish(&notice, now, out),
                 Effect::Arm { at, timer } => self.timers.push((at, timer)),
                 Effect::Leave { to } => match &mut self.leaving {
                     Leaving::Flushing { callers, .. } => callers.push(to),
@@ -257,8 +257,8 @@ impl LoopState {
         }
     }
 
-    fn publish(&mut self, notice: &Notice, at: Timestamp, out: &mut Vec<Output>) {
-        let entry = self.outbox.push(notice, &self.namespace, at);
+    fn publish(&mut self, notice: &Notice, now: Now, out: &mut Vec<Output>) {
+        let entry = self.outbox.push(notice, &self.namespace, now);
         out.push(Output::Log {
             number: entry.number,
             echo: entry.echo,
@@ -313,6 +313,7 @@ fn post(posts: Vec<Post>, out: &mut Vec<Output>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use recoverd_common::timestamp::Timestamp;
     use recoverd_common::ttrpc::{Header, Kind};
 
     /// Recorded under containerd 1.7.24 with the feature `trace`: a task, execs (with stdin,
@@ -467,9 +468,7 @@ mod tests {
     fn shutdown_waits_for_the_last_events_but_not_for_ever() {
         let mut state = LoopState::new("ns", 1);
         state.step(Input::Accepted, at(0));
-        state
-            .outbox
-            .push(&Notice::Oom("a".into()), "ns", at(0).wall);
+        state.outbox.push(&Notice::Oom("a".into()), "ns", at(0));
         let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
         assert_eq!(out, [Output::Post(Post::Open)]);
         assert!(state.connections.unsent(1).is_empty());

@@ -68,6 +68,9 @@ const READS: u32 = 16;
 /// Room kept in the log of events for each request that adds a task or an exec, bytes: its events
 /// are below one KiB each, but for the mounts and paths that came with the request.
 const EVENT_ROOM: u64 = 8192;
+/// After so long without anything to do, milliseconds, memory is given back: most shims have
+/// nothing to do for days.
+const QUIET_MS: u64 = 1_000;
 /// After a failed accept, milliseconds.
 const ACCEPT_PAUSE_MS: u64 = 500;
 /// Sub-groups below a container's cgroup that are looked through for pids.
@@ -111,6 +114,8 @@ struct Shim {
     beside: Beside,
     /// The listener is not watched until then.
     accept_at: Option<u64>,
+    /// Memory is given back then, when nothing happens until then.
+    trim_at: Option<u64>,
     leave: bool,
 }
 
@@ -255,6 +260,7 @@ fn begin(
         socket,
         beside,
         accept_at: None,
+        trim_at: None,
         leave: false,
     };
     shim.take_over_events().map_err(failed("write events"))?;
@@ -298,6 +304,12 @@ impl Shim {
                 self.wake(event, signals);
             }
             let now = now().mono_ms;
+            if count > 0 {
+                self.trim_at = Some(now.saturating_add(QUIET_MS));
+            } else if self.trim_at.is_some_and(|at| at <= now) {
+                self.trim_at = None;
+                sys::trim();
+            }
             if self.stdio.deadline().is_some_and(|at| at <= now) {
                 self.stdio.tick(now);
             }
@@ -317,7 +329,12 @@ impl Shim {
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let deadlines = [self.state.deadline(), self.stdio.deadline(), self.accept_at];
+        let deadlines = [
+            self.state.deadline(),
+            self.stdio.deadline(),
+            self.accept_at,
+            self.trim_at,
+        ];
         let Some(at) = deadlines.into_iter().flatten().min() else {
             return EpollTimeout::NONE;
         };
@@ -427,7 +444,6 @@ impl Shim {
                     self.log
                         .say(Level::Warning, &format!("close connection: {why}"));
                 }
-                // What is answered already still goes out.
                 self.sockets.remove(&connection);
             }
             Output::Retire => self.retire(),

@@ -218,6 +218,10 @@ impl LoopState {
     }
 
     fn event(&mut self, event: Event, now: Now, out: &mut Vec<Output>) {
+        if let Event::JobEnded { job, .. } = &event {
+            let done = Timer::Job(*job);
+            self.timers.retain(|(_, timer)| *timer != done);
+        }
         for effect in self.tasks.handle(event, now) {
             match effect {
                 Effect::Reply { to, reply } => self.reply(to, &reply, now, out),
@@ -225,7 +229,9 @@ impl LoopState {
                 Effect::Arm { at, timer } => self.timers.push((at, timer)),
                 Effect::Leave { to } => match &mut self.leaving {
                     Leaving::Flushing { callers, .. } => callers.push(to),
-                    Leaving::No | Leaving::Lingering { .. } => {
+                    // It has happened; what is at our paths now may be somebody else's.
+                    Leaving::Lingering { .. } => self.reply(to, &Ok(Reply::Empty), now, out),
+                    Leaving::No => {
                         self.outbox.hurry();
                         self.leaving = Leaving::Flushing {
                             callers: vec![to],
@@ -269,7 +275,8 @@ impl LoopState {
     /// SIGTERM: leave now, whatever runs; containers go on.
     pub fn leave_now(&mut self) -> Vec<Output> {
         let mut out = Vec::new();
-        if self.tasks.is_idle() {
+        let retired = matches!(self.leaving, Leaving::Lingering { .. });
+        if self.tasks.is_idle() && self.outbox.is_empty() && !retired {
             out.push(Output::Retire);
         }
         out.push(Output::Exit);
@@ -476,6 +483,10 @@ mod tests {
         let out = state.step(Input::Tick, at(FLUSH_MS));
         assert!(out.contains(&Output::Retire) && !out.contains(&Output::Exit));
         assert!(!state.connections.unsent(1).is_empty());
+        // A second one does not touch what may be somebody else's by now.
+        let out = state.step(Input::Bytes(1, frame(3, "Shutdown")), at(FLUSH_MS + 1));
+        assert!(!out.contains(&Output::Retire));
+        assert!(!state.leave_now().contains(&Output::Retire));
         let out = state.step(Input::Tick, at(FLUSH_MS + LINGER_MS));
         assert!(out.contains(&Output::Exit));
     }
@@ -508,7 +519,8 @@ mod tests {
         use prost::Message;
         let call = request("Create", create.encode_to_vec());
         state.request(to, call, None, at(0), &mut out);
-        assert_eq!(out, []);
+        let effects = |output: &&Output| matches!(output, Output::Effect(_));
+        assert_eq!(out.iter().filter(effects).count(), 0);
         assert!(state.tasks.is_idle());
         let said = String::from_utf8_lossy(state.connections.unsent(1)).into_owned();
         assert!(said.contains("no space"), "{said}");

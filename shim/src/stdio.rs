@@ -667,6 +667,12 @@ fn start_logger(
     let (out, out_write) = two_way_pipe(wanted.owner).map_err(failed)?;
     let (err, err_write) = two_way_pipe(wanted.owner).map_err(failed)?;
     let (ready, ready_write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
+    // As the stock shim: an exec's logger gets the id of the exec.
+    let id = if wanted.key.is_init() {
+        &wanted.key.id
+    } else {
+        &wanted.key.exec_id
+    };
     let plan = Plan {
         files: vec![
             ChildFile::Null,
@@ -681,7 +687,7 @@ fn start_logger(
         to_the_end: false,
         argv: argv.clone(),
         env: Some(vec![
-            format!("CONTAINER_ID={}", wanted.key.id),
+            format!("CONTAINER_ID={id}"),
             format!("CONTAINER_NAMESPACE={}", wanted.namespace),
         ]),
     };

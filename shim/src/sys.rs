@@ -338,4 +338,30 @@ pub fn become_stderr(fd: BorrowedFd<'_>) {
     unsafe { libc::dup2(fd.as_raw_fd(), 2) };
 }
 
+/// Unmaps our own code and gives free memory back to the kernel: what is needed comes back with
+/// the next page fault, from the page cache.
+pub fn trim() {
+    unsafe extern "C" {
+        // Both are the linker's: the first byte of the program, and the end of its code.
+        static __executable_start: u8;
+        static etext: u8;
+    }
+    const PAGE: usize = 4096;
+    let start = (&raw const __executable_start)
+        .addr()
+        .next_multiple_of(PAGE);
+    let end = (&raw const etext).addr() / PAGE * PAGE;
+    // SAFETY: the range is mapped from our executable, read-only and private, and never written:
+    // dropping its pages loses nothing, they are read from the file again.
+    unsafe {
+        libc::madvise(
+            std::ptr::without_provenance_mut(start),
+            end.saturating_sub(start),
+            libc::MADV_DONTNEED,
+        )
+    };
+    // SAFETY: gives back free pages of the heap; there is one thread.
+    unsafe { libc::malloc_trim(0) };
+}
+
 // ---- end of serve ----

@@ -12,6 +12,7 @@ recoverd_tests::tests! {
         runc_state_and_cgroup_without_task_are_leaked,
         mount_without_task_is_leaked,
         leftovers_that_somebody_uses_are_nobodys_leak,
+        exec_whose_client_is_gone_is_leaked,
     ],
 }
 
@@ -241,4 +242,35 @@ fn leftovers_that_somebody_uses_are_nobodys_leak(release: &Release) {
     assert!(codes.contains(&"leaked-runc-state"), "{scan:#?}");
     assert_left_alone(&scan, &well);
     assert!(dead.init.pid != reader.process.pid && node.alive(&reader.process));
+}
+
+fn exec_whose_client_is_gone_is_leaked(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let task = bystander(&containerd);
+    let mut held = containerd.exec_attached(&task, "held", &["sleep", "1000"]);
+    wait_for("the exec to run", || {
+        node.processes()
+            .into_iter()
+            .find(|process| process.argv == ["sleep", "1000"])
+    });
+    node.scan_of_any_age().assert_clean();
+    // A detached one: its client ended with nobody at the other end of its fifos.
+    containerd.exec(&task, "left", &["sleep", "2000"]);
+    let left = wait_for("the exec to run", || {
+        node.processes()
+            .into_iter()
+            .find(|process| process.argv == ["sleep", "2000"])
+    });
+    node.scan().assert_clean();
+    let scan = node.scan_of_any_age();
+    scan.assert_codes(&["leaked-exec"]);
+    let finding = scan.finding("leaked-exec");
+    assert_eq!(finding.severity, "info");
+    assert!(
+        finding.mentions(&left.pid.to_string()) && finding.mentions("left"),
+        "{finding:?}"
+    );
+    assert!(held.is_running() && node.alive(&left));
+    task.assert_shim_alive();
 }

@@ -34,6 +34,11 @@ impl Events {
         Events(containerd.ctr_spawn("e2e", ["events"]))
     }
 
+    /// Everything so far, as `ctr` prints it.
+    pub fn text(&self) -> String {
+        self.0.text()
+    }
+
     /// The events of one container so far, in order.
     #[track_caller]
     pub fn of_container(&self, id: &str) -> Vec<Event> {

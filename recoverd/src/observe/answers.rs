@@ -328,3 +328,80 @@ fn map<A, B>(reply: Reply<A>, f: impl FnOnce(A) -> B) -> Reply<B> {
         Reply::NotAsked => Reply::NotAsked,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::{
+        linux::net::SocketAddrExt,
+        unix::net::{SocketAddr, UnixListener},
+    };
+
+    use super::*;
+
+    fn ask_at(address: &str) -> Answer {
+        let question = Question {
+            address: address.to_owned(),
+            namespace: "n".into(),
+            tasks: BTreeSet::from(["c".to_owned()]),
+            api: 2,
+        };
+        let limits = Limits {
+            shim_deadline: Duration::from_millis(300),
+            budget: Duration::from_secs(10),
+            run_full: 90,
+        };
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let mut answers = runtime.block_on(ask(vec![question], Scope::Full, limits));
+        answers.remove(address).unwrap()
+    }
+
+    #[test]
+    fn a_silent_socket_is_asked_twice_by_path_and_by_abstract_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let name = format!("recoverd-test-{}", std::process::id());
+        let _by_path = UnixListener::bind(&path).unwrap();
+        let abstract_name = SocketAddr::from_abstract_name(&name).unwrap();
+        let _by_name = UnixListener::bind_addr(&abstract_name).unwrap();
+        for address in [path.to_str().unwrap().to_owned(), format!("@{name}")] {
+            let answer = ask_at(&address);
+            assert_eq!(answer.connection, Connection::Made, "{address}");
+            assert_eq!(
+                (answer.greeting, answer.asked),
+                (Reply::Silent, 2),
+                "{address}"
+            );
+            assert!(!answer.patient, "two misses 150 ms apart prove nothing");
+        }
+    }
+
+    #[test]
+    fn nobody_listening_is_told_from_no_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let address = path.to_str().unwrap();
+        assert_eq!(ask_at(address).connection, Connection::NoFile);
+        drop(UnixListener::bind(&path).unwrap());
+        assert_eq!(ask_at(address).connection, Connection::Refused);
+    }
+
+    #[test]
+    fn a_budget_that_is_used_up_is_no_silence() {
+        let question = Question {
+            address: "/nonexistent".into(),
+            namespace: "n".into(),
+            tasks: BTreeSet::new(),
+            api: 2,
+        };
+        let limits = Limits {
+            shim_deadline: Duration::from_secs(2),
+            budget: Duration::from_millis(100),
+            run_full: 90,
+        };
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let answers = runtime.block_on(ask(vec![question], Scope::Full, limits));
+        let answer = answers.get("/nonexistent").unwrap();
+        assert!(matches!(answer.connection, Connection::Failed(_)));
+        assert_eq!(answer.greeting, Reply::NotAsked);
+    }
+}

@@ -39,10 +39,9 @@ pub fn observe(
         let Some(state) = entry.state.present() else {
             continue;
         };
-        for folder in state.cgroups.values() {
-            if let Some(path) = below(&hierarchies, folder) {
-                found.insert(path, Some(entry.name.clone()));
-            }
+        // The path is the same in every hierarchy.
+        if let Some(path) = state.cgroups.values().find_map(|f| below(&hierarchies, f)) {
+            found.insert(path, Some(entry.name.clone()));
         }
     }
     let specs = bundles.iter().filter_map(|facts| {
@@ -203,12 +202,16 @@ fn read_one(
         .filter(|folder| folder.is_dir())
         .collect();
     let first = folders.first()?;
-    // All hierarchies hold the same processes; a hierarchy without controllers may hold none.
+    // All hierarchies hold the same processes, but one without controllers may hold none: the
+    // next is looked at only while none was found, so that *empty* means empty in all of them.
     let mut processes = Seen::Present(Vec::new());
     let mut pids: BTreeSet<i32> = BTreeSet::new();
     for folder in &folders {
         if let Err(why) = walk(folder, 0, &mut pids) {
             processes = Seen::Unknown(why);
+        }
+        if !pids.is_empty() {
+            break;
         }
     }
     Some(CgroupFacts {

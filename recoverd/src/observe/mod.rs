@@ -112,11 +112,11 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
     progress("processes and bundles");
     let host = host::observe(roots, &mut gaps);
     // The daemons and shims that name instances; the table that counts is read again below.
-    let first = processes::observe(&proc, roots, &host, &mut Vec::new());
+    let first = processes::observe(&proc, roots, &host, None, &mut Vec::new());
     let mut instances = instances::observe(plan, &first, &mut gaps);
     let bundles = bundles::observe(&instances, &mut gaps);
     let runc = bundles::observe_runc(roots, &bundles, &mut gaps);
-    let seen = processes::observe(&proc, roots, &host, &mut gaps);
+    let seen = processes::observe(&proc, roots, &host, Some(&first), &mut gaps);
     let mut shims = seen.shims;
     let listeners = processes::listeners(&proc, roots, &host, &mut shims, &mut gaps);
 

@@ -37,6 +37,18 @@ pub struct Seeing {
     pub daemons: Vec<Daemon>,
     /// Tasks for which a shim binary runs a verb.
     pub busy_verbs: BTreeSet<TaskName>,
+    /// Shims, daemons and verbs.
+    interesting: BTreeSet<ProcessId>,
+}
+
+impl Seeing {
+    fn passed_over(&self, stat: &Stat) -> bool {
+        !self.interesting.contains(&stat.id)
+            && self
+                .table
+                .get(&stat.id.pid)
+                .is_some_and(|old| old.id == stat.id && old.comm == stat.comm)
+    }
 }
 
 /// A shim's command line, as containerd writes it.
@@ -93,7 +105,16 @@ fn file_name(path: &str) -> &str {
 
 /// Reads the table. Processes that live in another file system tree (a containerd in a container
 /// with a `/run` of its own) are not this node's and are left out.
-pub fn observe(proc: &Proc, roots: &Roots, host: &Host, gaps: &mut Vec<Gap>) -> Seeing {
+///
+/// `before` is an earlier reading: what was nothing of interest then, and has not executed another
+/// program since (its name would differ), is not asked for its arguments again.
+pub fn observe(
+    proc: &Proc,
+    roots: &Roots,
+    host: &Host,
+    before: Option<&Seeing>,
+    gaps: &mut Vec<Gap>,
+) -> Seeing {
     let pids = match proc.pids() {
         Ok(pids) => pids,
         Err(error) => {
@@ -111,6 +132,9 @@ pub fn observe(proc: &Proc, roots: &Roots, host: &Host, gaps: &mut Vec<Gap>) -> 
         .filter_map(|pid| {
             // A process that ended since it was listed is no fact.
             let stat = proc.stat(*pid).present().cloned()?;
+            if before.is_some_and(|before| before.passed_over(&stat)) {
+                return Some((stat, Found::Other));
+            }
             let found = match proc.arguments(*pid) {
                 Seen::Present(arguments) => sort(proc, &stat, arguments),
                 Seen::Absent | Seen::Unknown(_) => Found::Other,
@@ -133,6 +157,9 @@ pub fn observe(proc: &Proc, roots: &Roots, host: &Host, gaps: &mut Vec<Gap>) -> 
         theirs.present().is_some() && theirs == own_tree
     };
     for (stat, found) in read {
+        if !matches!(found, Found::Other) {
+            seeing.interesting.insert(stat.id);
+        }
         match found {
             Found::Other => {}
             Found::Daemon(arguments) if ours(stat.id.pid) => seeing.daemons.push(Daemon {

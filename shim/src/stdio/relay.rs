@@ -134,7 +134,11 @@ impl Relay {
         let [entry] = &wait;
         let seen = entry.revents().unwrap_or(PollFlags::empty());
         if seen.contains(PollFlags::POLLIN) {
-            return Turn::Wait(End::To);
+            // Nowhere is never full: something was written since the read.
+            return match self.to {
+                Some(_) => Turn::Wait(End::To),
+                None => Turn::Again,
+            };
         }
         if self.kind == RelayKind::Input(true) || seen.contains(PollFlags::POLLHUP) {
             return Turn::Over;
@@ -196,6 +200,19 @@ mod tests {
             got.extend_from_slice(&buffer[..count]);
         }
         assert!(sent.len() > 500_000 && sent == got);
+    }
+
+    #[test]
+    fn what_goes_nowhere_never_waits_for_room() {
+        let (from, source) = pipe();
+        let mut relay = relay(from, pipe().1, RelayKind::Output);
+        relay.to = None;
+        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        // Written between the read that found nothing and the look at why.
+        nix::unistd::write(&source, b"late").unwrap();
+        assert!(matches!(relay.blocked(), Turn::Again));
+        drop(source);
+        assert!(matches!(relay.turn(), Turn::Over));
     }
 
     #[test]

@@ -1,0 +1,295 @@
+//! What is wrong with a task: nobody serves it, nobody knows it, it runs twice, or those who know it
+//! do not agree on how far it is.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
+
+use recoverd_common::timestamp::Timestamp;
+
+use crate::{
+    correlate::{Case, Cases, Init, Kind, Known, ShimOf},
+    facts::{Api, Phase},
+    findings::{Code, Evidence},
+};
+
+use super::{Context, Hold, Suspicion, evidence, shims::unanswered};
+
+/// A created task that nobody starts for this long is stuck.
+const CREATED_TOO_LONG: Duration = Duration::from_secs(600);
+
+impl Context<'_> {
+    pub(super) fn orphaned_task(&self, case: &Case<'_>) -> Option<Suspicion> {
+        let init = case.init.alive()?;
+        if !matches!(case.shim, ShimOf::None) || case.answered() {
+            return None;
+        }
+        let mut facts = vec![self.process("init", init)];
+        if let Some(address) = &case.address {
+            facts.push(evidence("kernel", format!("nobody listens on {address}")));
+        }
+        facts.push(evidence("kernel", "no shim process serves the task"));
+        match case.bundle {
+            Some(bundle) => facts.push(evidence("bundle", bundle.path.display().to_string())),
+            None => facts.push(no_bundle(case)),
+        }
+        facts.push(self.said_by_containerd(case));
+        Some(Suspicion::about(
+            case,
+            Code::OrphanedTask,
+            Hold::Twice,
+            facts,
+            "adopt it before containerd starts: that start ends the workload",
+        ))
+    }
+
+    /// A living init in the container's cgroup that is not the task's.
+    pub(super) fn second_init(&self, case: &Case<'_>) -> Option<Suspicion> {
+        let cgroup = case.cgroup?;
+        let processes = cgroup.processes.present()?;
+        let members: BTreeSet<i32> = processes.iter().map(|process| process.id.pid).collect();
+        let own = match &case.init {
+            Init::Alive(id) => id.pid,
+            // With nothing that names an init, nothing tells which one would be the other.
+            Init::None if case.runc.is_none() && case.bundle.is_none() => 0,
+            Init::None | Init::Dead(..) | Init::Unknown(_) => return None,
+        };
+        let shim = case.shim.process().map_or(0, |shim| shim.id.pid);
+        let other = processes.iter().find(|process| {
+            // Deeper pid namespaces have their first process below one of the container's own.
+            process.first_of_namespace
+                && process.id.pid != own
+                && process.id.start_time != 0
+                && process.ppid != shim
+                && !members.contains(&process.ppid)
+        })?;
+        Some(Suspicion::about(
+            case,
+            Code::DuplicateWorkload,
+            Hold::Twice,
+            vec![
+                self.process("a second init", other.id),
+                evidence("kernel", format!("it is in cgroup {}", cgroup.path)),
+                evidence(
+                    "kernel",
+                    format!("its parent {} is not the task's shim", other.ppid),
+                ),
+            ],
+            "find out which one is meant to run, and end the other by hand",
+        ))
+    }
+
+    /// Two living inits for one container of one pod.
+    pub(super) fn duplicates(&self, cases: &Cases<'_>) -> Vec<Suspicion> {
+        let mut by_name: BTreeMap<(Option<usize>, &str, &str), Vec<&Case<'_>>> = BTreeMap::new();
+        for case in &cases.cases {
+            let Some(pod) = &case.pod else { continue };
+            // The sandbox has no container name, and its group is its own id.
+            if case.init.alive().is_some() && !pod.container.is_empty() {
+                by_name
+                    .entry((case.instance, &case.group, &pod.container))
+                    .or_default()
+                    .push(case);
+            }
+        }
+        let mut found = Vec::new();
+        for ((_, group, container), same) in by_name {
+            let [first, .., last] = same.as_slice() else {
+                continue;
+            };
+            let facts = same
+                .iter()
+                .filter_map(|case| {
+                    let init = case.init.alive()?;
+                    Some(self.process(&format!("{}: init", case.name.1), init))
+                })
+                .chain([evidence(
+                    "bundle",
+                    format!("all are container {container} of sandbox {group}"),
+                )])
+                .collect();
+            // The newest is the one that the kubelet means; the finding names the oldest.
+            let oldest = if started(first) <= started(last) {
+                first
+            } else {
+                last
+            };
+            found.push(Suspicion::about(
+                oldest,
+                Code::DuplicateWorkload,
+                Hold::Twice,
+                facts,
+                "find out which one is meant to run, and end the other by hand",
+            ));
+        }
+        found
+    }
+
+    pub(super) fn task_unknown(&self, case: &Case<'_>) -> Option<Suspicion> {
+        let init = case.init.alive()?;
+        let shim = case.shim.process()?;
+        if case.containerd != Known::No || case.kind() == Some(Kind::Foreign) {
+            return None;
+        }
+        // A task being created is not listed yet. One that was started is.
+        match case.state().map(|state| state.phase) {
+            Some(Phase::Running | Phase::Paused | Phase::Pausing) => {}
+            Some(Phase::Created | Phase::Stopped | Phase::Unknown) | None => {
+                if self.age_of(init) < self.settings.settle {
+                    return None;
+                }
+            }
+        }
+        // A shim that answers nothing is another finding, and its task is known to nobody then.
+        if case
+            .answer
+            .is_some_and(|answer| unanswered(answer).is_some())
+        {
+            return None;
+        }
+        Some(Suspicion::about(
+            case,
+            Code::TaskUnknownToContainerd,
+            Hold::Twice,
+            vec![
+                self.process("init", init),
+                self.process("shim", shim.id),
+                match case.bundle {
+                    Some(bundle) => evidence("bundle", bundle.path.display().to_string()),
+                    None => evidence("bundle", "there is none"),
+                },
+                self.said_by_containerd(case),
+            ],
+            "nobody can stop it through containerd; end it by hand if it is not wanted",
+        ))
+    }
+
+    pub(super) fn stuck_task(&self, case: &Case<'_>) -> Option<Suspicion> {
+        if case.kind() == Some(Kind::Foreign) {
+            return None;
+        }
+        let state = case.state()?;
+        let shim_says = evidence("shim", format!("the task is {}", state.phase.word()));
+        let (facts, hold, action) = match (state.phase, &case.init, case.containerd) {
+            (Phase::Running, Init::Dead(_, why), Known::Yes(task))
+                if task.phase == Phase::Running =>
+            {
+                (
+                    vec![evidence("kernel", format!("the init ended: {why}"))],
+                    Hold::Settle,
+                    "publish the exit, if it was observed",
+                )
+            }
+            (Phase::Stopped, Init::Dead(_, why), Known::Yes(task))
+                if task.phase == Phase::Running =>
+            {
+                (
+                    vec![evidence("kernel", format!("the init ended: {why}"))],
+                    Hold::Twice,
+                    "publish the exit that the shim observed",
+                )
+            }
+            (Phase::Stopped, Init::Dead(..), Known::Yes(task)) if task.phase == Phase::Stopped => {
+                let left = case.cgroup?.processes.present()?;
+                if left.is_empty() {
+                    return None;
+                }
+                let pids: Vec<String> = left
+                    .iter()
+                    .take(10)
+                    .map(|process| process.id.pid.to_string())
+                    .collect();
+                (
+                    vec![evidence(
+                        "kernel",
+                        format!(
+                            "its cgroup still holds {} processes: {}",
+                            left.len(),
+                            pids.join(" ")
+                        ),
+                    )],
+                    Hold::Twice,
+                    "delete the task; what is left in its cgroup is named here",
+                )
+            }
+            (Phase::Created, Init::Alive(init), Known::Yes(_) | Known::CannotSay)
+                if self.age_of(*init) >= CREATED_TOO_LONG =>
+            {
+                (
+                    vec![self.process("init", *init)],
+                    Hold::Once,
+                    "start or delete the task: its client went away",
+                )
+            }
+            (Phase::Paused | Phase::Pausing, Init::Dead(_, why), _) => (
+                vec![evidence("kernel", format!("the init ended: {why}"))],
+                Hold::Twice,
+                "resume the task: its exit waits for that",
+            ),
+            (
+                Phase::Running
+                | Phase::Stopped
+                | Phase::Created
+                | Phase::Paused
+                | Phase::Pausing
+                | Phase::Unknown,
+                Init::None | Init::Alive(_) | Init::Dead(..) | Init::Unknown(_),
+                Known::Yes(_) | Known::No | Known::CannotSay,
+            ) => return None,
+        };
+        let mut all = vec![shim_says];
+        all.extend(facts);
+        all.push(self.said_by_containerd(case));
+        Some(Suspicion::about(case, Code::StuckTask, hold, all, action))
+    }
+
+    pub(super) fn exit_unreported(&self, case: &Case<'_>) -> Option<Suspicion> {
+        let state = case.state()?;
+        let down = matches!(self.instance(case)?.api, Api::Down);
+        let ended = matches!(case.init, Init::Dead(..));
+        // Ours names a pid to containerd until the task is deleted, so that no release takes it
+        // for leaked, and keeps its events until they are acknowledged: nothing is lost.
+        let keeps = matches!(case.kind(), Some(Kind::Ours | Kind::Foreign));
+        if state.phase != Phase::Stopped || !down || !ended || keeps {
+            return None;
+        }
+        let at = state.exited_at.map_or_else(String::new, |seconds| {
+            format!(" at {}", Timestamp { seconds, nanos: 0 })
+        });
+        Some(Suspicion::about(
+            case,
+            Code::ExitUnreported,
+            Hold::Twice,
+            vec![
+                evidence(
+                    "shim",
+                    format!("the task exited with {}{at}", state.exit_status),
+                ),
+                self.said_by_containerd(case),
+            ],
+            "note its status now: containerd 1.7 and later forget it at their start",
+        ))
+    }
+}
+
+/// Why a case has no bundle.
+fn no_bundle(case: &Case<'_>) -> Evidence {
+    let named = case
+        .runc
+        .and_then(|entry| entry.state.present()?.bundle.as_deref());
+    match (case.instance, named) {
+        (None, Some(path)) => evidence(
+            "runc",
+            format!(
+                "its bundle is {}, of a containerd that is not known here",
+                path.display()
+            ),
+        ),
+        (Some(_), _) | (None, None) => evidence("bundle", "there is none"),
+    }
+}
+
+fn started(case: &Case<'_>) -> u64 {
+    case.init.alive().map_or(0, |id| id.start_time)
+}

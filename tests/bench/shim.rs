@@ -222,7 +222,7 @@ impl Bench {
         let path = bundle.join("config.json");
         let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
         config["process"]["terminal"] = false.into();
-        config["process"]["args"] = command.iter().copied().collect::<Vec<_>>().into();
+        config["process"]["args"] = command.to_vec().into();
         config["process"]["env"] = vec!["PATH=/bin"].into();
         config["root"]["path"] = self.rootfs.display().to_string().into();
         config["linux"]["cgroupsPath"] = format!("/{NAMESPACE}/{id}").into();

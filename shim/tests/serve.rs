@@ -254,7 +254,9 @@ fn a_failed_create_says_why_and_leaves_no_task() {
 #[test]
 fn a_runtime_that_hangs_holds_up_nobody_else() {
     let daemon = Daemon::new();
-    daemon.create("c", "sleep 1000", Path::new("")).unwrap();
+    daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
     fs::create_dir_all(daemon.bundle("h")).unwrap();
     fs::write(daemon.bundle("h").join("hang"), "").unwrap();
     thread::scope(|scope| {
@@ -302,7 +304,9 @@ fn last_words_without_a_reader_are_there_for_the_next_one() {
 #[test]
 fn an_exec_reads_writes_and_ends_with_close_io() {
     let daemon = Daemon::new();
-    daemon.create("c", "sleep 1000", Path::new("")).unwrap();
+    daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
     daemon.start("c", "");
     let (stdin, stdout) = (daemon.fifo("in"), daemon.fifo("out"));
     let exec = task::ExecProcessRequest {
@@ -367,7 +371,9 @@ fn peers_that_misbehave_lose_their_own_connection_only() {
 #[test]
 fn a_signal_ends_the_shim_and_nothing_else() {
     let mut daemon = Daemon::new();
-    let pid = daemon.create("c", "sleep 1000", Path::new("")).unwrap();
+    let pid = daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
     let mut peer = UnixStream::connect(daemon.socket()).unwrap();
     let shim = nix::unistd::Pid::from_raw(i32::try_from(daemon.process.id()).unwrap());
     nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGTERM).unwrap();

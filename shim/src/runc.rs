@@ -38,12 +38,12 @@ impl Place<'_> {
         }
     }
 
-    /// Where the runtime leaves the pid of what it starts.
+    /// Where the runtime leaves the pid of what it starts. An exec may be called `init`.
     pub fn pid_file(&self, key: &Key) -> PathBuf {
         if key.is_init() {
             self.bundle.join("init.pid")
         } else {
-            self.bundle.join(format!("{}.pid", key.exec_id))
+            self.bundle.join(format!("exec-{}.pid", key.exec_id))
         }
     }
 
@@ -225,7 +225,7 @@ mod tests {
         assert_eq!(
             line(&Work::Exec, &exec, &plain, None),
             "runc --root /run/containerd/runc/ns --log /b/e.log.json --log-format json exec \
-             --process /b/e.process.json --detach --pid-file /b/e.pid c"
+             --process /b/e.process.json --detach --pid-file /b/exec-e.pid c"
         );
     }
 

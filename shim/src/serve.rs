@@ -444,7 +444,6 @@ impl Shim {
                     self.log
                         .say(Level::Warning, &format!("close connection: {why}"));
                 }
-                // What is answered already still goes out.
                 self.sockets.remove(&connection);
             }
             Output::Retire => self.retire(),

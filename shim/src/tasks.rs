@@ -1615,10 +1615,15 @@ impl Tasks {
                 }
             }
             Timer::LateExit(id) => {
-                let caller = match self.tasks.get(&id).map(|task| &task.busy) {
-                    Some(Some(Busy::LateExit(caller))) => *caller,
-                    _ => return,
+                let Some(task) = self.tasks.get_mut(&id) else {
+                    return;
                 };
+                let Some(Busy::LateExit(caller)) = task.busy else {
+                    return;
+                };
+                // The runtime has killed it and we never saw it end; the answer needs a number,
+                // and this is the one that containerd itself puts in such a place.
+                task.init.exit.get_or_insert((STAND_IN, now.wall));
                 self.delete_done(&id, Some(caller), out);
             }
         }
@@ -1630,6 +1635,8 @@ type JobResult = Result<Report, (FailureKind, Refusal)>;
 /// `google.rpc.Code`; the shim's own answers use it only here.
 const DEADLINE_EXCEEDED: i32 = 4;
 const SIGKILL: i32 = 9;
+/// What containerd says of a task whose exit nobody saw.
+const STAND_IN: u32 = 137;
 
 fn never_started(exec_id: &str) -> Refusal {
     Refusal::new(
@@ -2060,6 +2067,16 @@ mod tests {
         let told = driver.take();
         assert_eq!(told[..2], ["exit", "delete"]);
         assert!(told[2].ends_with("deleted 137"));
+        assert!(driver.tasks.is_idle());
+    }
+
+    #[test]
+    fn an_exit_that_never_comes_does_not_hold_delete_for_ever() {
+        let mut driver = Driver::created();
+        driver.call(Call::Delete(init()));
+        driver.done("delete");
+        driver.event(Event::Timer(Timer::LateExit("c".into())));
+        assert!(driver.take()[2].ends_with("deleted 137"));
         assert!(driver.tasks.is_idle());
     }
 

@@ -1,0 +1,386 @@
+//! The daemon itself, without containerd and without containers: a shell script stands in for
+//! the OCI runtime, so that these run anywhere and as anybody.
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::{fs::PermissionsExt, net::UnixStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use prost::Message;
+use prost_types::Any;
+use recoverd_common::{
+    paths::Beside,
+    pb::{runc, task, type_url},
+    record::{self, Exit, Phase},
+    seen::Seen,
+    shim_client::{CallError, ShimClient, TASK_SERVICES},
+};
+
+/// Runs what the bundle's file `init` (or the exec's process) says, in the background, as a runtime
+/// does: the process outlives the command and keeps its stdio.
+const RUNTIME: &str = r#"#!/bin/sh
+for word in "$@"; do
+    case $previous in
+        --bundle) bundle=$word ;;
+        --pid-file) pid_file=$word ;;
+        --process) process=$word ;;
+        --log) log=$word ;;
+    esac
+    case $word in create|start|exec|delete|kill|pause|resume) verb=${verb:-$word} ;; esac
+    previous=$word
+done
+fail() {
+    echo "{\"level\":\"error\",\"msg\":\"$1\"}" >> "$log"
+    exit 1
+}
+case $verb in
+    create)
+        [ -e "$bundle/fail" ] && fail "it is written that this fails"
+        [ -e "$bundle/hang" ] && exec sleep 1000
+        (until [ -e "$bundle/go" ]; do sleep 0.02; done; exec sh "$bundle/init") &
+        echo $! > "$pid_file" ;;
+    start) : > "${log%/*}/go" ;;
+    exec)
+        # The shell gives a background command no stdin of its own accord.
+        exec 3<&0
+        sh -c "$(sed 's/.*"args":\["//; s/"\].*//' "$process")" <&3 3<&- &
+        echo $! > "$pid_file" ;;
+    kill) fail "container not running" ;;
+esac
+"#;
+
+struct Daemon {
+    dir: tempfile::TempDir,
+    process: Child,
+}
+
+fn patience() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+fn until(what: &str, holds: impl Fn() -> bool) {
+    let end = patience();
+    while !holds() {
+        assert!(Instant::now() < end, "{what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+impl Daemon {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let runtime = dir.path().join("runtime");
+        fs::write(&runtime, RUNTIME).unwrap();
+        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
+        let process = Command::new(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"))
+            .args(["-namespace", "ns", "-id", "first", "-address", "/none"])
+            .arg("-socket")
+            .arg(dir.path().join("socket"))
+            .current_dir(dir.path())
+            .env_remove("TTRPC_ADDRESS")
+            .stdin(Stdio::null())
+            .spawn()
+            .unwrap();
+        let daemon = Self { dir, process };
+        let socket = daemon.socket();
+        until("it serves", || UnixStream::connect(&socket).is_ok());
+        daemon
+    }
+
+    fn socket(&self) -> PathBuf {
+        self.dir.path().join("socket")
+    }
+
+    fn bundle(&self, id: &str) -> PathBuf {
+        self.dir.path().join("bundles").join(id)
+    }
+
+    fn client(&self) -> ShimClient {
+        ShimClient::connect(&self.socket(), "ns", patience()).unwrap()
+    }
+
+    fn call<R: Message + Default>(
+        &self,
+        method: &str,
+        request: &impl Message,
+    ) -> Result<R, CallError> {
+        self.client().call(TASK_SERVICES[0], method, request)
+    }
+
+    fn create(&self, id: &str, init: &str, stdout: &Path) -> Result<u32, CallError> {
+        let bundle = self.bundle(id);
+        fs::create_dir_all(&bundle).unwrap();
+        fs::write(
+            bundle.join("config.json"),
+            r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#,
+        )
+        .unwrap();
+        fs::write(bundle.join("init"), init).unwrap();
+        let options = runc::Options {
+            binary_name: self.dir.path().join("runtime").to_str().unwrap().into(),
+            root: self.dir.path().join("root").to_str().unwrap().into(),
+            ..Default::default()
+        };
+        let request = task::CreateTaskRequest {
+            id: id.into(),
+            bundle: bundle.to_str().unwrap().into(),
+            stdout: stdout.to_str().unwrap().into(),
+            options: Some(Any {
+                type_url: type_url::RUNC_OPTIONS.into(),
+                value: options.encode_to_vec(),
+            }),
+            ..Default::default()
+        };
+        self.call::<task::CreateTaskResponse>("Create", &request)
+            .map(|response| response.pid)
+    }
+
+    fn start(&self, id: &str, exec_id: &str) {
+        let request = task::StartRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+        };
+        self.call::<task::StartResponse>("Start", &request).unwrap();
+    }
+
+    fn wait(&self, id: &str, exec_id: &str) -> u32 {
+        let request = task::WaitRequest {
+            id: id.into(),
+            exec_id: exec_id.into(),
+        };
+        let response: task::WaitResponse = self.call("Wait", &request).unwrap();
+        response.exit_status
+    }
+
+    fn delete(&self, id: &str) -> Result<u32, CallError> {
+        let request = task::DeleteRequest {
+            id: id.into(),
+            exec_id: String::new(),
+        };
+        self.call::<task::DeleteResponse>("Delete", &request)
+            .map(|response| response.exit_status)
+    }
+
+    fn recorded(&self) -> record::Record {
+        match record::read(&Beside::of(&self.socket()).record) {
+            Seen::Present(record) => record,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn fifo(&self, name: &str) -> PathBuf {
+        let path = self.dir.path().join(name);
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        path
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        // Its containers outlive it, which is its purpose.
+        if let Seen::Present(record) = record::read(&Beside::of(&self.socket()).record) {
+            for init in record.tasks.iter().filter_map(|task| task.init) {
+                let pid = nix::unistd::Pid::from_raw(i32::try_from(init.pid).unwrap());
+                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_answered_is_in_the_record_and_the_last_shutdown_leaves_nothing() {
+    let mut daemon = Daemon::new();
+    let pid = daemon.create("c", "exit 42", Path::new("")).unwrap();
+    assert_eq!(daemon.recorded().tasks[0].init.unwrap().pid, pid);
+    daemon.start("c", "");
+    assert_eq!(daemon.wait("c", ""), 42);
+    let task = daemon.recorded().tasks[0].clone();
+    assert_eq!(task.phase, Phase::Stopped);
+    assert!(matches!(
+        task.exit,
+        Some(Exit::Observed {
+            status: 42,
+            oom: false,
+            ..
+        })
+    ));
+    // A stopped task has its init's pid, or containerd would drop it.
+    let pids: task::PidsResponse = daemon
+        .call("Pids", &task::PidsRequest { id: "c".into() })
+        .unwrap();
+    assert_eq!(pids.processes[0].pid, pid);
+    assert_eq!(daemon.delete("c").unwrap(), 42);
+    assert!(daemon.recorded().tasks.is_empty());
+    // Nobody takes its events, so the shim would stay to tell them; its files go all the same.
+    daemon
+        .call::<task::ConnectResponse>("Shutdown", &task::ShutdownRequest::default())
+        .unwrap();
+    let left = ["socket", "socket.record", "socket.lock", "socket.events"]
+        .iter()
+        .filter(|name| daemon.dir.path().join(name).exists())
+        .count();
+    assert_eq!(left, 0);
+    assert!(daemon.process.try_wait().unwrap().is_none());
+}
+
+#[test]
+fn a_failed_create_says_why_and_leaves_no_task() {
+    let daemon = Daemon::new();
+    let bundle = daemon.bundle("c");
+    fs::create_dir_all(&bundle).unwrap();
+    fs::write(bundle.join("fail"), "").unwrap();
+    let refused = daemon.create("c", "", Path::new("")).unwrap_err();
+    let text = refused.to_string();
+    assert!(
+        text.contains("OCI runtime create failed: it is written that this fails"),
+        "{text}"
+    );
+    let missing = daemon
+        .create("d", "", &daemon.dir.path().join("none"))
+        .unwrap_err();
+    assert!(missing.to_string().contains("No such file"), "{missing}");
+    assert!(daemon.recorded().tasks.is_empty());
+    fs::remove_file(bundle.join("fail")).unwrap();
+    daemon.create("c", "exit 0", Path::new("")).unwrap();
+}
+
+#[test]
+fn a_runtime_that_hangs_holds_up_nobody_else() {
+    let daemon = Daemon::new();
+    daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
+    fs::create_dir_all(daemon.bundle("h")).unwrap();
+    fs::write(daemon.bundle("h").join("hang"), "").unwrap();
+    thread::scope(|scope| {
+        let hanging = scope.spawn(|| daemon.create("h", "", Path::new("")));
+        until("it hangs", || daemon.recorded().running.len() == 1);
+        let before = Instant::now();
+        let state = daemon.client().state("c").unwrap();
+        assert_eq!(state.status, task::Status::Created as i32);
+        assert!(before.elapsed() < Duration::from_millis(500));
+        let child = daemon.recorded().running[0].process.unwrap();
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(child.pid).unwrap());
+        nix::sys::signal::killpg(pid, nix::sys::signal::Signal::SIGKILL).unwrap();
+        assert!(hanging.join().unwrap().is_err());
+    });
+    let state = daemon.client().state("c").unwrap();
+    let kill = task::KillRequest {
+        id: "c".into(),
+        signal: 37,
+        ..Default::default()
+    };
+    // A real-time signal, which no table of names has.
+    daemon.call::<task::ConnectResponse>("Kill", &kill).unwrap();
+    assert_eq!(daemon.wait("c", ""), 128 + 37);
+    assert_ne!(state.pid, 0);
+}
+
+#[test]
+fn last_words_without_a_reader_are_there_for_the_next_one() {
+    let daemon = Daemon::new();
+    let fifo = daemon.fifo("out");
+    daemon
+        .create("c", "echo these are my last words", &fifo)
+        .unwrap();
+    daemon.start("c", "");
+    assert_eq!(daemon.wait("c", ""), 0);
+    let mut text = String::new();
+    fs::File::open(&fifo)
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(text, "these are my last words\n");
+    assert_eq!(daemon.delete("c").unwrap(), 0);
+}
+
+#[test]
+fn an_exec_reads_writes_and_ends_with_close_io() {
+    let daemon = Daemon::new();
+    daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
+    daemon.start("c", "");
+    let (stdin, stdout) = (daemon.fifo("in"), daemon.fifo("out"));
+    let exec = task::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        stdin: stdin.to_str().unwrap().into(),
+        stdout: stdout.to_str().unwrap().into(),
+        spec: Some(Any {
+            type_url: String::new(),
+            value: br#"{"args":["cat; exit 7"]}"#.to_vec(),
+        }),
+        ..Default::default()
+    };
+    daemon.call::<task::ConnectResponse>("Exec", &exec).unwrap();
+    let again = daemon
+        .call::<task::ConnectResponse>("Exec", &exec)
+        .unwrap_err();
+    assert!(again.to_string().contains("is in use"), "{again}");
+    daemon.start("c", "e");
+    // The client keeps its end: CloseIO alone ends stdin, and only after what was written.
+    let mut client = fs::File::options().write(true).open(&stdin).unwrap();
+    client.write_all(&[b'x'; 50_000]).unwrap();
+    let close = task::CloseIoRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        stdin: true,
+    };
+    daemon
+        .call::<task::ConnectResponse>("CloseIO", &close)
+        .unwrap();
+    let mut text = Vec::new();
+    fs::File::open(&stdout)
+        .unwrap()
+        .read_to_end(&mut text)
+        .unwrap();
+    assert_eq!(text, [b'x'; 50_000]);
+    assert_eq!(daemon.wait("c", "e"), 7);
+}
+
+#[test]
+fn peers_that_misbehave_lose_their_own_connection_only() {
+    let daemon = Daemon::new();
+    let mut silent = UnixStream::connect(daemon.socket()).unwrap();
+    for garbage in [
+        &b"GET / HTTP/1.1\r\n\r\n"[..],
+        // A giant frame, a stream of data, an even stream.
+        &[0, 0x50, 0, 0, 0, 0, 0, 1, 1, 0],
+        &[0, 0, 0, 1, 0, 0, 0, 1, 3, 0, 7],
+        &[0, 0, 0, 1, 0, 0, 0, 2, 1, 0, 7],
+    ] {
+        let mut peer = UnixStream::connect(daemon.socket()).unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        peer.write_all(garbage).unwrap();
+        assert_eq!(peer.read(&mut [0; 9]).unwrap(), 0, "{garbage:?}");
+    }
+    silent.write_all(&[0, 0, 1]).unwrap();
+    let connected = daemon.client().connect_task("none").unwrap();
+    assert_eq!(connected.shim_pid, daemon.process.id());
+}
+
+#[test]
+fn a_signal_ends_the_shim_and_nothing_else() {
+    let mut daemon = Daemon::new();
+    let pid = daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
+    let mut peer = UnixStream::connect(daemon.socket()).unwrap();
+    let shim = nix::unistd::Pid::from_raw(i32::try_from(daemon.process.id()).unwrap());
+    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(peer.read(&mut [0; 9]).unwrap(), 0);
+    assert!(daemon.process.wait().unwrap().success());
+    let alive = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(alive, nix::sys::signal::Signal::SIGKILL).unwrap();
+    // The record is there for a successor.
+    assert_eq!(daemon.recorded().tasks[0].id, "c");
+}

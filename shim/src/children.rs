@@ -12,7 +12,7 @@ use std::{
     io::{self, Read},
     os::{
         fd::{OwnedFd, RawFd},
-        unix::fs::OpenOptionsExt,
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -244,7 +244,9 @@ fn run(argv: &[String], log: &Path) -> Result<(), String> {
     let text = runc::last_error(log, before).unwrap_or_else(|| said.trim().to_owned());
     match runc::kind(&text) {
         FailureKind::NoContainer => Ok(()),
-        FailureKind::NoProcess | FailureKind::Other => Err(text),
+        FailureKind::NoProcess | FailureKind::Exists | FailureKind::NotRun | FailureKind::Other => {
+            Err(text)
+        }
     }
 }
 
@@ -258,19 +260,19 @@ fn execute(argv: &[String], env: Option<&[String]>) -> String {
             .map(|word| CString::new(word.as_str()).ok())
             .collect()
     };
-    let inherited: Vec<String>;
     let env = match env {
-        Some(env) => env,
-        None => {
-            // It would make runc act as systemd's child.
-            inherited = std::env::vars()
-                .filter(|(name, _)| name != "NOTIFY_SOCKET")
-                .map(|(name, value)| format!("{name}={value}"))
-                .collect();
-            &inherited
-        }
+        Some(env) => c_strings(env),
+        // NOTIFY_SOCKET would make runc act as systemd's child. Bytes, not text: an environment
+        // may hold anything.
+        None => std::env::vars_os()
+            .filter(|(name, _)| name != "NOTIFY_SOCKET")
+            .map(|(name, value)| {
+                let words = [name.as_bytes(), value.as_bytes()];
+                CString::new(words.join(&b'=')).ok()
+            })
+            .collect(),
     };
-    let (Some(argv), Some(env)) = (c_strings(argv), c_strings(env)) else {
+    let (Some(argv), Some(env)) = (c_strings(argv), env) else {
         return format!("exec {program}: an argument contains a zero byte");
     };
     let Some(file) = argv.first() else {

@@ -239,9 +239,28 @@ impl LoopState {
                         };
                     }
                 },
-                other => out.push(Output::Effect(other)),
+                other => {
+                    // The same id may be used again at once.
+                    match &other {
+                        Effect::CloseStdio(key) => self.disarm(|timer| match timer {
+                            Timer::Drain(of) => of == key,
+                            Timer::Job(_) | Timer::LateExit(_) => false,
+                        }),
+                        Effect::Forget { id } => self.disarm(|timer| match timer {
+                            Timer::Drain(of) => of.id == *id,
+                            Timer::LateExit(of) => of == id,
+                            Timer::Job(_) => false,
+                        }),
+                        _ => {}
+                    }
+                    out.push(Output::Effect(other));
+                }
             }
         }
+    }
+
+    fn disarm(&mut self, which: impl Fn(&Timer) -> bool) {
+        self.timers.retain(|(_, timer)| !which(timer));
     }
 
     fn reply(

@@ -36,6 +36,8 @@ use recoverd_common::pb::task::Status;
 const DRAIN_MS: u64 = 10_000;
 /// The runtime has deleted a container that had not exited; its exit is due at any moment.
 const LATE_EXIT_MS: u64 = 5_000;
+/// A runtime command that cleans up, or that no caller waits for, may take so long.
+const OWN_MS: u64 = 10_000;
 
 /// The moment of an event, by both clocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -149,6 +151,10 @@ pub enum FailureKind {
     NoContainer,
     /// The process to be signalled has gone.
     NoProcess,
+    /// The runtime has a container of this id already, and it is not ours.
+    Exists,
+    /// Nothing was run, so there is nothing to undo.
+    NotRun,
     /// Anything else.
     Other,
 }
@@ -515,6 +521,8 @@ pub struct Tasks {
     shutdown: Vec<Caller>,
     /// The record no longer says all.
     dirty: bool,
+    /// The moment of the event at hand.
+    mono_ms: u64,
 }
 
 impl Task {
@@ -592,6 +600,7 @@ impl Tasks {
             last_job: 0,
             shutdown: Vec::new(),
             dirty: true,
+            mono_ms: 0,
         }
     }
 
@@ -636,6 +645,7 @@ impl Tasks {
     /// Takes an event, gives what is to be done.
     pub fn handle(&mut self, event: Event, now: Now) -> Vec<Effect> {
         let mut out = Vec::new();
+        self.mono_ms = now.mono_ms;
         match event {
             Event::Request { from, call, until } => self.request(from, call, until, now, &mut out),
             Event::ExecPrepared { key, result } => self.exec_prepared(&key, result, &mut out),
@@ -753,6 +763,9 @@ impl Tasks {
         self.dirty = true;
         self.last_job += 1;
         let job = self.last_job;
+        // What nobody waits for with a deadline of his own must not hang for ever either.
+        let own = caller.is_none() || work == Work::Cleanup;
+        let until = until.or_else(|| own.then(|| self.mono_ms.saturating_add(OWN_MS)));
         if let Some(at) = until {
             out.push(Effect::Arm {
                 at,
@@ -816,6 +829,13 @@ impl Tasks {
     }
 
     fn state(&self, key: &Key) -> Result<Reply, Refusal> {
+        if self.tasks.get(&key.id).is_some_and(|task| !task.known()) {
+            // Not NotFound: our own `delete` would take it for nobody's, and clean up beside us.
+            return Err(Refusal::new(
+                code::FAILED_PRECONDITION,
+                format!("task {} is being created", key.id),
+            ));
+        }
         let (task, member) = self.member(key)?;
         let of_task = task.status(&self.jobs);
         let status = match task.execs.get(&key.exec_id).map(|exec| exec.phase) {
@@ -1113,6 +1133,13 @@ impl Tasks {
             | Call::Connect(_)
             | Call::Shutdown => return Err(Refusal::unknown("not queued")),
         };
+        if matches!(request.call, Call::Delete(_)) && self.give_up_create(&id, out) {
+            // Answered when nothing of it is left: the client removes the bundle then.
+            if let Some(task) = self.tasks.get_mut(&id) {
+                task.queue.push(request);
+            }
+            return Ok(None);
+        }
         let task = self.task_mut(&id)?;
         if task.busy.is_some() {
             task.queue.push(request);
@@ -1166,6 +1193,22 @@ impl Tasks {
         };
         self.spawn_busy(&id, work, from, until, out);
         Ok(None)
+    }
+
+    /// Delete of a task that is being made: its client has given up. True if there is one.
+    fn give_up_create(&mut self, id: &str, out: &mut Vec<Effect>) -> bool {
+        let Some(task) = self.tasks.get(id).filter(|task| !task.known()) else {
+            return false;
+        };
+        if let Some(Busy::Job(number)) = &task.busy
+            && let Some(job) = self.jobs.get_mut(number)
+            && job.work == Work::Create
+            && !job.ended
+        {
+            job.ended = true;
+            out.push(Effect::EndJob(*number));
+        }
+        true
     }
 
     fn spawn_busy(
@@ -1275,6 +1318,11 @@ impl Tasks {
     fn created(&mut self, job: &Job, result: JobResult, now: Now, out: &mut Vec<Effect>) {
         let id = &job.key.id;
         let result = result.and_then(|report| match report.process {
+            // Its client has given up; what was made nevertheless goes again.
+            _ if job.ended => Err((
+                FailureKind::Other,
+                Refusal::new(code::UNAVAILABLE, format!("create of {id} was given up")),
+            )),
             Some(process) => Ok((process, report)),
             None => Err((
                 FailureKind::Other,
@@ -1301,6 +1349,16 @@ impl Tasks {
                 }));
                 answer(job.caller, Ok(Reply::Pid(process.pid)), out);
                 self.free(id, now, out);
+            }
+            Err((kind @ (FailureKind::Exists | FailureKind::NotRun), refusal)) => {
+                // Cleaning up would end what somebody else has made.
+                let refusal = match kind {
+                    FailureKind::Exists => Refusal::new(code::ALREADY_EXISTS, refusal.message),
+                    _ => refusal,
+                };
+                out.push(Effect::CloseStdio(job.key.clone()));
+                self.gone(id, out);
+                answer(job.caller, Err(refusal), out);
             }
             Err((_, refusal)) => {
                 out.push(Effect::CloseStdio(job.key.clone()));
@@ -2189,6 +2247,48 @@ mod tests {
         let mut driver = Driver::new();
         let out = driver.call(Call::Shutdown);
         assert_eq!(out, [Effect::Leave { to: caller(1) }]);
+    }
+
+    #[test]
+    fn a_create_that_its_client_gives_up_leaves_nothing_whatever_the_runtime_did() {
+        for made in [true, false] {
+            let mut driver = Driver::new();
+            driver.call(create());
+            let out = driver.call(Call::Delete(init()));
+            assert_eq!(out, [Effect::EndJob(1)]);
+            driver.call(Call::Shutdown);
+            assert!(driver.ask(Call::State(init())).starts_with("9: "));
+            driver.take();
+            if made {
+                driver.done("create");
+            } else {
+                driver.fail("create");
+            }
+            assert_eq!(driver.take(), [""; 0]);
+            let out = driver.done("cleanup");
+            let told = driver.take();
+            assert_eq!(told.len(), 2, "{told:?}");
+            assert!(told.contains(&"#2 5: container not created".to_owned()));
+            assert_eq!(out.last(), Some(&Effect::Leave { to: caller(3) }));
+        }
+    }
+
+    #[test]
+    fn what_was_not_run_is_not_cleaned_up() {
+        for (kind, code) in [(FailureKind::Exists, "6"), (FailureKind::NotRun, "2")] {
+            let mut driver = Driver::new();
+            driver.call(create());
+            let failure = Failure {
+                kind,
+                text: "no".into(),
+            };
+            driver.end("create", Outcome::Failed(failure));
+            assert_eq!(
+                driver.take(),
+                [format!("#1 {code}: OCI runtime create failed: no")]
+            );
+            assert!(driver.tasks.is_idle());
+        }
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
+use nix::fcntl::{FcntlArg, fcntl};
 use prost::Message;
 use prost_types::Any;
 use recoverd_common::pb::task::{
@@ -207,6 +208,8 @@ struct Direct {
     service: &'static str,
     id: String,
     bundle: PathBuf,
+    /// Reads its `log`: the stock shim serves nobody before somebody does.
+    _log: File,
 }
 
 impl Bench {
@@ -219,7 +222,7 @@ impl Bench {
         let path = bundle.join("config.json");
         let mut config: serde_json::Value = serde_json::from_slice(&fs::read(&path)?)?;
         config["process"]["terminal"] = false.into();
-        config["process"]["args"] = command.iter().copied().collect::<Vec<_>>().into();
+        config["process"]["args"] = command.to_vec().into();
         config["process"]["env"] = vec!["PATH=/bin"].into();
         config["root"]["path"] = self.rootfs.display().to_string().into();
         config["linux"]["cgroupsPath"] = format!("/{NAMESPACE}/{id}").into();
@@ -228,10 +231,9 @@ impl Bench {
     }
 
     fn start(&self, shim: &Path, id: &str, bundle: PathBuf) -> Result<Direct> {
-        // Its `log` needs a reader, or the stock shim waits for one.
-        let log = bundle.join("log");
-        make_fifo(&log)?;
-        let reader = File::options().read(true).write(true).open(&log)?;
+        let path = bundle.join("log");
+        make_fifo(&path)?;
+        let log = File::options().read(true).write(true).open(&path)?;
         let output = Command::new(shim)
             .args(["-namespace", NAMESPACE, "-address", ADDRESS])
             .args(["-publish-binary", "/bin/true", "-id", id, "start"])
@@ -239,7 +241,6 @@ impl Bench {
             .current_dir(&bundle)
             .stdin(Stdio::null())
             .output()?;
-        drop(reader);
         if !output.status.success() {
             return Err(format!("start: {}", String::from_utf8_lossy(&output.stderr)).into());
         }
@@ -264,6 +265,7 @@ impl Bench {
             service,
             id: id.to_owned(),
             bundle,
+            _log: log,
         })
     }
 }
@@ -279,6 +281,7 @@ impl Direct {
             id: self.id.clone(),
             bundle: self.bundle.display().to_string(),
             stdout: stdout.to_owned(),
+            stderr: stderr_beside(stdout),
             ..Default::default()
         };
         self.call::<CreateTaskResponse>("Create", &request)?;
@@ -302,6 +305,7 @@ impl Direct {
             id: self.id.clone(),
             exec_id: exec_id.into(),
             stdout: stdout.to_owned(),
+            stderr: stderr_beside(stdout),
             spec: Some(Any {
                 type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
                 value: serde_json::to_vec(&process)?,
@@ -431,11 +435,29 @@ fn make_fifo(path: &Path) -> Result<()> {
     succeed(Command::new("mkfifo").arg(path))
 }
 
-/// Reads all that comes until `expected` bytes were there; MiB/s.
-fn read_all(path: &Path, expected: usize, go: impl FnOnce() -> Result<()>) -> Result<f64> {
-    // Read-write: opening waits for nobody, and there is always a writer.
-    let mut fifo = File::options().read(true).write(true).open(path)?;
-    go()?;
+/// The stock shim wants a stderr where there is a stdout.
+fn stderr_beside(stdout: &str) -> String {
+    if stdout.is_empty() {
+        String::new()
+    } else {
+        format!("{stdout}-err")
+    }
+}
+
+/// New fifos for stdout and stderr, and readers of both, for whom the stock shim waits.
+fn fresh(stdout: &str) -> Result<(File, File)> {
+    fs::create_dir_all(Path::new(stdout).parent().ok_or("a fifo needs a folder")?)?;
+    let open = |path: &str| -> Result<File> {
+        let _ = fs::remove_file(path);
+        make_fifo(Path::new(path))?;
+        // Read-write: opening waits for nobody, and a last writer's end does not end it.
+        Ok(File::options().read(true).write(true).open(path)?)
+    };
+    Ok((open(stdout)?, open(&stderr_beside(stdout))?))
+}
+
+/// Reads until `expected` bytes were there; MiB/s.
+fn read_all(mut fifo: File, expected: usize) -> Result<f64> {
     let mut buffer = vec![0; 1 << 20];
     let mut seen = fifo.read(&mut buffer)?;
     let began = Instant::now();
@@ -452,54 +474,42 @@ impl Bench {
         let writer = format!("exec dd if=/dev/zero bs=1M count={MIB} 2>/dev/null");
         let writer = ["sh", "-c", writer.as_str()];
         let expected = MIB << 20;
-        let fifo = Path::new("/run/bench/fifo");
-        let fresh = || -> Result<()> {
-            fs::create_dir_all("/run/bench")?;
-            let _ = fs::remove_file(fifo);
-            make_fifo(fifo)
-        };
+        let stdout = "/run/bench/fifo";
         let mut init: [Vec<f64>; 2] = Default::default();
         let mut exec: [Vec<f64>; 2] = Default::default();
         let mut bare = Vec::new();
-        let stdout = fifo.display().to_string();
         for _ in 0..THROUGHPUT_ROUNDS {
             let mut size = 0;
             for (at, shim) in self.shims.iter().enumerate() {
-                fresh()?;
+                let (reader, _stderr) = fresh(stdout)?;
                 let bundle = self.bundle("through", &writer)?;
                 let mut direct = self.start(shim, "through", bundle)?;
-                direct.create(&stdout)?;
-                size = pipe_size(fifo)?;
-                init[at].push(read_all(fifo, expected, || direct.start(""))?);
+                direct.create(stdout)?;
+                size = fcntl(&reader, FcntlArg::F_GETPIPE_SZ)?;
+                direct.start("")?;
+                init[at].push(read_all(reader, expected)?);
                 direct.end()?;
 
-                fresh()?;
+                let (reader, _stderr) = fresh(stdout)?;
                 let bundle = self.bundle("through", &["sleep", "1000000"])?;
                 let mut direct = self.start(shim, "through", bundle)?;
                 direct.create("")?;
                 direct.start("")?;
-                direct.exec("writer", &stdout, &writer)?;
-                exec[at].push(read_all(fifo, expected, || direct.start("writer"))?);
+                direct.exec("writer", stdout, &writer)?;
+                direct.start("writer")?;
+                exec[at].push(read_all(reader, expected)?);
                 direct.wait_and_delete("writer")?;
                 direct.kill()?;
                 direct.end()?;
             }
             // The same program on a fifo of the size that ours has.
-            fresh()?;
-            let holder = File::options().read(true).write(true).open(fifo)?;
-            set_pipe_size(&holder, size)?;
-            let out = File::options().read(true).write(true).open(fifo)?;
-            let mut child = None;
-            let rate = read_all(fifo, expected, || {
-                let mut command = Command::new(self.rootfs.join("bin/busybox"));
-                command.args(writer).stdin(Stdio::null()).stdout(out);
-                child = Some(command.spawn()?);
-                Ok(())
-            })?;
-            bare.push(rate);
-            if let Some(mut child) = child {
-                child.wait()?;
-            }
+            let (reader, _stderr) = fresh(stdout)?;
+            fcntl(&reader, FcntlArg::F_SETPIPE_SZ(size))?;
+            let mut command = Command::new(self.rootfs.join("bin/busybox"));
+            command.args(writer).stdin(Stdio::null());
+            let mut child = command.stdout(reader.try_clone()?).spawn()?;
+            bare.push(read_all(reader, expected)?);
+            child.wait()?;
         }
         let bare = median(bare);
         let pair = init.map(median);
@@ -520,19 +530,6 @@ impl Bench {
         );
         Ok(())
     }
-}
-
-/// The kernel's buffer of a fifo that somebody holds open.
-fn pipe_size(fifo: &Path) -> Result<usize> {
-    let file = File::options().read(true).write(true).open(fifo)?;
-    let size = nix::fcntl::fcntl(&file, nix::fcntl::FcntlArg::F_GETPIPE_SZ)?;
-    Ok(usize::try_from(size)?)
-}
-
-fn set_pipe_size(fifo: &File, size: usize) -> Result<()> {
-    let size = i32::try_from(size)?;
-    nix::fcntl::fcntl(fifo, nix::fcntl::FcntlArg::F_SETPIPE_SZ(size))?;
-    Ok(())
 }
 
 // ---- memory ----

@@ -283,7 +283,11 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         assert_eq!(refused.code, Code::Unknown, "signal {bad}: {refused:?}");
     }
     for (exec_id, signal) in [("rt37", 37), ("rt64", 64), ("usr1", 10)] {
-        api.run_exec(id, exec_id, &sleep, &none());
+        let pid = api.run_exec(id, exec_id, &sleep, &none());
+        // Until it is what was asked for, it is a runc that drops signals.
+        wait_for("the exec's own program", || {
+            (node.process(pid)?.argv == ["sleep", "2000"]).then_some(())
+        });
         for bad in [65, u32::MAX] {
             let refused = api
                 .kill(id, exec_id, bad)

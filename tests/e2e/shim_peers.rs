@@ -1,1 +1,367 @@
-fn main() {}
+//! Peers that mean harm or are broken, and neighbours that are slow: each costs only itself.
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::time::{Duration, Instant};
+
+use recoverd_common::pb::{runc, task};
+use recoverd_common::shim_client::{ShimClient, TASK_SERVICES};
+use recoverd_tests::{
+    Container, Node, Release, ShimUnderTest, Status, Stdio, Task, oci_process, oci_spec, wait_for,
+};
+
+recoverd_tests::tests! {
+    // The release has no part in what a stranger sends to a shim.
+    once_with_each_shim: [
+        broken_peers_cost_only_their_own_connection,
+        only_the_own_uid_may_connect,
+    ],
+    // The stock shim has no such promise: it holds a lock of the task over each of these.
+    once: [
+        stuck_umount_holds_up_no_neighbour,
+        slow_runtime_holds_up_no_neighbour,
+    ],
+}
+
+/// Frames as ttrpc has them: length, stream, type, flags; then the payload.
+fn frame(length: u32, stream: u32, kind: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = length.to_be_bytes().to_vec();
+    bytes.extend(stream.to_be_bytes());
+    bytes.extend([kind, 0]);
+    bytes.extend(payload);
+    bytes
+}
+
+/// The Connect of a shim's task service, over a connection of its own.
+fn answers(node: &Node, task: &Task) -> Result<(), String> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut client = ShimClient::connect(&node.path(task.socket()), task.namespace(), deadline)
+        .map_err(|error| error.to_string())?;
+    let answer = client
+        .connect_task(task.id())
+        .map_err(|error| error.to_string())?;
+    if answer.task_pid == task.init.pid {
+        Ok(())
+    } else {
+        Err(format!("{answer:?}"))
+    }
+}
+
+/// Whether the shim has ended this connection, seen within a second or so.
+fn is_closed(mut stream: &UnixStream) -> bool {
+    stream
+        .set_read_timeout(Some(Duration::from_millis(100)))
+        .expect("set a timeout");
+    let mut buffer = [0; 4096];
+    loop {
+        match stream.read(&mut buffer) {
+            Ok(0) => return true,
+            // An answer that says what is wrong.
+            Ok(_) => {}
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return true,
+            Err(_) => return false,
+        }
+    }
+}
+
+fn broken_peers_cost_only_their_own_connection(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let task = containerd.run(&Container::new("target").shim(shim));
+    let api = containerd.api("e2e");
+    let garbage: Vec<u8> = (0..4096_u32)
+        .map(|n| n.wrapping_mul(2_654_435_761).to_be_bytes()[1])
+        .collect();
+    let request = [0x0a, 0x02, b'h', b'i'];
+    let peers: [(&str, Vec<u8>); 9] = [
+        ("nothing", Vec::new()),
+        ("garbage", garbage.clone()),
+        ("text", b"GET / HTTP/1.1\r\nHost: shim\r\n\r\n".to_vec()),
+        ("half a header", frame(4, 1, 1, &[])[..7].to_vec()),
+        ("half a frame", frame(1000, 1, 1, &garbage[..500])),
+        ("a giant frame", frame(u32::MAX, 1, 1, &garbage)),
+        (
+            "a frame just too long",
+            frame((4 << 20) + 1, 1, 1, &garbage),
+        ),
+        ("an unknown type", frame(4, 1, 77, &request)),
+        ("an even stream", frame(4, 2, 1, &request)),
+    ];
+    // All at once, and none of them leaves by itself.
+    let mut open = Vec::new();
+    for (what, bytes) in &peers {
+        let mut stream = UnixStream::connect(node.path(task.socket())).expect("connect");
+        // It may be closed before all is written.
+        let _refused = stream.write_all(bytes);
+        answers(&node, &task).unwrap_or_else(|error| panic!("after {what}: {error}"));
+        assert_eq!(api.phase("target", ""), Status::Running, "after {what}");
+        open.push((*what, stream));
+    }
+    // And in great number, coming and going.
+    let many: Vec<UnixStream> = (0..100)
+        .map(|_| UnixStream::connect(node.path(task.socket())).expect("connect"))
+        .collect();
+    for (number, mut stream) in many.iter().enumerate() {
+        let _refused = stream.write_all(&garbage[number..]);
+    }
+    answers(&node, &task).expect("a hundred peers");
+    drop(many);
+    api.run_exec(
+        "target",
+        "still",
+        &oci_process(&["sh", "-c", "exit 3"]),
+        &Stdio::default(),
+    );
+    assert_eq!(api.status("target", "still"), 3);
+
+    // Who waits for the rest of a frame keeps its connection; who broke the protocol has lost it.
+    if shim == ShimUnderTest::Recoverd {
+        for (what, stream) in &open {
+            let patient = ["nothing", "half a header", "half a frame"].contains(what);
+            if !patient {
+                wait_for(
+                    &format!("the end of the connection that sent {what}"),
+                    || is_closed(stream).then_some(()),
+                );
+            } else {
+                assert!(!is_closed(stream), "{what}");
+            }
+        }
+    }
+    task.assert_shim_alive();
+    task.assert_init_alive();
+    drop(open);
+
+    // A peer that asks and does not read the answers is not waited for.
+    let mut deaf = UnixStream::connect(node.path(task.socket())).expect("connect");
+    deaf.set_nonblocking(true).expect("set non-blocking");
+    let state = prost_request(
+        "State",
+        &task::StateRequest {
+            id: "target".into(),
+            exec_id: String::new(),
+        },
+    );
+    let mut stream = 1;
+    for _ in 0..20_000 {
+        let bytes = frame(
+            u32::try_from(state.len()).expect("short"),
+            stream,
+            1,
+            &state,
+        );
+        match deaf.write(&bytes) {
+            Ok(count) if count == bytes.len() => stream += 2,
+            // Full, or closed: enough.
+            Ok(_) | Err(_) => break,
+        }
+    }
+    answers(&node, &task).expect("beside a deaf peer");
+    assert_eq!(api.phase("target", ""), Status::Running);
+    drop(deaf);
+    containerd.remove(&task);
+    node.wait_gone(&task.shim);
+}
+
+/// A request of the newer task service, which every stock shim of 2.x and ours have.
+fn prost_request(method: &str, request: &impl prost::Message) -> Vec<u8> {
+    use prost::Message;
+    let [_, service] = TASK_SERVICES;
+    recoverd_common::pb::ttrpc::Request {
+        service: service.into(),
+        method: method.into(),
+        payload: request.encode_to_vec(),
+        timeout_nano: 0,
+        metadata: Vec::new(),
+    }
+    .encode_to_vec()
+}
+
+fn only_the_own_uid_may_connect(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let task = containerd.run(&Container::new("guarded").shim(shim));
+    let socket = task.socket().display().to_string();
+    assert_eq!(node.run("stat", ["-c", "%a %u", &socket]), "600 0\n");
+    // Its mode keeps others out; opened to them by mistake, its shim still does.
+    node.shell(&format!(
+        "chmod 0666 {socket}; chmod 0755 /run/containerd /run/containerd/s"
+    ));
+    let state = prost_request(
+        "State",
+        &task::StateRequest {
+            id: "guarded".into(),
+            exec_id: String::new(),
+        },
+    );
+    let request = frame(u32::try_from(state.len()).expect("short"), 1, 1, &state);
+    let file = node.folder().join("request");
+    std::fs::write(&file, &request).expect("write a request");
+    node.run("chmod", ["0755".as_ref(), node.folder().as_os_str()]);
+    let ask = |uid: &str| -> Vec<u8> {
+        let script = "use Socket; socket(S, AF_UNIX, SOCK_STREAM, 0) or die; \
+                      connect(S, sockaddr_un($ARGV[0])) or die \"connect: $!\"; \
+                      open(F, '<', $ARGV[1]) or die \"open: $!\"; local $/; $SIG{PIPE} = 'IGNORE'; \
+                      syswrite(S, <F>); sysread(S, $_, 4096); print length";
+        let file = file.display().to_string();
+        let output = node.output(
+            "setpriv",
+            [
+                "--reuid",
+                uid,
+                "--regid",
+                "0",
+                "--clear-groups",
+                "perl",
+                "-e",
+                script,
+                &socket,
+                &file,
+            ],
+        );
+        assert!(output.status.success(), "{output:?}");
+        output.stdout
+    };
+    assert_ne!(ask("0"), b"0", "root was not answered");
+    assert_eq!(ask("65534"), b"0", "nobody was answered");
+    answers(&node, &task).expect("root is answered after that too");
+    containerd.remove(&task);
+}
+
+/// How long each State of a task takes while `meanwhile` goes on.
+fn state_times(node: &Node, task: &Task, meanwhile: impl FnOnce() + Send) -> Vec<Duration> {
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let mut client =
+        ShimClient::connect(&node.path(task.socket()), "e2e", deadline).expect("connect");
+    std::thread::scope(|scope| {
+        let work = scope.spawn(meanwhile);
+        let mut times = Vec::new();
+        while !work.is_finished() {
+            let began = Instant::now();
+            let state = client.state(task.id()).expect("state of a neighbour");
+            times.push(began.elapsed());
+            assert_eq!(state.pid, task.init.pid);
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        work.join().expect("what went on meanwhile");
+        times
+    })
+}
+
+/// Half of the answers within 50 ms, the promise; none so late that it could have waited for the
+/// slow thing. (The machine that tests is busy: a single answer may be late by its fault.)
+#[track_caller]
+fn assert_prompt(mut times: Vec<Duration>, at_least: usize) {
+    times.sort_unstable();
+    assert!(times.len() >= at_least, "only {} answers", times.len());
+    let (median, last) = (times[times.len() / 2], times[times.len() - 1]);
+    assert!(
+        median < Duration::from_millis(50),
+        "median {median:?}, last {last:?}"
+    );
+    assert!(
+        last < Duration::from_secs(2),
+        "median {median:?}, last {last:?}"
+    );
+}
+
+/// strace makes every umount of the shim's children begin 12 s late.
+fn stuck_umount_holds_up_no_neighbour(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    containerd.import_image("e2e");
+    let group = |id: &str| {
+        Container::new(id)
+            .shim(ShimUnderTest::Recoverd)
+            .group("calm")
+    };
+    let calm = containerd.run(&group("calm"));
+    let stuck = containerd.run(&group("stuck").image());
+    assert_eq!(calm.shim.pid, stuck.shim.pid);
+    let api = containerd.api("e2e");
+    api.kill("stuck", "", 9).expect("kill");
+    api.status("stuck", "");
+    let pid = calm.shim.pid.to_string();
+    let mut strace = node.spawn(
+        "strace",
+        [
+            "-f",
+            "-q",
+            "-p",
+            &pid,
+            "-e",
+            "trace=umount2",
+            "-e",
+            "inject=umount2:delay_enter=12000000",
+        ],
+    );
+    wait_for("strace at the shim", || {
+        let status = std::fs::read_to_string(node.path(format!("/proc/{pid}/status"))).ok()?;
+        let tracer = status
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"))?;
+        (tracer.trim() != "0").then_some(())
+    });
+    let mut took = Duration::ZERO;
+    let times = state_times(&node, &calm, || {
+        let began = Instant::now();
+        assert_eq!(api.delete("stuck", "").expect("delete").status, 137);
+        took = began.elapsed();
+    });
+    assert!(
+        took >= Duration::from_secs(12),
+        "the umount was not held: {took:?}"
+    );
+    assert_prompt(times, 20);
+    assert!(strace.is_running());
+    drop(strace);
+    calm.assert_shim_alive();
+    calm.assert_init_alive();
+    containerd.remove(&calm);
+}
+
+/// A runtime that takes 3 s for everything: State, Pids and exits of neighbours do not wait for it.
+fn slow_runtime_holds_up_no_neighbour(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let wrapper = node.folder().join("slow-runc");
+    std::fs::write(&wrapper, "#!/bin/sh\nsleep 3\nexec runc \"$@\"\n").expect("write a wrapper");
+    node.run("chmod", ["+x".as_ref(), wrapper.as_os_str()]);
+    let calm = containerd.run(
+        &Container::new("calm")
+            .shim(ShimUnderTest::Recoverd)
+            .group("calm"),
+    );
+    let mut spec = oci_spec("slow", &["sleep", "1000"]);
+    spec["annotations"] = serde_json::json!({"io.containerd.runc.v2.group": "calm"});
+    let options = runc::Options {
+        binary_name: wrapper.display().to_string(),
+        ..runc::Options::default()
+    };
+    api.container("slow", &spec, ShimUnderTest::Recoverd, Some(&options));
+    let times = state_times(&node, &calm, || {
+        api.create("slow", &Stdio::default()).expect("create");
+        // A short exec of the neighbour, from its first to its last call, within one slow one.
+        std::thread::scope(|scope| {
+            let starting = scope.spawn(|| api.start("slow", ""));
+            api.run_exec(
+                "calm",
+                "quick",
+                &oci_process(&["sh", "-c", "exit 6"]),
+                &Stdio::default(),
+            );
+            assert_eq!(api.status("calm", "quick"), 6);
+            assert!(!api.pids("calm").expect("pids").is_empty());
+            assert!(
+                !starting.is_finished(),
+                "the slow start was not slow, or held the quick exec up"
+            );
+            starting.join().expect("start").expect("start");
+        });
+        assert_eq!(api.end("slow").status, 137);
+    });
+    assert_prompt(times, 20);
+    assert_eq!(node.shims().len(), 1);
+    containerd.remove(&calm);
+}

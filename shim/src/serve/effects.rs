@@ -40,6 +40,20 @@ pub(super) struct Child {
     memory_limit: Option<u64>,
 }
 
+/// Why a child was not started.
+pub(super) enum NotStarted {
+    /// The runtime knows the container's id.
+    Exists,
+    /// Anything else, one line.
+    Because(String),
+}
+
+impl From<String> for NotStarted {
+    fn from(text: String) -> Self {
+        NotStarted::Because(text)
+    }
+}
+
 impl Shim {
     pub(super) fn spawn(&mut self, job: JobId, key: &Key, work: &Work) {
         self.log.say(
@@ -51,9 +65,19 @@ impl Shim {
                 self.state.tasks.started(job, process_of(child.pid));
                 self.children.insert(job, child);
             }
-            Err(text) => {
+            Err(NotStarted::Exists) => {
                 let failure = Failure {
-                    kind: FailureKind::Other,
+                    kind: FailureKind::Exists,
+                    text: format!("the runtime has a container {} already", key.id),
+                };
+                self.inbox.push_back(Input::Event(Event::JobEnded {
+                    job,
+                    outcome: Outcome::Failed(failure),
+                }));
+            }
+            Err(NotStarted::Because(text)) => {
+                let failure = Failure {
+                    kind: FailureKind::NotRun,
                     text,
                 };
                 self.inbox.push_back(Input::Event(Event::JobEnded {
@@ -64,7 +88,7 @@ impl Shim {
         }
     }
 
-    pub(super) fn start_child(&mut self, key: &Key, work: &Work) -> Result<Child, String> {
+    pub(super) fn start_child(&mut self, key: &Key, work: &Work) -> Result<Child, NotStarted> {
         let task = self
             .state
             .tasks
@@ -92,6 +116,11 @@ impl Shim {
         match work {
             Work::Create | Work::Exec => {
                 if *work == Work::Create {
+                    // Somebody else's: a task of another shim that shares the runtime's root, or
+                    // one whose shim has died. Nothing of it may be touched.
+                    if task.options.root(&self.namespace).join(&key.id).exists() {
+                        return Err(NotStarted::Exists);
+                    }
                     let config = Config::read(bundle)?;
                     private_pids = config.private_pids();
                     memory_limit = config.memory_limit();
@@ -134,12 +163,18 @@ impl Shim {
                 plan.to_the_end = *work == Work::Cleanup;
                 // The bundle may be gone.
                 plan.folder = "/".into();
-                plan.steps.push(Step::Run {
+                let run = Step::Run {
                     argv: place.argv(key, work, None),
                     log: log.clone(),
-                });
-                if !task.rootfs.is_empty() {
-                    plan.steps.push(Step::Unmount(rootfs));
+                };
+                let unmount = (!task.rootfs.is_empty()).then_some(Step::Unmount(rootfs));
+                if *work == Work::Delete {
+                    plan.steps.push(run);
+                    plan.steps.extend(unmount);
+                } else {
+                    // A runtime that hangs takes its child with it when its time is up.
+                    plan.steps.extend(unmount);
+                    plan.steps.push(run);
                 }
             }
             Work::Start | Work::Pause | Work::Resume | Work::Kill { .. } => {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Finds, explains and repairs what is wrong with the runc shims of a node.
+/// Finds and explains what is wrong with the runc shims of a node.
 ///
 /// Looks by default and changes nothing.
 #[derive(Debug, Parser)]
@@ -55,7 +55,7 @@ pub struct Global {
     /// Look at tasks of this containerd namespace only
     #[arg(short, long, value_name = "NAME")]
     pub namespace: Option<String>,
-    /// Say more on standard error; twice says all
+    /// Tell on standard error what is being looked at; twice, what each shim answered
     #[arg(short, long, action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// Colour the output

@@ -573,3 +573,6 @@ fn names_task(path: &str, id: &str) -> bool {
             })
     })
 }
+
+#[cfg(test)]
+mod tests;

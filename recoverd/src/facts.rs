@@ -1,6 +1,9 @@
 //! What one look at a node saw, before anybody judges it. Plain data: `observe` fills it,
 //! `correlate` and `classify` read it, tests write it by hand.
 
+#[cfg(test)]
+pub mod fixture;
+
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     path::PathBuf,

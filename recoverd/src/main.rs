@@ -74,7 +74,24 @@ fn main() -> ExitCode {
     }
 }
 
+/// What `-v` asks for, on standard error.
+fn tell_steps(verbose: u8) {
+    let level = match verbose {
+        0 => return,
+        1 => tracing::Level::INFO,
+        _ => tracing::Level::DEBUG,
+    };
+    let subscriber = tracing_subscriber::fmt()
+        .with_max_level(level)
+        .with_writer(io::stderr)
+        .with_ansi(io::IsTerminal::is_terminal(&io::stderr()))
+        .finish();
+    // Set once, here; a second one would be refused, and there is none.
+    let _ = tracing::subscriber::set_global_default(subscriber);
+}
+
 fn run(cli: &Cli) -> Result<Verdict, Failure> {
+    tell_steps(cli.global.verbose);
     if let Command::Explain(args) = &cli.command {
         let text = commands::explain::text(args).map_err(|e| Failure::Usage(e.to_string()))?;
         commands::explain::run(&text, &mut io::stdout().lock())?;

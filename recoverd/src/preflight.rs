@@ -1029,28 +1029,16 @@ fn percent_used(size: u64, free: u64) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::{
-        collections::HashMap,
-        path::PathBuf,
-        time::{SystemTime, UNIX_EPOCH},
-    };
-
-    use recoverd_common::{
-        bundle::Config,
-        ids::{Id, Namespace},
-        mounts::Mount,
-        proc::{Exe, FileId, Memory, ProcessId},
-    };
+    use std::path::PathBuf;
 
     use super::*;
     use crate::{
         correlate::{Known, ShimOf},
-        facts::{Api, ApiFacts, Container, ContainerdTask, Greeting, Host, Shim, TaskState},
+        facts::{
+            ApiFacts, ContainerdTask, Shim,
+            fixture::{self, BINARY, C1, SOCKET, mount, process},
+        },
     };
-
-    const NEVER: SystemTime = UNIX_EPOCH;
-    const SOCKET: &str = "/run/containerd/s/ab";
-    const SHIM: &str = "/usr/bin/containerd-shim-runc-v2";
 
     /// One healthy task of one containerd; tests break one thing each.
     struct Node {
@@ -1068,101 +1056,26 @@ mod tests {
     }
 
     fn answer(api: u8, phase: Phase) -> Answer {
-        let state = TaskState {
-            phase,
-            pid: 7,
-            exit_status: 42,
-            exited_at: None,
-            terminal: false,
-            stdio: [String::new(), String::new(), String::new()],
-        };
         Answer {
-            patient: true,
-            connection: Connection::Made,
-            greeting: Reply::Said(Greeting {
-                shim_pid: 6,
-                version: String::new(),
-            }),
-            states: BTreeMap::from([("c1".to_owned(), Reply::Said(state))]),
             api: Some(api),
-            took: Some(Duration::ZERO),
-            asked: 1,
+            ..fixture::answer(&C1, phase)
+        }
+    }
+
+    fn shim(name: &str) -> Shim {
+        Shim {
+            name: name.into(),
+            ..fixture::shim(&C1)
         }
     }
 
     impl Node {
         /// A task of containerd 1.7 whose shim left both files, as ours does.
         fn new() -> Self {
-            let name = ("default".to_owned(), "c1".to_owned());
-            let api = ApiFacts {
-                version: "1.7.24~ds1".into(),
-                namespaces: vec!["default".into()],
-                containers: BTreeMap::from([(name, Container::default())]),
-                tasks: Some(BTreeMap::new()),
-            };
-            let instance = Instance {
-                address: "/run/containerd/containerd.sock".into(),
-                state: Some("/run/containerd".into()),
-                root: Some("/var/lib/containerd".into()),
-                source: "default".into(),
-                daemon: Some(id(5)),
-                api: Api::Up(Box::new(api)),
-                aliases: Vec::new(),
-            };
-            let bundle = Bundle {
-                path: "/run/containerd/io.containerd.runtime.v2.task/default/c1".into(),
-                namespace: Namespace::new("default").unwrap(),
-                id: Id::new("c1").unwrap(),
-                changed_at: NEVER,
-                empty: false,
-                address: Seen::Present(format!("unix://{SOCKET}")),
-                bootstrap: Seen::Present(Bootstrap {
-                    version: 2,
-                    address: format!("unix://{SOCKET}"),
-                    protocol: "ttrpc".into(),
-                }),
-                shim_binary: Seen::Present(SHIM.into()),
-                runtime: Seen::Present("runc".into()),
-                options: Seen::Absent,
-                init_pid: Seen::Absent,
-                config: Seen::Present(Config::default()),
-            };
-            let look = Look {
-                at: NEVER,
-                host: Host {
-                    name: "node".into(),
-                    kernel: "6.1".into(),
-                    boot_id: None,
-                    booted_at: NEVER,
-                    ticks: 100,
-                    cgroup: "v2",
-                    root: true,
-                },
-                instances: vec![instance],
-                shims: Vec::new(),
-                busy_verbs: BTreeSet::new(),
-                bundles: Vec::new(),
-                runc: Vec::new(),
-                sockets: Vec::new(),
-                listeners: Seen::Present(HashMap::new()),
-                answers: BTreeMap::from([(SOCKET.to_owned(), answer(2, Phase::Running))]),
-                processes: Seen::Present(HashMap::new()),
-                memberships: HashMap::new(),
-                mounts: Seen::Present(vec![mount("/", "ext4"), mount("/run", "tmpfs")]),
-                mount_ages: HashMap::new(),
-                cgroups: Vec::new(),
-                fifos: Vec::new(),
-                execs: Vec::new(),
-                records: Vec::new(),
-                filesystems: vec![Filesystem {
-                    path: "/run".into(),
-                    tmpfs: true,
-                    bytes: (100 << 20, 50 << 20),
-                    inodes: (10_000, 9000),
-                    eaters: Vec::new(),
-                }],
-                gaps: Vec::new(),
-            };
+            let mut look = fixture::empty();
+            look.api(0).containers.insert(C1.name(), Default::default());
+            look.answers
+                .insert(SOCKET.into(), answer(2, Phase::Running));
             let premises = Premises {
                 unit: Seen::Present(Unit {
                     name: "containerd.service".into(),
@@ -1172,15 +1085,15 @@ mod tests {
                     start_timeout: Some(Duration::from_secs(90)),
                     main_pid: Some(5),
                 }),
-                binaries: BTreeMap::from([(SHIM.into(), Seen::Present(true))]),
+                binaries: BTreeMap::from([(BINARY.into(), Seen::Present(true))]),
                 sandboxes: vec![Seen::Absent],
                 shim_sandboxes: vec![Seen::Absent],
                 cpus: 2,
             };
             Self {
                 look,
-                bundle,
-                init: Init::Alive(id(7)),
+                bundle: fixture::bundle(&C1),
+                init: Init::Alive(process(C1.init, fixture::OLD)),
                 shim: shim("containerd-shim-runc-v2"),
                 premises,
                 findings: Vec::new(),
@@ -1189,10 +1102,7 @@ mod tests {
         }
 
         fn api(&mut self) -> &mut ApiFacts {
-            match &mut self.look.instances[0].api {
-                Api::Up(api) => api,
-                Api::Down | Api::Unknown(_) => panic!("is up"),
-            }
+            self.look.api(0)
         }
 
         fn unit(&mut self) -> &mut Unit {
@@ -1241,46 +1151,6 @@ mod tests {
         }
     }
 
-    fn id(pid: i32) -> ProcessId {
-        ProcessId { pid, start_time: 1 }
-    }
-
-    fn mount(point: &str, kind: &str) -> Mount {
-        Mount {
-            point: PathBuf::from(point),
-            kind: kind.into(),
-            source: String::new(),
-        }
-    }
-
-    fn shim(name: &str) -> Shim {
-        let file = FileId { dev: 1, ino: 1 };
-        Shim {
-            id: id(6),
-            namespace: "default".into(),
-            task: "c1".into(),
-            address: "/run/containerd/containerd.sock".into(),
-            name: name.into(),
-            exe: Seen::Present(Exe {
-                path: SHIM.into(),
-                deleted: false,
-                file,
-            }),
-            installed: Seen::Present(file),
-            cwd: Seen::Absent,
-            state: 'S',
-            threads: 1,
-            cpu_ticks: 0,
-            cpu_ticks_after: None,
-            listens: vec![SOCKET.into()],
-            descriptors: None,
-            memory: Seen::Present(Memory {
-                pss_kib: 1,
-                private_kib: 1,
-            }),
-        }
-    }
-
     type Break = fn(&mut Node);
 
     #[test]
@@ -1297,7 +1167,7 @@ mod tests {
         use Check::*;
         let rows: &[(&str, Check, Severity, Break)] = &[
             ("shim binary gone", ShimBinary, Severity::Critical, |n| {
-                n.premises.binaries.insert(SHIM.into(), Seen::Absent);
+                n.premises.binaries.insert(BINARY.into(), Seen::Absent);
             }),
             (
                 "shim binary not executable",
@@ -1306,7 +1176,7 @@ mod tests {
                 |n| {
                     n.premises
                         .binaries
-                        .insert(SHIM.into(), Seen::Present(false));
+                        .insert(BINARY.into(), Seen::Present(false));
                 },
             ),
             (
@@ -1509,7 +1379,7 @@ mod tests {
             ("shim binary not looked at", |n| n.premises.binaries.clear()),
             ("shim binary hidden", |n| {
                 let hidden = Seen::Unknown("hidden".into());
-                n.premises.binaries.insert(SHIM.into(), hidden);
+                n.premises.binaries.insert(BINARY.into(), hidden);
             }),
             ("shim binary relative", |n| {
                 n.bundle.shim_binary = Seen::Present("shim".into())
@@ -1704,7 +1574,7 @@ mod tests {
         let report = node.report();
         assert!(!report.reasons[0].why.contains(char::is_control));
         node.answer().greeting = Reply::Error(2, "x\n".repeat(1 << 20));
-        node.bundle.shim_binary = Seen::Present(SHIM.into());
+        node.bundle.shim_binary = Seen::Present(BINARY.into());
         assert!(node.report().reasons[0].why.len() < 4200);
     }
 

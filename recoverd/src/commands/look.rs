@@ -94,7 +94,10 @@ pub fn examine_in(runtime: &tokio::runtime::Runtime, plan: &Plan, config: &Confi
     give_up_after(config.scan.budget + config.scan.settle + STUCK);
     runtime.block_on(async {
         let progress = Progress::start();
-        let tell = |stage: &str| progress.stage(stage);
+        let tell = |stage: &str| {
+            tracing::info!("looking at {stage}");
+            progress.stage(stage);
+        };
         let settings = settings(config);
         verify::examine(plan, &settings, config.scan.second_look, &tell).await
     })

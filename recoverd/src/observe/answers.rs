@@ -146,7 +146,15 @@ pub async fn ask(
     }
     let mut answers = BTreeMap::new();
     for (address, task) in running {
-        answers.insert(address, super::joined(task.await));
+        let answer = super::joined(task.await);
+        tracing::debug!(
+            address,
+            connection = ?answer.connection,
+            greeting = ?answer.greeting,
+            took = ?answer.took,
+            "asked"
+        );
+        answers.insert(address, answer);
     }
     answers
 }

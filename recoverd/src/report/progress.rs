@@ -21,7 +21,9 @@ impl Progress {
     pub fn start() -> Self {
         let stage = Arc::new(Mutex::new(String::new()));
         let shown = Arc::clone(&stage);
-        let ticker = io::stderr().is_terminal().then(|| {
+        // With -v the steps are told line by line instead.
+        let told = tracing::enabled!(tracing::Level::INFO);
+        let ticker = (io::stderr().is_terminal() && !told).then(|| {
             tokio::spawn(async move {
                 let began = Instant::now();
                 tokio::time::sleep(QUIET).await;

@@ -51,24 +51,32 @@ pub enum Violation {
     Unread(usize),
 }
 
+/// The header at the start of `bytes`, if it is there, and the payload's length. Checked as soon
+/// as it is there: a giant frame is not waited for.
+fn checked_header(bytes: &[u8]) -> Result<Option<(Header, usize)>, Violation> {
+    let Some(header) = Header::parse(bytes) else {
+        return Ok(None);
+    };
+    let length = usize::try_from(header.length).unwrap_or(usize::MAX);
+    if length > MAX_PAYLOAD {
+        return Err(Violation::Giant(header.length));
+    }
+    if header.kind != Kind::Request {
+        return Err(Violation::NoRequest(header.kind));
+    }
+    if header.stream % 2 == 0 {
+        return Err(Violation::EvenStream(header.stream));
+    }
+    Ok(Some((header, length)))
+}
+
 impl Connection {
     /// Takes `bytes`, gives the frames that are complete with them.
     fn feed(&mut self, bytes: &[u8]) -> Result<Vec<Frame>, Violation> {
         self.unread.extend_from_slice(bytes);
         let mut frames = Vec::new();
         let mut rest = self.unread.as_slice();
-        while let Some(header) = Header::parse(rest) {
-            // Checked as soon as the header is there: a giant frame is not waited for.
-            let length = usize::try_from(header.length).unwrap_or(usize::MAX);
-            if length > MAX_PAYLOAD {
-                return Err(Violation::Giant(header.length));
-            }
-            if header.kind != Kind::Request {
-                return Err(Violation::NoRequest(header.kind));
-            }
-            if header.stream % 2 == 0 {
-                return Err(Violation::EvenStream(header.stream));
-            }
+        while let Some((header, length)) = checked_header(rest)? {
             let Some(payload) = rest.get(HEADER..HEADER.saturating_add(length)) else {
                 break;
             };
@@ -78,8 +86,11 @@ impl Connection {
             });
             rest = rest.get(HEADER + length..).unwrap_or_default();
         }
-        // Idle connections hold no buffer.
-        self.unread = rest.to_vec();
+        // A large frame comes in many pieces, and is not copied with each; idle connections hold
+        // no buffer.
+        if !frames.is_empty() {
+            self.unread = rest.to_vec();
+        }
         Ok(frames)
     }
 }
@@ -109,11 +120,18 @@ impl Connections {
         self.last
     }
 
-    /// Bytes of a frame that is not yet complete.
-    pub fn unread(&self, connection: u64) -> usize {
-        self.all
-            .get(&connection)
-            .map_or(0, |connection| connection.unread.len())
+    /// How many bytes of requests will be complete with `bytes` more; 0 while none is.
+    pub fn complete(&self, connection: u64, bytes: &[u8]) -> usize {
+        let Some(connection) = self.all.get(&connection) else {
+            return 0;
+        };
+        let unread = &connection.unread;
+        let total = unread.len() + bytes.len();
+        let start: Vec<u8> = unread.iter().chain(bytes).take(HEADER).copied().collect();
+        match checked_header(&start) {
+            Ok(Some((_, length))) if total >= HEADER.saturating_add(length) => total,
+            Ok(_) | Err(_) => 0,
+        }
     }
 
     /// The numbers of all connections.

@@ -33,7 +33,7 @@ const ANSWER_MS: u64 = 5_000;
 const RETRY_MS: (u64, u64) = (50, 1_000);
 /// An event that a living containerd has refused so often will never be taken; it must not hold
 /// back the others for ever.
-const MAX_REFUSALS: u32 = 20;
+const MAX_REFUSALS: u32 = 120;
 
 /// One event not yet acknowledged.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -44,6 +44,8 @@ pub struct Entry {
     pub payload: Vec<u8>,
     /// An exit or OOM kill: worth saying twice.
     pub echo: bool,
+    /// The task of an OOM kill.
+    oom: Option<String>,
     /// A try to send it has failed.
     waited: bool,
     /// Sent and acknowledged once; to be said again at this time.
@@ -90,6 +92,8 @@ pub struct Outbox {
     echo_at: Option<u64>,
     /// Nobody can be told later: say the second time at once.
     hurry: bool,
+    /// Refusals and silences in a row.
+    troubles: u32,
 }
 
 impl Default for Outbox {
@@ -103,6 +107,7 @@ impl Default for Outbox {
             },
             echo_at: None,
             hurry: false,
+            troubles: 0,
         }
     }
 }
@@ -121,6 +126,7 @@ impl Outbox {
                 number,
                 payload,
                 echo,
+                oom: None,
                 waited: true,
                 again_at: None,
                 refusals: 0,
@@ -144,6 +150,10 @@ impl Outbox {
             number: self.last,
             payload: request.encode_to_vec(),
             echo: matches!(notice, Notice::Exit { .. } | Notice::Oom(_)),
+            oom: match notice {
+                Notice::Oom(id) => Some(id.clone()),
+                _ => None,
+            },
             waited: self.is_downtime(now.mono_ms),
             again_at: None,
             refusals: 0,
@@ -160,6 +170,14 @@ impl Outbox {
             Link::Down { retry_at, .. } => *retry_at > now || self.entries.iter().any(|e| e.waited),
             Link::Up { .. } => false,
         }
+    }
+
+    /// True while an OOM kill of `id` is still to be told: another one says nothing new, and a
+    /// crash loop has thousands in a night.
+    pub fn tells_oom(&self, id: &str) -> bool {
+        self.entries
+            .iter()
+            .any(|entry| entry.oom.as_deref() == Some(id))
     }
 
     /// The shim wants to leave: no echo waits for its time any more.
@@ -235,13 +253,16 @@ impl Outbox {
                     return Vec::new();
                 }
                 let mut out = vec![Post::Close];
+                self.troubles = self.troubles.saturating_add(1);
                 self.lost_at(now, "event service does not answer", &mut out);
                 out
             }
             Link::Up {
                 stream, under_way, ..
             } => {
-                *under_way = Some((number, now.saturating_add(ANSWER_MS)));
+                // One that is stopped takes every copy when it goes on: few of them, then.
+                let patience = ANSWER_MS << self.troubles.min(6);
+                *under_way = Some((number, now.saturating_add(patience)));
                 let request = envelope::Request {
                     service: SERVICE.to_owned(),
                     method: "Forward".to_owned(),
@@ -284,11 +305,15 @@ impl Outbox {
     fn lost_at(&mut self, now: u64, why: &str, out: &mut Vec<Post>) {
         let pause = match self.link {
             Link::Down { pause, .. } => pause.saturating_mul(2).min(RETRY_MS.1),
+            // Refused again and again by one that can be reached: not so fast.
+            Link::Up { .. } if self.troubles > 1 => RETRY_MS.1,
             Link::Up { .. } => RETRY_MS.0,
         };
         let waiting = self.entries.iter().filter(|entry| !entry.waited).count();
         for entry in &mut self.entries {
             entry.waited = true;
+            // Who was told before has gone again, and so have those who would have listened.
+            entry.again_at = None;
         }
         // The downtime has begun anew: echoes are due after its end.
         self.echo_at = None;
@@ -365,6 +390,7 @@ impl Outbox {
             return;
         };
         if status == code::OK {
+            self.troubles = 0;
             if entry.echo && entry.waited && entry.again_at.is_none() && !hurry {
                 entry.again_at = Some(echo_at);
                 return;
@@ -374,6 +400,7 @@ impl Outbox {
             // A malformed event stays malformed; everything else may pass.
             if status != code::INVALID_ARGUMENT && entry.refusals < MAX_REFUSALS {
                 out.push(Post::Close);
+                self.troubles = self.troubles.saturating_add(1);
                 self.lost_at(now, message, out);
                 return;
             }
@@ -667,6 +694,20 @@ mod tests {
             }
         }
         assert!(outbox.is_empty());
+    }
+
+    #[test]
+    fn a_second_downtime_before_the_second_telling_begins_anew() {
+        let mut outbox = Outbox::default();
+        let ended = push(&mut outbox, &exit("a"));
+        outbox.lost(at(0), "x");
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 100), None);
+        outbox.lost(at(3_000), "x");
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 20_000), None);
+        assert_eq!(outbox.tick(at(20_000 + ECHO_MS - 1)), []);
+        assert_eq!(deliver(&mut outbox, 20_000 + ECHO_MS), Some(ended));
     }
 
     #[test]

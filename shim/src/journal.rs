@@ -3,7 +3,6 @@
 use std::{io, path::Path};
 
 use recoverd_common::{
-    cgroup::Cgroup,
     record::{self, Record, store::Store, version},
     timestamp::Timestamp,
 };
@@ -24,6 +23,11 @@ pub struct Fixed {
     pub shim: record::Shim,
     /// What a successor restores.
     pub context: record::Context,
+}
+
+/// Room that the tasks and execs there are may still need, bytes.
+fn owed(state: &LoopState) -> usize {
+    GROWTH.saturating_mul(state.tasks.living())
 }
 
 /// Writes the record.
@@ -49,19 +53,19 @@ impl Journal {
         }
     }
 
-    /// Makes room for a request of `bytes` that adds a task or an exec, and for all that will
-    /// happen to it: its paths come twice as long when every byte has to be escaped, and once
-    /// more in what the shim derives from them.
-    pub fn reserve(&mut self, bytes: usize) -> io::Result<()> {
+    /// Makes room for a request of `bytes` that adds a task or an exec, for all that will happen
+    /// to it, and for what the others are still owed: its paths come twice as long when every
+    /// byte has to be escaped, and once more in what the shim derives from them.
+    pub fn reserve(&mut self, bytes: usize, state: &LoopState) -> io::Result<()> {
         self.store
-            .reserve(self.length + bytes.saturating_mul(3) + GROWTH)
+            .reserve(self.length + bytes.saturating_mul(3) + GROWTH + owed(state))
     }
 
     /// Writes what `state` says.
     pub fn write(&mut self, state: &LoopState, stdio: &Stdio) -> io::Result<()> {
         let bytes = version::encode(&self.record(state, stdio));
         let length = bytes.len();
-        self.store.write_bytes(bytes)?;
+        self.store.write_bytes(bytes, length + owed(state))?;
         self.length = length;
         Ok(())
     }
@@ -155,7 +159,7 @@ fn task_of(id: &str, task: &Task, namespace: &str, deleting: bool, stdio: &Stdio
                 options: mount.options.clone(),
             })
             .collect(),
-        cgroup: task.cgroup.as_ref().map(folders).unwrap_or_default(),
+        cgroup: task.memberships.clone(),
         stdio: stdio_of(&key, &task.init, stdio),
         terminal: task.init.stdio.terminal,
         created_at: task.created_at,
@@ -193,16 +197,6 @@ fn exit(member: &Member, oom: bool) -> Option<record::Exit> {
     member
         .exit
         .map(|(status, at)| record::Exit::Observed { status, at, oom })
-}
-
-fn folders(cgroup: &Cgroup) -> Vec<String> {
-    match cgroup {
-        Cgroup::V1(all) => all
-            .iter()
-            .map(|(controller, path)| format!("{controller}:{}", path.display()))
-            .collect(),
-        Cgroup::V2(path) => vec![format!(":{}", path.display())],
-    }
 }
 
 fn stdio_of(key: &Key, member: &Member, stdio: &Stdio) -> record::Stdio {

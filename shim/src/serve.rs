@@ -68,6 +68,10 @@ const READS: u32 = 16;
 /// Room kept in the log of events for each request that adds a task or an exec, bytes: its events
 /// are below one KiB each, but for the mounts and paths that came with the request.
 const EVENT_ROOM: u64 = 8192;
+/// Room that each task and exec is owed there, bytes: exit, OOM, delete.
+const EVENTS_OF_ONE: u64 = 512;
+/// No request takes more room than this in the record, bytes, but for one with giant mount options.
+const MAX_OWED: usize = 64 << 10;
 /// After so long without anything to do, milliseconds, memory is given back: most shims have
 /// nothing to do for days.
 const QUIET_MS: u64 = 1_000;
@@ -98,6 +102,8 @@ struct Shim {
     listener: Option<UnixListener>,
     sockets: BTreeMap<u64, Socket>,
     events: Option<UnixStream>,
+    /// Of the event under way.
+    events_unsent: Vec<u8>,
     events_address: PathBuf,
     event_log: EventLog,
     journal: Journal,
@@ -187,7 +193,13 @@ fn begin(
 ) -> Result<(Shim, SignalFd), StartError> {
     set_child_subreaper(true).map_err(failed("become subreaper"))?;
     let mut mask = SigSet::empty();
-    for signal in [Signal::SIGCHLD, Signal::SIGTERM, Signal::SIGINT] {
+    for signal in [
+        Signal::SIGCHLD,
+        Signal::SIGTERM,
+        Signal::SIGINT,
+        Signal::SIGUSR1,
+        Signal::SIGHUP,
+    ] {
         mask.add(signal);
     }
     mask.thread_block().map_err(failed("block signals"))?;
@@ -246,6 +258,7 @@ fn begin(
         listener: Some(listener),
         sockets: BTreeMap::new(),
         events: None,
+        events_unsent: Vec::new(),
         events_address: events_address.into(),
         event_log: EventLog::new(&beside.events),
         journal: Journal::new(&beside.record, fixed),
@@ -347,7 +360,11 @@ impl Shim {
         match event.data() {
             LISTENER => self.accept(),
             SIGNALS => self.signalled(signals),
-            EVENTS => self.events_ready(),
+            EVENTS => {
+                self.send_events();
+                self.events_ready();
+                self.work_off();
+            }
             token if token & OOM != 0 => self.oom_ready(token),
             token if token & CONNECTION != 0 => {
                 self.connection_ready(token & !CONNECTION, event.events());
@@ -397,6 +414,10 @@ impl Shim {
             }
         }
         self.flush();
+        // Writing may have ended a connection, and that may have been news.
+        if !self.inbox.is_empty() {
+            self.work_off();
+        }
     }
 
     fn step(&mut self, input: Input, now: Now) -> Vec<Output> {
@@ -409,11 +430,18 @@ impl Shim {
         let Input::Bytes(connection, bytes) = input else {
             return;
         };
-        let bytes = self.state.connections.unread(*connection) + bytes.len();
-        let result = self.journal.reserve(bytes).and_then(|()| {
-            let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        let bytes = self.state.connections.complete(*connection, bytes);
+        if bytes == 0 {
+            return;
+        }
+        // What an exec's process takes is in a file of its own.
+        let bytes = bytes.min(MAX_OWED);
+        let living = u64::try_from(self.state.tasks.living()).unwrap_or(u64::MAX);
+        let result = self.journal.reserve(bytes, &self.state).and_then(|()| {
+            let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(2);
+            let others = living.saturating_mul(EVENTS_OF_ONE);
             self.event_log
-                .reserve(bytes.saturating_mul(2).saturating_add(EVENT_ROOM))
+                .reserve(bytes.saturating_add(EVENT_ROOM).saturating_add(others))
         });
         self.state.no_room = result.err().map(|e| format!("make room for record: {e}"));
     }

@@ -283,6 +283,11 @@ impl LoopState {
     }
 
     fn publish(&mut self, notice: &Notice, now: Now, out: &mut Vec<Output>) {
+        if let Notice::Oom(id) = notice
+            && self.outbox.tells_oom(id)
+        {
+            return;
+        }
         let entry = self.outbox.push(notice, &self.namespace, now);
         out.push(Output::Log {
             number: entry.number,

@@ -128,6 +128,9 @@ pub struct Report {
     pub process: Option<Process>,
     /// Of Create: where it runs.
     pub cgroup: Option<Cgroup>,
+    /// Of Create: the same in the kernel's words, line by line.
+    #[serde(default)]
+    pub memberships: Vec<String>,
     /// Of Create: a pid namespace of its own, which ends with its init.
     pub private_pids: bool,
     /// Of Create: the container's memory limit, bytes.
@@ -480,6 +483,8 @@ pub struct Task {
     pub rootfs: Vec<Mount>,
     /// Where it runs, once created.
     pub cgroup: Option<Cgroup>,
+    /// The same in the kernel's words, for the record.
+    pub memberships: Vec<String>,
     /// Its pid namespace ends with its init.
     pub private_pids: bool,
     /// Its memory limit, bytes: what its pipes hold counts.
@@ -617,6 +622,18 @@ impl Tasks {
     /// True without tasks and children at work.
     pub fn is_idle(&self) -> bool {
         self.tasks.is_empty() && self.jobs.is_empty()
+    }
+
+    /// How many tasks and execs there are that have not exited.
+    pub fn living(&self) -> usize {
+        self.tasks
+            .values()
+            .map(|task| {
+                let execs = task.execs.values().map(|exec| &exec.member);
+                let members = std::iter::once(&task.init).chain(execs);
+                members.filter(|member| member.exit.is_none()).count()
+            })
+            .sum()
     }
 
     /// The children at work.
@@ -817,6 +834,7 @@ impl Tasks {
             options: create.options,
             rootfs: create.rootfs,
             cgroup: None,
+            memberships: Vec::new(),
             private_pids: false,
             memory_limit: None,
             created_at: now.wall,
@@ -1337,6 +1355,7 @@ impl Tasks {
                 task.phase = Phase::Created;
                 task.init.process = Some(process);
                 task.cgroup = report.cgroup;
+                task.memberships = report.memberships;
                 task.private_pids = report.private_pids;
                 task.memory_limit = report.memory_limit;
                 out.push(Effect::WatchOom { id: id.clone() });

@@ -163,7 +163,7 @@ pub struct Task {
     pub runtime: Runtime,
     /// Mounted on the bundle's `rootfs` by the shim.
     pub rootfs: Vec<Mount>,
-    /// Its cgroups when it was created: `<controller>:<folder>` each, no controller for v2.
+    /// `/proc/<init>/cgroup` when it was created, line by line.
     pub cgroup: Vec<String>,
     /// Its init's stdio.
     pub stdio: Stdio,

@@ -86,16 +86,18 @@ impl Store {
 
     /// Replaces the record.
     pub fn write(&mut self, record: &Record) -> io::Result<()> {
-        self.write_bytes(version::encode(record))
+        self.write_bytes(version::encode(record), self.room)
     }
 
-    /// As [`Store::write`], for a record already encoded.
-    pub fn write_bytes(&mut self, mut bytes: Vec<u8>) -> io::Result<()> {
+    /// As [`Store::write`], for a record already encoded. From now on room for `keep` bytes is
+    /// enough; what was reserved beyond is given back.
+    pub fn write_bytes(&mut self, mut bytes: Vec<u8>, keep: usize) -> io::Result<()> {
         if bytes.len() as u64 > MAX_FILE {
             return Err(io::ErrorKind::FileTooLarge.into());
         }
-        let wanted = bytes.len().next_multiple_of(GRAIN).max(self.room);
-        bytes.resize(wanted, b' ');
+        let keep = keep.min(self.room).max(bytes.len());
+        self.room = self.room.min(keep.next_multiple_of(GRAIN));
+        bytes.resize(keep.next_multiple_of(GRAIN), b' ');
         let mut file = open(&self.spare)?;
         file.write_all(&bytes)?;
         // A longer spare of before; never shorter than what is reserved.
@@ -190,6 +192,13 @@ mod tests {
         store.write(&full()).unwrap();
         for path in [path.clone(), spare(&path)] {
             assert_eq!(fs::metadata(&path).unwrap().len(), 12_288);
+        }
+        // Both fall back when less is enough.
+        for _ in 0..2 {
+            store.write_bytes(version::encode(&full()), 5000).unwrap();
+        }
+        for path in [path.clone(), spare(&path)] {
+            assert_eq!(fs::metadata(&path).unwrap().len(), 8192);
         }
         assert!(store.reserve(usize::MAX).is_err());
         assert!(store.reserve(17 << 20).is_err());

@@ -40,6 +40,9 @@ pub(super) struct Child {
     memory_limit: Option<u64>,
 }
 
+/// Longest `/proc/<pid>/cgroup` that is kept, bytes; real ones are below two KiB.
+const MAX_CGROUP: u64 = 64 << 10;
+
 /// Why a child was not started.
 pub(super) enum NotStarted {
     /// The runtime knows the container's id.
@@ -247,6 +250,10 @@ impl Shim {
         if let Some(pid) = pid {
             report.process = Some(process_of(Pid::from_raw(pid)));
             if child.work == Work::Create {
+                let proc = format!("/proc/{pid}/cgroup");
+                if let Seen::Present(text) = read_text(proc.as_ref(), MAX_CGROUP) {
+                    report.memberships = text.lines().map(str::to_owned).collect();
+                }
                 report.cgroup = match Cgroup::of(&self.roots, pid) {
                     Seen::Present(cgroup) => Some(cgroup),
                     Seen::Absent | Seen::Unknown(_) => None,

@@ -26,6 +26,18 @@ impl Shim {
                 }
                 return;
             }
+            if number == Signal::SIGUSR1 as i32 {
+                // The stock shim writes its stacks then; operators send it to every shim.
+                let state = &self.state;
+                let text = format!(
+                    "{} tasks, {} children at work, {} connections, events waiting: {}",
+                    state.tasks.iter().count(),
+                    state.tasks.jobs().len(),
+                    state.connections.numbers().len(),
+                    !state.outbox.is_empty(),
+                );
+                self.log.say(Level::Info, &text);
+            }
         }
         self.reap();
     }

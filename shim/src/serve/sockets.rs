@@ -142,6 +142,7 @@ impl Shim {
                 let input = match self.connect_events() {
                     Ok(stream) => {
                         self.events = Some(stream);
+                        self.events_unsent = Vec::new();
                         Input::EventsOpened
                     }
                     Err(e) => {
@@ -151,14 +152,8 @@ impl Shim {
                 self.inbox.push_back(input);
             }
             Post::Send(bytes) => {
-                let written = self.events.as_mut().map(|stream| stream.write(&bytes));
-                // An event is a few hundred bytes: a service that does not take it whole has been
-                // stuck for long.
-                if !matches!(written, Some(Ok(count)) if count == bytes.len()) {
-                    self.events = None;
-                    let why = "event service takes nothing".to_owned();
-                    self.inbox.push_back(Input::EventsLost(why));
-                }
+                self.events_unsent = bytes;
+                self.send_events();
             }
             Post::Close => self.events = None,
             Post::Acknowledged(number) => {
@@ -167,6 +162,36 @@ impl Shim {
                 }
             }
             Post::Say(text) => self.log.say(Level::Warning, &text),
+        }
+    }
+
+    /// Writes what the event service takes; the rest when it takes more.
+    pub(super) fn send_events(&mut self) {
+        let Some(stream) = &mut self.events else {
+            return;
+        };
+        let result = loop {
+            if self.events_unsent.is_empty() {
+                self.events_unsent = Vec::new();
+                break Ok(EpollFlags::EPOLLIN);
+            }
+            match stream.write(&self.events_unsent) {
+                Ok(count) => drop(self.events_unsent.drain(..count)),
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    break Ok(EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT);
+                }
+                Err(e) => break Err(e),
+            }
+        };
+        let watched = result.and_then(|flags| {
+            let mut event = EpollEvent::new(flags, EVENTS);
+            self.epoll.modify(&*stream, &mut event).map_err(Into::into)
+        });
+        if let Err(e) = watched {
+            self.events = None;
+            let why = format!("send event: {e}");
+            self.inbox.push_back(Input::EventsLost(why));
         }
     }
 

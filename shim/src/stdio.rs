@@ -441,7 +441,12 @@ impl Stdio {
         held.logged.clear();
         let holds = std::mem::take(&mut held.holds);
         for hold in holds {
-            held.holds.extend(last_words(hold.fifo));
+            if hold.last_words {
+                // Its relay ended first; opened for writing once more, it would seem readerless.
+                held.holds.push(hold);
+            } else {
+                held.holds.extend(last_words(hold.fifo));
+            }
         }
         let relays = held.relays.clone();
         for number in relays {

@@ -70,7 +70,7 @@ pub fn classify(look: &Look, cases: &Cases<'_>, settings: &Settings) -> Vec<Susp
         found.extend(context.second_init(case));
         found.extend(context.socket_missing(case));
         found.extend(context.task_unknown(case));
-        found.extend(context.leaked_shim(case));
+        found.extend(context.leaked_shim(case, cases));
         found.extend(context.stuck_task(case));
         found.extend(context.exit_unreported(case));
         found.extend(context.stale_bundle(case));

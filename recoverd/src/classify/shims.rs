@@ -122,7 +122,7 @@ impl Context<'_> {
         ))
     }
 
-    pub(super) fn leaked_shim(&self, case: &Case<'_>) -> Option<Suspicion> {
+    pub(super) fn leaked_shim(&self, case: &Case<'_>, cases: &Cases<'_>) -> Option<Suspicion> {
         let shim = case.shim.process()?;
         let none_lives = matches!(case.init, Init::None | Init::Dead(..));
         if !none_lives || case.containerd != Known::No || case.kind() == Some(Kind::Foreign) {
@@ -138,6 +138,16 @@ impl Context<'_> {
                 }
             }
             Some(Reply::Silent | Reply::Garbage(_)) => return None,
+        }
+        // A pod's shim is leaked only when all its tasks are gone. An adopted init is no child of
+        // its shim, so the cases count, and not only the process table.
+        let depends = |other: &Case<'_>| {
+            let gone = matches!(other.init, Init::None | Init::Dead(..));
+            !gone || other.containerd != Known::No
+        };
+        let mut served = cases.cases.iter().filter(|other| serves(other, shim));
+        if served.any(depends) {
+            return None;
         }
         self.leaked(shim, Some(case), &case.name)
     }
@@ -161,20 +171,10 @@ impl Context<'_> {
     }
 
     fn leaked(&self, shim: &Shim, case: Option<&Case<'_>>, name: &TaskName) -> Option<Suspicion> {
-        // A pod's shim is leaked only when none of its tasks lives; and a living child of it, an
-        // exec or runc at work, is a living process too.
+        // A living child, an exec or runc at work, is a living process too.
         let table = self.look.processes.present()?;
-        let child = table
-            .values()
-            .any(|stat| stat.ppid == shim.id.pid && stat.alive());
-        let serves = self.look.runc.iter().filter_map(|entry| {
-            let init = entry.state.present()?.init?;
-            table
-                .get(&init.pid)
-                .filter(|stat| stat.id == init && stat.alive())
-        });
-        let group_lives = serves.into_iter().any(|stat| stat.ppid == shim.id.pid);
-        if child || group_lives {
+        let mut processes = table.values();
+        if processes.any(|stat| stat.ppid == shim.id.pid && stat.alive()) {
             return None;
         }
         let mut facts = vec![
@@ -331,10 +331,11 @@ fn state_of(shim: &Shim) -> Evidence {
 
 fn served<'c, 'a>(cases: &'c Cases<'a>, shim: &Shim) -> Option<&'c Case<'a>> {
     // The task that the shim was started for, if it is still there.
-    let mut all = cases
-        .cases
-        .iter()
-        .filter(|c| c.shim.process().is_some_and(|s| s.id == shim.id));
+    let mut all = cases.cases.iter().filter(|case| serves(case, shim));
     let first = all.clone().find(|case| case.name.1 == shim.task);
     first.or_else(|| all.next())
+}
+
+fn serves(case: &Case<'_>, shim: &Shim) -> bool {
+    case.shim.process().is_some_and(|found| found.id == shim.id)
 }

@@ -263,6 +263,38 @@ fn a_shim_without_living_process_that_containerd_does_not_know_is_leaked() {
 }
 
 #[test]
+fn a_shim_is_not_leaked_while_another_of_its_tasks_may_need_it() {
+    const SECOND: Task = Task {
+        id: "c2",
+        group: "c1",
+        init: 8,
+        ..C1
+    };
+    finds(
+        Code::LeakedShim,
+        |l| {
+            l.add(&SECOND);
+            l.end_init(&SECOND);
+            l.unlisted(&SECOND);
+            leftover(l);
+        },
+        &[
+            ("an adopted init lives, the child of another process", |l| {
+                l.table()
+                    .insert(SECOND.init, stat(process(SECOND.init, OLD), 1));
+            }),
+            ("whether its init lives is unknown", |l| {
+                l.runc_of(&SECOND).state = unknown();
+                l.bundle_of(&SECOND).init_pid = unknown();
+            }),
+            ("containerd still lists its exit", |l| {
+                l.listed(&SECOND, Phase::Stopped)
+            }),
+        ],
+    );
+}
+
+#[test]
 fn a_shim_that_serves_nothing_that_anything_names_is_leaked() {
     fn idle(look: &mut Look) {
         let shim = fixture::shim(&C1);

@@ -5,7 +5,11 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use recoverd_common::{paths, seen::Seen};
+use recoverd_common::{
+    paths,
+    record::{self, Record},
+    seen::Seen,
+};
 
 use crate::{
     correlate::{Case, Cases, Init, Known, ShimOf},
@@ -191,7 +195,7 @@ impl Context<'_> {
                         case.is_some_and(|case| !matches!(case.init, Init::Dead(..) | Init::None));
                     let why = if other_boot {
                         "it is from another boot of this machine"
-                    } else if !lives && !socket && !init_lives {
+                    } else if !lives && !socket && !init_lives && !self.names_living(record) {
                         "neither its socket nor a process of it is there"
                     } else {
                         continue;
@@ -211,6 +215,25 @@ impl Context<'_> {
             });
         }
         found
+    }
+
+    /// A process of this boot that the record names lives, or may. A record may be the last word
+    /// on who the init is.
+    fn names_living(&self, record: &Record) -> bool {
+        let Some(table) = self.look.processes.present() else {
+            return true;
+        };
+        let lives = |process: &record::Process| {
+            let stat = i32::try_from(process.pid)
+                .ok()
+                .and_then(|pid| table.get(&pid));
+            stat.is_some_and(|stat| stat.alive() && stat.id.start_time == process.start_time)
+        };
+        let of_tasks = record.tasks.iter().flat_map(|task| {
+            let execs = task.execs.iter().filter_map(|exec| exec.process.as_ref());
+            task.init.iter().chain(execs)
+        });
+        lives(&record.shim.process) || of_tasks.into_iter().any(lives)
     }
 
     /// Names of tasks that live, may live, or are served by somebody.

@@ -222,8 +222,68 @@ fn a_record_without_socket_and_process_is_stale() {
                 resurrect(l);
             }),
             ("it is gone", |l| recorded(l, Seen::Absent)),
+            ("the shim that it names lives", |l| {
+                l.table().insert(C1.shim, stat(process(C1.shim, OLD), 1));
+            }),
+            (
+                "the init that it names lives, and nothing else names it",
+                |l| {
+                    resurrect(l);
+                    let mut last_word = record("boot");
+                    last_word.tasks = vec![recorded_task()];
+                    recorded(l, Seen::Present(last_word));
+                },
+            ),
+            ("nobody can see processes", blind),
         ],
     );
+    let mut look = healthy();
+    look.remove(&C1);
+    let mut last_word = record("boot");
+    last_word.tasks = vec![recorded_task()];
+    recorded(&mut look, Seen::Present(last_word));
+    look.table().insert(C1.init, stat(process(C1.init, NEW), 1));
+    look.table().insert(C1.shim, stat(process(C1.shim, NEW), 1));
+    assert_eq!(
+        codes(&look),
+        [Code::StaleRecord],
+        "later processes have these pids"
+    );
+}
+
+/// [`C1`] as a record has it.
+fn recorded_task() -> record::Task {
+    record::Task {
+        id: C1.id.into(),
+        bundle: C1.bundle().display().to_string(),
+        phase: record::Phase::Running,
+        init: Some(record::Process {
+            pid: C1.init.unsigned_abs(),
+            start_time: process(C1.init, OLD).start_time,
+        }),
+        runtime: record::Runtime {
+            binary: "runc".into(),
+            root: "/run/containerd/runc/default".into(),
+            systemd_cgroup: false,
+        },
+        rootfs: Vec::new(),
+        cgroup: Vec::new(),
+        stdio: record::Stdio {
+            stdin: String::new(),
+            stdout: String::new(),
+            stderr: String::new(),
+            stdin_closed: false,
+            logger: None,
+        },
+        terminal: false,
+        created_at: Timestamp {
+            seconds: 0,
+            nanos: 0,
+        },
+        exit: None,
+        oom: false,
+        execs: Vec::new(),
+    }
 }
 
 #[test]

@@ -326,15 +326,31 @@ impl<'a> Index<'a> {
         }
     }
 
-    /// Whose container it is, by the bundle that runc's state names.
+    /// Whose container it is: by the bundle that runc's state names, else (the folder has another
+    /// spelling, or is not known) by the shim whose child the init is.
     fn instance_of_runc(&self, look: &Look, entry: &RuncEntry) -> Option<usize> {
-        let bundle = entry.state.present()?.bundle.as_deref()?;
-        look.instances.iter().position(|instance| {
-            instance.state.as_deref().is_some_and(|state| {
-                let below = |plugin: &str| bundle.starts_with(state.join(plugin));
-                below(paths::TASK_PLUGIN) || below(paths::SANDBOX_PLUGIN)
+        let state = entry.state.present()?;
+        let of_bundle = state.bundle.as_deref().and_then(|bundle| {
+            look.instances.iter().position(|instance| {
+                instance.state.as_deref().is_some_and(|state| {
+                    let below = |plugin: &str| bundle.starts_with(state.join(plugin));
+                    below(paths::TASK_PLUGIN) || below(paths::SANDBOX_PLUGIN)
+                })
             })
+        });
+        of_bundle.or_else(|| {
+            let shim = self.parent(look, state)?;
+            self.by_address.get(shim.address.as_str()).copied()
         })
+    }
+
+    /// The shim whose child the init is.
+    fn parent(&self, look: &Look, state: &RuncState) -> Option<&'a Shim> {
+        let init = state.init?;
+        let stat = look.processes.present()?.get(&init.pid)?;
+        (stat.id == init)
+            .then(|| self.by_pid.get(&stat.ppid).copied())
+            .flatten()
     }
 
     fn case(
@@ -420,13 +436,7 @@ impl<'a> Index<'a> {
             let bundle = parts.bundle?;
             self.by_cwd.get(bundle.path.as_path()).copied()
         };
-        let by_parent = || {
-            let init = parts.runc.and_then(|entry| entry.state.present()?.init)?;
-            let stat = look.processes.present()?.get(&init.pid)?;
-            (stat.id == init)
-                .then(|| self.by_pid.get(&stat.ppid).copied())
-                .flatten()
-        };
+        let by_parent = || self.parent(look, parts.runc?.state.present()?);
         if let Some(shim) = started_for(task)
             .or_else(|| started_for(group))
             .or_else(by_cwd)

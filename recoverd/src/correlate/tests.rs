@@ -476,6 +476,35 @@ fn runcs_unreadable_state_joins_the_one_task_of_its_name() {
 }
 
 #[test]
+fn a_runc_container_belongs_to_the_containerd_that_its_shim_names() {
+    // A stale bundle of the first containerd, and a living task of the same name of another one
+    // whose state folder nobody knows.
+    const OTHER: Task = Task {
+        instance: 1,
+        shim: 16,
+        init: 17,
+        ..C1
+    };
+    let mut look = healthy();
+    look.end_init(&C1);
+    look.end_shim(&C1);
+    look.unlisted(&C1);
+    look.remove_runc(&C1);
+    look.add(&OTHER);
+    look.remove_bundle(&OTHER);
+    look.instances[1].state = None;
+    let cases = join(&look);
+    let [stale, living] = cases.cases.as_slice() else {
+        panic!("{cases:#?}")
+    };
+    assert_eq!((stale.instance, stale.runc.is_some()), (Some(0), false));
+    assert!(matches!(stale.init, Init::Dead(..)) && stale.shim.process().is_none());
+    assert_eq!(living.instance, Some(1));
+    assert_eq!(living.init.alive().unwrap().pid, OTHER.init);
+    assert!(matches!(living.containerd, Known::Yes(_)));
+}
+
+#[test]
 fn a_shim_that_serves_nothing_is_idle_and_one_of_another_runtime_is_a_case() {
     let mut look = healthy();
     let shim = look.shim_of(&C1).clone();

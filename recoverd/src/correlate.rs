@@ -57,8 +57,6 @@ pub struct Case<'a> {
     pub containerd: Known,
     /// Its names in Kubernetes.
     pub pod: Option<Pod>,
-    /// The group whose members share a shim; the id of a task alone.
-    pub group: String,
 }
 
 /// What is known of a task's init process.
@@ -119,7 +117,7 @@ pub enum Known {
 }
 
 /// Names in Kubernetes, from the CRI's annotations.
-#[derive(Debug, Clone, Default, PartialEq, Eq, serde::Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
 pub struct Pod {
     /// The pod's namespace.
     pub namespace: String,
@@ -127,6 +125,9 @@ pub struct Pod {
     pub name: String,
     /// The container in it; empty for the sandbox itself.
     pub container: String,
+    /// Which pod of that name; empty where the CRI does not say.
+    #[serde(skip)]
+    pub uid: String,
 }
 
 /// What kind of shim it is.
@@ -407,7 +408,6 @@ impl<'a> Index<'a> {
             cgroup: self.cgroups.get(&name).copied(),
             containerd: known(look, instance, &name),
             pod: annotations.and_then(pod),
-            group,
             name,
         }
     }
@@ -488,6 +488,7 @@ fn pod(annotations: &BTreeMap<String, String>) -> Option<Pod> {
         namespace: namespace.unwrap_or_default(),
         name: name.unwrap_or_default(),
         container: of("container-name").unwrap_or_default(),
+        uid: of("sandbox-uid").unwrap_or_default(),
     })
 }
 

@@ -1135,7 +1135,6 @@ mod tests {
                 cgroup: None,
                 containerd: Known::CannotSay,
                 pod: None,
-                group: "c1".into(),
             };
             let cases: Vec<Case<'_>> = (0..count).map(|_| case()).collect();
             judge(&Input {

@@ -9,7 +9,7 @@ use std::{
 use recoverd_common::timestamp::Timestamp;
 
 use crate::{
-    correlate::{Case, Cases, Init, Kind, Known, ShimOf},
+    correlate::{Case, Cases, Init, Kind, Known, Pod, ShimOf},
     facts::{Api, Phase},
     findings::{Code, Evidence},
 };
@@ -82,20 +82,21 @@ impl Context<'_> {
 
     /// Two living inits for one container of one pod.
     pub(super) fn duplicates(&self, cases: &Cases<'_>) -> Vec<Suspicion> {
-        let mut by_name: BTreeMap<(Option<usize>, &str, &str), Vec<&Case<'_>>> = BTreeMap::new();
+        // A sandbox that was made anew is still the same pod.
+        let mut by_name: BTreeMap<(Option<usize>, &Pod), Vec<&Case<'_>>> = BTreeMap::new();
         for case in &cases.cases {
             let Some(pod) = &case.pod else { continue };
-            // The sandbox has no container name, and its group is its own id.
+            // The sandbox itself has no container name.
             if case.init.alive().is_some() && !pod.container.is_empty() {
-                by_name
-                    .entry((case.instance, &case.group, &pod.container))
-                    .or_default()
-                    .push(case);
+                let same = by_name.entry((case.instance, pod)).or_default();
+                same.push(case);
             }
         }
         let mut found = Vec::new();
-        for ((_, group, container), same) in by_name {
-            let [first, .., last] = same.as_slice() else {
+        for ((_, pod), same) in by_name {
+            // The newest is the one that the kubelet means; the finding names the oldest.
+            let (2.., Some(oldest)) = (same.len(), same.iter().min_by_key(|case| started(case)))
+            else {
                 continue;
             };
             let facts = same
@@ -106,15 +107,12 @@ impl Context<'_> {
                 })
                 .chain([evidence(
                     "bundle",
-                    format!("all are container {container} of sandbox {group}"),
+                    format!(
+                        "all are container {} of pod {}/{}",
+                        pod.container, pod.namespace, pod.name
+                    ),
                 )])
                 .collect();
-            // The newest is the one that the kubelet means; the finding names the oldest.
-            let oldest = if started(first) <= started(last) {
-                first
-            } else {
-                last
-            };
             found.push(Suspicion::about(
                 oldest,
                 Code::DuplicateWorkload,

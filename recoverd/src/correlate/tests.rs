@@ -56,7 +56,7 @@ fn a_healthy_task_has_all_its_facts_in_one_case() {
     assert_eq!(case.state().unwrap().phase, Phase::Running);
     assert_eq!(case.phase(), Phase::Running);
     assert_eq!(case.kind(), Some(Kind::Stock));
-    assert_eq!((&case.pod, case.group.as_str()), (&None, "c1"));
+    assert_eq!(case.pod, None);
     assert!(matches!(case.containerd, Known::Yes(task) if task.phase == Phase::Running));
     assert!(cases.idle_shims.is_empty());
 }
@@ -328,26 +328,30 @@ fn the_containers_of_a_pod_share_the_shim_of_their_sandbox() {
     assert_eq!(app.written, None);
     for case in [app, sandbox] {
         assert_eq!(case.shim.process().unwrap().id.pid, SANDBOX.shim);
-        assert_eq!(case.group, "pod");
         assert_eq!(case.state().unwrap().phase, Phase::Running);
     }
     let names = Pod {
         namespace: "prod".into(),
         name: "web-0".into(),
         container: "app".into(),
+        uid: String::new(),
     };
     assert_eq!((&app.pod, &sandbox.pod), (&Some(names), &None));
     assert!(cases.idle_shims.is_empty());
 
     // With its bundle's specification gone, runc's copy of the annotations says it.
     look.bundle_of(&APP).config = Seen::Absent;
-    assert_eq!(join(&look).cases[0].group, "pod");
+    assert_eq!(join(&look).cases[0].address, Some(SANDBOX.socket()));
     // And without runc, containerd's record.
     look.remove_runc(&APP);
     look.api(0).containers.get_mut(&APP.name()).unwrap().group = Some("pod".into());
-    assert_eq!(join(&look).cases[0].group, "pod");
+    assert_eq!(join(&look).cases[0].address, Some(SANDBOX.socket()));
     look.api(0).containers.clear();
-    assert_eq!(join(&look).cases[0].group, "app");
+    let alone = Task {
+        group: "app",
+        ..APP
+    };
+    assert_eq!(join(&look).cases[0].address, Some(alone.socket()));
 }
 
 #[test]

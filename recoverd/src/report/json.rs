@@ -154,6 +154,7 @@ pub fn task<'a>(report: &Report<'a>, case: &'a Case<'a>) -> Task<'a> {
                  namespace,
                  name,
                  container,
+                 uid: _,
              }| TaskPod {
                 namespace,
                 name,

@@ -185,6 +185,35 @@ fn two_inits_of_one_container_of_one_pod_are_duplicates() {
     );
 }
 
+#[test]
+fn a_container_that_survived_in_the_sandbox_before_is_a_duplicate() {
+    const ANEW: Task = Task {
+        id: "pod-2",
+        group: "pod-2",
+        shim: 30,
+        init: 31,
+        ..SANDBOX
+    };
+    const AGAIN: Task = Task {
+        id: "app-2",
+        init: 32,
+        ..ANEW
+    };
+    let mut look = healthy();
+    for task in [SANDBOX, FIRST, ANEW, AGAIN] {
+        look.add(&task);
+    }
+    look.init_started(&AGAIN, YOUNG);
+    let found = only(&look);
+    assert_eq!(found.finding.code, Code::DuplicateWorkload);
+    assert_eq!(found.finding.subject.text(), "default/app-1");
+    assert!(
+        facts(&found).contains("container app of pod prod/web-0"),
+        "{}",
+        facts(&found)
+    );
+}
+
 /// Changes an annotation of [`SECOND`].
 fn rename(look: &mut Look, key: &str, value: &str) {
     let key = format!("io.kubernetes.cri.{key}");

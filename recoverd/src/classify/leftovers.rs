@@ -67,6 +67,11 @@ impl Context<'_> {
             }
         }
         let records = self.owners_by_record();
+        // A living task whose containerd is not known has a socket whose name is not known.
+        let homeless = cases.cases.iter().any(|case| {
+            let gone = matches!(case.init, Init::Dead(..) | Init::None);
+            case.address.is_none() && !gone
+        });
         let Some(listeners) = self.look.listeners.present() else {
             return Vec::new();
         };
@@ -104,19 +109,14 @@ impl Context<'_> {
                     ),
                     "remove it",
                 ),
-                None if file
-                    .changed_at
-                    .is_some_and(|at| self.age(at) >= self.settings.min_age) =>
-                {
-                    (
-                        None,
-                        evidence(
-                            "recoverd",
-                            "no bundle or container that is known gives this name",
-                        ),
-                        "remove it by hand if no containerd that recoverd does not see owns it",
-                    )
-                }
+                None if self.old(file.changed_at) && !homeless => (
+                    None,
+                    evidence(
+                        "recoverd",
+                        "no bundle or container that is known gives this name",
+                    ),
+                    "remove it by hand if no containerd that recoverd does not see owns it",
+                ),
                 None => continue,
             };
             let facts = vec![

@@ -88,7 +88,6 @@ fn a_task_is_orphaned_whatever_containerd_says() {
     let shown = facts(&only(&look));
     assert!(shown.contains("bundle: there is none"), "{shown}");
     look.instances.clear();
-    look.sockets.clear();
     let shown = facts(&only(&look));
     assert!(
         shown.contains("of a containerd that is not known here"),

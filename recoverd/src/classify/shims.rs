@@ -128,6 +128,9 @@ impl Context<'_> {
         if !none_lives || case.containerd != Known::No || case.kind() == Some(Kind::Foreign) {
             return None;
         }
+        if !self.owns(case, shim) {
+            return None;
+        }
         let answer = case.answer?;
         match answer.states.get(&case.name.1) {
             // It still holds a task that containerd does not know: no step of a normal delete.
@@ -150,6 +153,11 @@ impl Context<'_> {
             return None;
         }
         self.leaked(shim, Some(case), &case.name)
+    }
+
+    /// The shim's command line names the containerd of the case: no other one's word counts.
+    pub(super) fn owns(&self, case: &Case<'_>, shim: &Shim) -> bool {
+        self.instance(case).is_some_and(|i| i.is(&shim.address))
     }
 
     /// A shim that serves no task that anything names.

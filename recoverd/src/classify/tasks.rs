@@ -136,6 +136,9 @@ impl Context<'_> {
             Some(Phase::Created | Phase::Stopped | Phase::Unknown) | None => {
                 if self.age_of(init) < self.settings.settle {
                     return None;
+        if !self.owns(case, shim) {
+            return None;
+        }
                 }
             }
         }

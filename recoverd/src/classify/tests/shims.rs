@@ -238,6 +238,9 @@ fn a_shim_without_living_process_that_containerd_does_not_know_is_leaked() {
             ("the list did not come", |l| l.api(0).tasks = None),
             ("containerd lists it", |l| l.listed(&C1, Phase::Running)),
             ("the shim is foreign", foreign),
+            ("it is another containerd's", |l| {
+                l.shim_of(&C1).address = "/run/unseen/containerd.sock".into();
+            }),
             ("the shim does not answer for it", |l| {
                 l.answer_of(&C1).states.insert("c1".into(), Reply::Silent);
             }),

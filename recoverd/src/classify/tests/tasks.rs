@@ -252,6 +252,9 @@ fn a_living_task_that_its_containerd_does_not_list_is_unknown_to_it() {
     look.init_started(&C1, NEW);
     assert_eq!(
         codes(&look),
+            ("its shim is another containerd's", |l| {
+                l.shim_of(&C1).address = "/run/unseen/containerd.sock".into();
+            }),
         [Code::TaskUnknownToContainerd],
         "what was started was listed"
     );

@@ -12,7 +12,7 @@ use recoverd_common::{
 };
 
 use crate::{
-    correlate::{Case, Cases, Init, Known, ShimOf},
+    correlate::{Case, Cases, Init, Kind, Known, ShimOf},
     facts::{Address, ApiFacts, Connection, FifoFolder, Filesystem, TaskName},
     findings::{Code, Subject},
 };
@@ -484,6 +484,9 @@ impl Context<'_> {
             let Some(case) = cases.cases.iter().find(|case| case.name == exec.name) else {
                 continue;
             };
+            if case.kind() == Some(Kind::Foreign) {
+                continue;
+            }
             let id = exec.exec_id.as_deref().unwrap_or("unknown");
             let fifos: Vec<String> = exec.fifos.iter().map(|f| f.display().to_string()).collect();
             found.push(Suspicion::about(

@@ -67,7 +67,7 @@ pub fn classify(look: &Look, cases: &Cases<'_>, settings: &Settings) -> Vec<Susp
     for case in &cases.cases {
         found.extend(context.orphaned_task(case));
         found.extend(context.unresponsive(case));
-        found.extend(context.second_init(case));
+        found.extend(context.second_init(case, cases));
         found.extend(context.socket_missing(case));
         found.extend(context.task_unknown(case));
         found.extend(context.leaked_shim(case, cases));

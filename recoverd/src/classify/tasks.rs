@@ -45,7 +45,10 @@ impl Context<'_> {
     }
 
     /// A living init in the container's cgroup that is not the task's.
-    pub(super) fn second_init(&self, case: &Case<'_>) -> Option<Suspicion> {
+    pub(super) fn second_init(&self, case: &Case<'_>, cases: &Cases<'_>) -> Option<Suspicion> {
+        if case.kind() == Some(Kind::Foreign) {
+            return None;
+        }
         let cgroup = case.cgroup?;
         let processes = cgroup.processes.present()?;
         let members: BTreeSet<i32> = processes.iter().map(|process| process.id.pid).collect();
@@ -63,6 +66,8 @@ impl Context<'_> {
                 && process.id.start_time != 0
                 && process.ppid != shim
                 && !members.contains(&process.ppid)
+                // Tasks of one name of two containerds share a cgroup.
+                && !cases.cases.iter().any(|case| case.init.alive() == Some(process.id))
         })?;
         Some(Suspicion::about(
             case,
@@ -87,7 +92,8 @@ impl Context<'_> {
         for case in &cases.cases {
             let Some(pod) = &case.pod else { continue };
             // The sandbox itself has no container name.
-            if case.init.alive().is_some() && !pod.container.is_empty() {
+            let foreign = case.kind() == Some(Kind::Foreign);
+            if case.init.alive().is_some() && !pod.container.is_empty() && !foreign {
                 let same = by_name.entry((case.instance, pod)).or_default();
                 same.push(case);
             }
@@ -130,15 +136,15 @@ impl Context<'_> {
         if case.containerd != Known::No || case.kind() == Some(Kind::Foreign) {
             return None;
         }
+        if !self.owns(case, shim) {
+            return None;
+        }
         // A task being created is not listed yet. One that was started is.
         match case.state().map(|state| state.phase) {
             Some(Phase::Running | Phase::Paused | Phase::Pausing) => {}
             Some(Phase::Created | Phase::Stopped | Phase::Unknown) | None => {
                 if self.age_of(init) < self.settings.settle {
                     return None;
-        if !self.owns(case, shim) {
-            return None;
-        }
                 }
             }
         }

@@ -537,6 +537,7 @@ fn an_exec_whose_client_went_away_is_leaked() {
             ("it has no fifos", |l| l.execs[0].fifos.clear()),
             ("it is young", |l| l.execs[0].id = process(99, YOUNG)),
             ("it is nobody's", |l| l.execs[0].name.1 = "other".into()),
+            ("its shim is foreign", foreign),
         ],
     );
     let mut look = healthy();

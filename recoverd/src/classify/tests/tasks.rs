@@ -135,6 +135,21 @@ fn a_second_init_in_the_cgroup_is_a_duplicate() {
                 l.cgroup_of(&C1).processes = unknown()
             }),
             ("the task's own init is not known", blind),
+            ("the shim is foreign", foreign),
+            (
+                "it is the init of another containerd's task of this name",
+                |l| {
+                    const OTHER: Task = Task {
+                        instance: 1,
+                        shim: 98,
+                        init: 99,
+                        ..C1
+                    };
+                    let both = l.cgroup_of(&C1).clone();
+                    l.add(&OTHER);
+                    l.cgroups = vec![both];
+                },
+            ),
             ("the task's own init ended", |l| {
                 l.table().remove(&C1.init);
             }),
@@ -163,6 +178,9 @@ fn two_inits_of_one_container_of_one_pod_are_duplicates() {
         twice,
         &[
             ("one of them ended", |l| l.end_init(&FIRST)),
+            ("their shim is foreign", |l| {
+                l.shim_of(&SANDBOX).name = "containerd-shim-kata-v2".into();
+            }),
             ("nobody can see processes", blind),
             ("they are different containers", |l| {
                 rename(l, "container-name", "side")
@@ -234,6 +252,9 @@ fn a_living_task_that_its_containerd_does_not_list_is_unknown_to_it() {
             ("nobody can see processes", blind),
             ("the shim ended", |l| l.end_shim(&C1)),
             ("the shim is foreign", foreign),
+            ("its shim is another containerd's", |l| {
+                l.shim_of(&C1).address = "/run/unseen/containerd.sock".into();
+            }),
             ("the shim answers nothing", |l| {
                 l.answer_of(&C1).greeting = Reply::Silent
             }),
@@ -252,9 +273,6 @@ fn a_living_task_that_its_containerd_does_not_list_is_unknown_to_it() {
     look.init_started(&C1, NEW);
     assert_eq!(
         codes(&look),
-            ("its shim is another containerd's", |l| {
-                l.shim_of(&C1).address = "/run/unseen/containerd.sock".into();
-            }),
         [Code::TaskUnknownToContainerd],
         "what was started was listed"
     );

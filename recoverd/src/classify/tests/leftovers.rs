@@ -149,7 +149,7 @@ fn a_socket_is_owned_by_a_record_of_any_containerd_under_any_spelling_and_in_any
     assert_eq!(codes(&look), []);
 }
 
-fn record(boot_id: &str) -> Record {
+pub(super) fn record(boot_id: &str) -> Record {
     Record {
         written_at: Timestamp {
             seconds: 0,

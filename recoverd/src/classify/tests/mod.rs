@@ -1,6 +1,7 @@
 //! Each finding appears on the fact that makes it, and on none that is nearly it.
 
 mod leftovers;
+mod random;
 mod shims;
 mod tasks;
 

@@ -533,6 +533,7 @@ fn init_of_runc(table: &HashMap<i32, Stat>, state: &RuncState, parts: &Parts<'_>
 fn init_of_pid_file(look: &Look, table: &HashMap<i32, Stat>, parts: &Parts<'_>) -> Init {
     // Start times are rounded to ticks and the boot time to seconds; clocks are set.
     const SLACK: Duration = Duration::from_secs(3);
+    const SLOWEST: Duration = Duration::from_secs(600);
     let InitPid { pid, written_at } = match parts.bundle.map(|bundle| &bundle.init_pid) {
         Some(Seen::Present(init)) => *init,
         Some(Seen::Unknown(why)) => return Init::Unknown(format!("init.pid {why}")),
@@ -556,18 +557,15 @@ fn init_of_pid_file(look: &Look, table: &HashMap<i32, Stat>, parts: &Parts<'_>) 
         Some(Seen::Absent) | None => return Init::Unknown(format!("cgroup of {pid} not seen")),
     }
     let started = look.host.started_at(stat.id);
-    if started > written_at + SLACK {
+    if started.duration_since(written_at).unwrap_or_default() > SLACK {
         return Init::Dead(
             None,
             format!("process {pid} started after init.pid was written"),
         );
     }
-    if started + SLACK < written_at {
-        // An init writes its pid file within moments; runc is slow on a loaded node, not hours.
-        let age = written_at.duration_since(started).unwrap_or_default();
-        if age > Duration::from_secs(600) {
-            return Init::Unknown(format!("process {pid} is much older than init.pid"));
-        }
+    // An init writes its pid file within moments; runc is slow on a loaded node, not hours.
+    if written_at.duration_since(started).unwrap_or_default() > SLOWEST {
+        return Init::Unknown(format!("process {pid} is much older than init.pid"));
     }
     Init::Alive(stat.id)
 }

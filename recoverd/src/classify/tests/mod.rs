@@ -10,7 +10,10 @@ use recoverd_common::seen::Seen;
 use super::*;
 use crate::{
     correlate::correlate,
-    facts::fixture::{self, C1, SOCKET_DIR, Task, healthy},
+    facts::{
+        Phase, Reply,
+        fixture::{self, C1, SOCKET_DIR, Task, healthy},
+    },
 };
 
 const SETTINGS: Settings = Settings {
@@ -206,4 +209,39 @@ fn what_files_say_stays_one_line() {
         !shown.contains('\u{1b}') && shown.contains("[31m\u{fffd}y"),
         "{shown}"
     );
+}
+
+#[test]
+fn times_from_outside_may_be_anything() {
+    let end = SystemTime::UNIX_EPOCH + Duration::from_secs(i64::MAX.unsigned_abs());
+    for (time, seconds) in [(end, i64::MAX), (SystemTime::UNIX_EPOCH, i64::MIN)] {
+        for (start_time, ticks) in [(u64::MAX, 0), (u64::MAX, u64::MAX), (0, 0)] {
+            let mut look = healthy();
+            look.host.ticks = ticks;
+            look.end_init(&C1);
+            look.told(&C1, Phase::Stopped);
+            down(&mut look);
+            let answer = look.answer_of(&C1);
+            if let Some(Reply::Said(state)) = answer.states.get_mut(C1.id) {
+                state.exited_at = Some(seconds);
+            }
+            assert_eq!(codes(&look), [Code::ExitUnreported]);
+
+            let mut look = healthy();
+            look.host.ticks = ticks;
+            let id = ProcessId {
+                pid: C1.init,
+                start_time,
+            };
+            look.table().insert(C1.init, fixture::stat(id, 1));
+            look.remove_runc(&C1);
+            look.end_shim(&C1);
+            look.sockets[0].changed_at = Some(time);
+            look.cgroup_of(&C1).changed_at = Some(time);
+            if let Seen::Present(init) = &mut look.bundle_of(&C1).init_pid {
+                init.written_at = time;
+            }
+            judge(&look);
+        }
+    }
 }

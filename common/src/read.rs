@@ -13,6 +13,9 @@ use crate::seen::Seen;
 /// No file is read beyond this, whatever it is (SPEC: a gigantic file is a finding).
 pub const MAX_FILE: u64 = 16 << 20;
 
+/// Read at once where a file does not tell its length, bytes.
+const PAGE: u64 = 4096;
+
 /// Reads the regular file at `path`, at most `limit` bytes (capped at [`MAX_FILE`]).
 ///
 /// *Absent* only when the file is definitely not there. A symlink, a fifo, a device, a directory
@@ -34,7 +37,13 @@ pub fn read_file(path: &Path, limit: u64) -> Seen<Vec<u8>> {
     if meta.len() > limit {
         return Seen::Unknown(format!("is {} bytes long, more than {limit}", meta.len()));
     }
-    let mut bytes = Vec::new();
+    // Files of /proc and cgroups have no length; most of them fit into a page.
+    let expected = if meta.len() == 0 {
+        PAGE
+    } else {
+        meta.len() + 1
+    };
+    let mut bytes = Vec::with_capacity(usize::try_from(expected.min(limit + 1)).unwrap_or(0));
     // One more than allowed: a file that grows while it is read is noticed, not cut.
     match file.take(limit + 1).read_to_end(&mut bytes) {
         Ok(n) if n as u64 > limit => Seen::Unknown(format!("is more than {limit} bytes long")),

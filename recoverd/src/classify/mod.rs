@@ -251,3 +251,6 @@ pub fn gaps(look: &Look, cases: &Cases<'_>) -> Vec<Gap> {
     found.dedup();
     found
 }
+
+#[cfg(test)]
+mod tests;

@@ -417,6 +417,12 @@ impl Look {
         }
     }
 
+    /// The shim says that the task is so far.
+    pub fn told(&mut self, task: &Task, phase: Phase) {
+        let said = Reply::Said(state(task, phase));
+        self.answer_of(task).states.insert(task.id.into(), said);
+    }
+
     /// The init ended and was reaped.
     pub fn end_init(&mut self, task: &Task) {
         self.table().remove(&task.init);
@@ -448,6 +454,34 @@ impl Look {
             asked: 1,
             patient: false,
         };
+    }
+
+    /// The init started so many seconds ago.
+    pub fn init_started(&mut self, task: &Task, age: u64) {
+        let id = process(task.init, age);
+        if let Some(stat) = self.table().get_mut(&task.init) {
+            stat.id = id;
+        }
+        if let Seen::Present(state) = &mut self.runc_of(task).state {
+            state.init = Some(id);
+        }
+        if let Seen::Present(init) = &mut self.bundle_of(task).init_pid {
+            init.written_at = ago(age);
+        }
+        if let Seen::Present(processes) = &mut self.cgroup_of(task).processes {
+            for process in processes.iter_mut().filter(|p| p.id.pid == task.init) {
+                process.id = id;
+            }
+        }
+    }
+
+    /// The shim started so many seconds ago.
+    pub fn shim_started(&mut self, task: &Task, age: u64) {
+        let id = process(task.shim, age);
+        self.shim_of(task).id = id;
+        if let Some(stat) = self.table().get_mut(&task.shim) {
+            stat.id = id;
+        }
     }
 
     /// runc knows it and has started no init yet.

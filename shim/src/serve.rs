@@ -472,7 +472,10 @@ impl Shim {
                     self.log
                         .say(Level::Warning, &format!("close connection: {why}"));
                 }
-                self.sockets.remove(&connection);
+                if let Some(socket) = self.sockets.remove(&connection) {
+                    // A descriptor that somebody else keeps must not hide the end.
+                    let _ = socket.stream.shutdown(Shutdown::Both);
+                }
             }
             Output::Retire => self.retire(),
             Output::Exit => self.leave = true,

@@ -128,7 +128,8 @@ fn every_call_of_a_life_is_answered(release: &Release, shim: ShimUnderTest) {
     assert_eq!(api.phase("life", "worker"), Status::Running);
 
     // Update.
-    assert_eq!(api.update("life", &json!({"pids": {"limit": 77}})), Ok(()));
+    let limits = json!({"pids": {"limit": 77}, "memory": {"limit": 64 << 20}});
+    assert_eq!(api.update("life", &limits), Ok(()));
     let limit = cgroup_file(&node, pid, "pids.max", "pids.max");
     assert_eq!(limit.trim(), "77");
 
@@ -148,7 +149,9 @@ fn every_call_of_a_life_is_answered(release: &Release, shim: ShimUnderTest) {
     let usage = |path: &str| metrics.pointer(path).and_then(Value::as_u64).unwrap_or(0);
     let cpu = usage("/cpu/usage/total").max(usage("/cpu/usage_usec"));
     let memory = usage("/memory/usage/usage").max(usage("/memory/usage"));
+    let limit = usage("/memory/usage/limit").max(usage("/memory/usage_limit"));
     assert!(cpu > 0 && memory > 0, "{metrics}");
+    assert_eq!(limit, 64 << 20, "{metrics}");
 
     // Wait before the end, from two callers at once; Kill of an exec.
     let waited = std::thread::scope(|scope| {

@@ -4,7 +4,8 @@
 //! Release ── one containerd release, unpacked by tests/setup; or why it cannot be had
 //! Node ───── a host: own mounts, pids, network, cgroups, an empty /run and /var/lib, a reaping init
 //!   └ Containerd ── a real one in it; start, kill, stop, switch to another release
-//!       └ Task ──── a real container: its init, its shim, its bundle, its socket
+//!       ├ Task ──── a real container: its init, its shim, its bundle, its socket
+//!       └ Api ───── its gRPC API, for what ctr cannot bring about; Fifos are a client's ends
 //! Recoverd ─ the binary under test, run in the node; its JSON report, parsed strictly
 //! ```
 //!

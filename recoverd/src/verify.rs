@@ -10,7 +10,7 @@ use crate::{
     classify::{self, Hold, Settings, Suspicion},
     correlate::{self, Cases},
     facts::{Gap, Look},
-    findings::{Code, Finding, Subject},
+    findings::{Code, Subject},
     observe::{self, Plan, Scope},
 };
 
@@ -33,9 +33,16 @@ impl Examined {
     }
 }
 
-/// What makes two findings of two looks the same.
-fn key(finding: &Finding) -> (Code, Subject) {
-    (finding.code, finding.subject.clone())
+/// What makes two findings of two looks the same: code, subject and containerd. The latter by its
+/// address, as places in the list move when a containerd comes or goes.
+fn key<'a>(look: &'a Look, suspicion: &'a Suspicion) -> (Code, &'a Subject, Option<&'a str>) {
+    let instance = suspicion.instance.and_then(|at| look.instances.get(at));
+    let finding = &suspicion.finding;
+    (
+        finding.code,
+        &finding.subject,
+        instance.map(|i| i.address.as_str()),
+    )
 }
 
 /// Looks at the node as often as what it sees requires.
@@ -62,7 +69,7 @@ pub async fn examine(
             second_look
         };
         tokio::time::sleep(wait).await;
-        suspicions = confirm(plan, settings, suspicions, progress).await;
+        suspicions = confirm(plan, settings, &look, suspicions, progress).await;
     }
     if suspicions.iter().any(|s| s.hold == Hold::Settle) {
         progress("a phase that contradicts the kernel");
@@ -70,7 +77,7 @@ pub async fn examine(
         let (settling, rest): (Vec<_>, Vec<_>) =
             suspicions.into_iter().partition(|s| s.hold == Hold::Settle);
         suspicions = rest;
-        suspicions.extend(confirm(plan, settings, settling, progress).await);
+        suspicions.extend(confirm(plan, settings, &look, settling, progress).await);
     }
     Examined {
         look,
@@ -90,6 +97,7 @@ fn judge(look: &Look, plan: &Plan, settings: &Settings) -> (Vec<Suspicion>, Vec<
 async fn confirm(
     plan: &Plan,
     settings: &Settings,
+    before: &Look,
     suspicions: Vec<Suspicion>,
     progress: &(dyn Fn(&str) + Sync),
 ) -> Vec<Suspicion> {
@@ -101,10 +109,15 @@ async fn confirm(
         .into_iter()
         .filter_map(|old| match old.hold {
             Hold::Once => Some(old),
-            Hold::Twice | Hold::Settle => fresh
-                .iter()
-                .find(|new| key(&new.finding) == key(&old.finding))
-                .cloned(),
+            Hold::Twice | Hold::Settle => {
+                let wanted = key(before, &old);
+                let new = fresh.iter().find(|new| key(&again, new) == wanted)?;
+                // The report's places are those of the first look.
+                Some(Suspicion {
+                    instance: old.instance,
+                    ..new.clone()
+                })
+            }
         })
         .collect()
 }

@@ -411,7 +411,14 @@ impl Outbox {
             if status != code::INVALID_ARGUMENT && entry.refusals < MAX_REFUSALS {
                 out.push(Post::Close);
                 self.troubles = self.troubles.saturating_add(1);
+                // Who refuses is there: what was told was told, and is due when it was.
+                let told: Vec<_> = self.entries.iter().map(|entry| entry.again_at).collect();
+                let echo_at = self.echo_at;
                 self.lost_at(now, message, out);
+                for (entry, again_at) in self.entries.iter_mut().zip(told) {
+                    entry.again_at = again_at;
+                }
+                self.echo_at = echo_at;
                 return;
             }
             out.push(Post::Say(format!(
@@ -718,6 +725,36 @@ mod tests {
         assert_eq!(deliver(&mut outbox, 20_000), None);
         assert_eq!(outbox.tick(at(20_000 + ECHO_MS - 1)), []);
         assert_eq!(deliver(&mut outbox, 20_000 + ECHO_MS), Some(ended));
+    }
+
+    #[test]
+    fn refusals_take_minutes_and_what_was_told_is_not_told_with_each() {
+        let mut outbox = Outbox::default();
+        let ended = push(&mut outbox, &exit("a"));
+        outbox.lost(at(0), "connection refused");
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 1_000), None);
+        let refused = push(&mut outbox, &exit("b"));
+        let mut now = 1_000;
+        let mut sent = 0;
+        loop {
+            let posts = outbox.tick(at(now));
+            let [Post::Send(bytes)] = posts.as_slice() else {
+                assert_eq!(posts, [Post::Open]);
+                outbox.opened();
+                continue;
+            };
+            sent += 1;
+            let stream = Header::parse(bytes).unwrap().stream;
+            let posts = outbox.feed(&answer(stream, code::UNKNOWN), at(now));
+            if posts.contains(&Post::Acknowledged(refused)) {
+                break;
+            }
+            now = outbox.deadline().unwrap().max(now);
+        }
+        assert_eq!(sent, MAX_REFUSALS);
+        assert!(now > 60_000, "{now}");
+        assert_eq!(deliver(&mut outbox, now), Some(ended));
     }
 
     #[test]

@@ -141,7 +141,8 @@ impl Deletion {
             }
         };
         // Not after the runtime has done its work: others may share the task's cgroup.
-        if !deleted && (clean_up.end.is_some() || self.has_state()) {
+        let known = clean_up.end.is_some() || self.task.is_recorded() || self.has_state();
+        if !deleted && known {
             for why in self.sweep_cgroups() {
                 remark(why);
             }
@@ -238,17 +239,16 @@ impl Deletion {
         )
     }
 
-    /// Cgroups that another container of the runtime's names as its own.
+    /// Cgroups that another container of the runtime's, or of the record's, names as its own.
     fn shared_cgroups(&self) -> Vec<PathBuf> {
-        let Ok(entries) = fs::read_dir(&self.task.root) else {
-            return Vec::new();
-        };
+        let entries = fs::read_dir(&self.task.root).into_iter().flatten();
         entries
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
             .filter(|other| other != self.task.name.as_str())
             .filter_map(|other| read_state(&self.task.root, &other))
             .flat_map(|state| state.cgroups.into_values())
+            .chain(self.task.recorded_beside())
             .collect()
     }
 

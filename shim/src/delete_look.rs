@@ -4,7 +4,7 @@
 
 use std::{
     fs,
-    path::{Path, PathBuf},
+    path::{Component, Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
@@ -116,6 +116,22 @@ impl Observed {
             systemd_cgroup,
             cgroups,
         }
+    }
+
+    /// Whether the record, which is of this boot, names the task.
+    pub fn is_recorded(&self) -> bool {
+        let record = self.record.present();
+        record.is_some_and(|record| find(record, &self.name).is_some())
+    }
+
+    /// Cgroup folders of the other tasks in the record.
+    pub fn recorded_beside(&self) -> Vec<PathBuf> {
+        let roots = Roots::default();
+        let tasks = self.record.present().into_iter().flat_map(|r| &r.tasks);
+        tasks
+            .filter(|task| task.id != self.name)
+            .flat_map(|task| recorded_folders(&roots, task).unwrap_or_default())
+            .collect()
     }
 
     /// What the decision depends on.
@@ -272,14 +288,24 @@ fn exit_status(raw: i32) -> Option<u32> {
     }
 }
 
+/// The cgroup folders that the record names for `task`; none when it names none.
+fn recorded_folders(roots: &Roots, task: &Task) -> Option<Vec<PathBuf>> {
+    let memberships = parse_memberships(&task.cgroup.join("\n"));
+    match Cgroup::of_memberships(roots, &memberships) {
+        Seen::Present(Cgroup::V1(folders)) => {
+            Some(folders.into_iter().map(|(_, path)| path).collect())
+        }
+        Seen::Present(Cgroup::V2(folder)) => Some(vec![folder]),
+        Seen::Absent | Seen::Unknown(_) => None,
+    }
+}
+
 /// The task's own cgroup folders, as the record or runc's state names them. A group that is not
 /// the task's alone (the root, ours, one above ours) is left out.
 fn cgroups(roots: &Roots, task: Option<&Task>, state: Option<&RuncState>) -> Vec<PathBuf> {
-    let recorded = task.map(|task| parse_memberships(&task.cgroup.join("\n")));
-    let recorded = recorded.and_then(|all| Cgroup::of_memberships(roots, &all).present().cloned());
+    let recorded = task.and_then(|task| recorded_folders(roots, task));
     let mut folders = match (recorded, state) {
-        (Some(Cgroup::V1(folders)), _) => folders.into_iter().map(|(_, path)| path).collect(),
-        (Some(Cgroup::V2(folder)), _) => vec![folder],
+        (Some(folders), _) => folders,
         (None, Some(state)) => state.cgroups.values().cloned().collect(),
         (None, None) => Vec::new(),
     };
@@ -295,7 +321,9 @@ fn cgroups(roots: &Roots, task: Option<&Task>, state: Option<&RuncState>) -> Vec
         let hierarchy_root = folder
             .parent()
             .is_none_or(|up| up == roots.cgroup || up == Path::new("/"));
+        let upwards = folder.components().any(|part| part == Component::ParentDir);
         folder.starts_with(&roots.cgroup)
+            && !upwards
             && !hierarchy_root
             && !own.iter().any(|own| own.starts_with(folder))
     });

@@ -90,6 +90,13 @@ fn entry(bytes: &[u8]) -> Option<(u64, u32, &[u8], &[u8])> {
     Some((number, u32::from_le_bytes(*flags), payload, after))
 }
 
+/// Where a log is that takes the place of the one at `path` when it is whole.
+pub fn begun(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    name.into()
+}
+
 impl EventLog {
     /// A writer for `path`; what is there is replaced by the first write.
     pub fn new(path: &Path) -> Self {
@@ -100,6 +107,22 @@ impl EventLog {
             room: 0,
             open: BTreeMap::new(),
         }
+    }
+
+    /// Begins with what a predecessor left. Written beside its log, which is there until the new
+    /// one is whole: a SIGKILL in between loses nothing.
+    pub fn take_over(&mut self, kept: &[Kept], room: u64) -> io::Result<()> {
+        let beside = begun(&self.path);
+        let mut new = Self::new(&beside);
+        new.remove()?;
+        new.reserve(room)?;
+        for (number, echo, payload) in kept {
+            new.append(*number, *echo, payload)?;
+        }
+        fs::rename(&beside, &self.path)?;
+        new.path.clone_from(&self.path);
+        *self = new;
+        Ok(())
     }
 
     fn file(&mut self) -> io::Result<&File> {
@@ -215,6 +238,30 @@ mod tests {
         assert_eq!(numbers(&path), [5]);
         log.remove().unwrap();
         assert_eq!(read(&path), Seen::Absent);
+    }
+
+    #[test]
+    fn a_take_over_replaces_the_log_when_the_new_one_is_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        EventLog::new(&path).append(7, true, b"left").unwrap();
+        let Seen::Present(kept) = read(&path) else {
+            panic!("unreadable")
+        };
+        // One that was killed at it has left its beginnings, and no place to write to.
+        fs::create_dir(begun(&path)).unwrap();
+        assert!(EventLog::new(&path).take_over(&kept, 5000).is_err());
+        assert_eq!(numbers(&path), [7]);
+        fs::remove_dir(begun(&path)).unwrap();
+        fs::write(begun(&path), "rcvd-ev1 and more").unwrap();
+        let mut log = EventLog::new(&path);
+        log.take_over(&kept, 5000).unwrap();
+        assert_eq!(numbers(&path), [7]);
+        assert_eq!(fs::metadata(&path).unwrap().len(), 8192);
+        log.append(8, false, b"new").unwrap();
+        log.acknowledge(7).unwrap();
+        assert_eq!(numbers(&path), [8]);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
     }
 
     #[test]

@@ -24,6 +24,8 @@ use crate::{
 };
 
 const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
+/// A larger event fits into no frame with its service and method, bytes.
+const MAX_EVENT: usize = MAX_PAYLOAD - 256;
 /// After the first acknowledgement that follows a downtime.
 pub const ECHO_MS: u64 = 10_000;
 /// containerd acknowledges within a millisecond; one that does not for this long is hung, and
@@ -236,26 +238,32 @@ impl Outbox {
     /// Does what is due.
     pub fn tick(&mut self, now: Now) -> Vec<Post> {
         let now = now.mono_ms;
-        let Some((number, payload)) = self
-            .first_due(now)
-            .map(|entry| (entry.number, entry.payload.clone()))
-        else {
-            return Vec::new();
+        let mut out = Vec::new();
+        let number = loop {
+            let due = self.first_due(now);
+            let Some((number, size)) = due.map(|entry| (entry.number, entry.payload.len())) else {
+                return out;
+            };
+            if size <= MAX_EVENT {
+                break number;
+            }
+            // No connection lives through it, and no other event would ever be sent.
+            out.push(Post::Say(format!("an event of {size} bytes was dropped")));
+            out.push(Post::Acknowledged(number));
+            self.entries.retain(|entry| entry.number != number);
         };
         match &mut self.link {
-            Link::Down { retry_at, .. } if *retry_at <= now => vec![Post::Open],
-            Link::Down { .. } => Vec::new(),
+            Link::Down { retry_at, .. } if *retry_at <= now => out.push(Post::Open),
+            Link::Down { .. } => {}
             Link::Up {
                 under_way: Some((_, overdue)),
                 ..
             } => {
-                if *overdue > now {
-                    return Vec::new();
+                if *overdue <= now {
+                    out.push(Post::Close);
+                    self.troubles = self.troubles.saturating_add(1);
+                    self.lost_at(now, "event service does not answer", &mut out);
                 }
-                let mut out = vec![Post::Close];
-                self.troubles = self.troubles.saturating_add(1);
-                self.lost_at(now, "event service does not answer", &mut out);
-                out
             }
             Link::Up {
                 stream, under_way, ..
@@ -263,10 +271,11 @@ impl Outbox {
                 // One that is stopped takes every copy when it goes on: few of them, then.
                 let patience = ANSWER_MS << self.troubles.min(6);
                 *under_way = Some((number, now.saturating_add(patience)));
+                let entry = self.entries.iter().find(|entry| entry.number == number);
                 let request = envelope::Request {
                     service: SERVICE.to_owned(),
                     method: "Forward".to_owned(),
-                    payload,
+                    payload: entry.map(|entry| entry.payload.clone()).unwrap_or_default(),
                     timeout_nano: 0,
                     metadata: Vec::new(),
                 }
@@ -280,9 +289,10 @@ impl Outbox {
                 // Client streams are odd; a connection does not live for two billion events, and
                 // if it does, the server refuses and we connect anew.
                 *stream = stream.wrapping_add(2);
-                vec![Post::Send([&header.bytes()[..], &request].concat())]
+                out.push(Post::Send([&header.bytes()[..], &request].concat()));
             }
         }
+        out
     }
 
     /// The connection is made.
@@ -401,7 +411,14 @@ impl Outbox {
             if status != code::INVALID_ARGUMENT && entry.refusals < MAX_REFUSALS {
                 out.push(Post::Close);
                 self.troubles = self.troubles.saturating_add(1);
+                // Who refuses is there: what was told was told, and is due when it was.
+                let told: Vec<_> = self.entries.iter().map(|entry| entry.again_at).collect();
+                let echo_at = self.echo_at;
                 self.lost_at(now, message, out);
+                for (entry, again_at) in self.entries.iter_mut().zip(told) {
+                    entry.again_at = again_at;
+                }
+                self.echo_at = echo_at;
                 return;
             }
             out.push(Post::Say(format!(
@@ -708,6 +725,51 @@ mod tests {
         assert_eq!(deliver(&mut outbox, 20_000), None);
         assert_eq!(outbox.tick(at(20_000 + ECHO_MS - 1)), []);
         assert_eq!(deliver(&mut outbox, 20_000 + ECHO_MS), Some(ended));
+    }
+
+    #[test]
+    fn refusals_take_minutes_and_what_was_told_is_not_told_with_each() {
+        let mut outbox = Outbox::default();
+        let ended = push(&mut outbox, &exit("a"));
+        outbox.lost(at(0), "connection refused");
+        outbox.opened();
+        assert_eq!(deliver(&mut outbox, 1_000), None);
+        let refused = push(&mut outbox, &exit("b"));
+        let mut now = 1_000;
+        let mut sent = 0;
+        loop {
+            let posts = outbox.tick(at(now));
+            let [Post::Send(bytes)] = posts.as_slice() else {
+                assert_eq!(posts, [Post::Open]);
+                outbox.opened();
+                continue;
+            };
+            sent += 1;
+            let stream = Header::parse(bytes).unwrap().stream;
+            let posts = outbox.feed(&answer(stream, code::UNKNOWN), at(now));
+            if posts.contains(&Post::Acknowledged(refused)) {
+                break;
+            }
+            now = outbox.deadline().unwrap().max(now);
+        }
+        assert_eq!(sent, MAX_REFUSALS);
+        assert!(now > 60_000, "{now}");
+        assert_eq!(deliver(&mut outbox, now), Some(ended));
+    }
+
+    #[test]
+    fn an_event_that_no_frame_can_carry_holds_nothing_back() {
+        let mut outbox = Outbox::default();
+        let giant = push(&mut outbox, &Notice::Oom("x".repeat(MAX_PAYLOAD)));
+        let small = push(&mut outbox, &exit("a"));
+        outbox.opened();
+        let posts = outbox.tick(at(0));
+        assert_eq!(posts[1], Post::Acknowledged(giant));
+        assert!(matches!(posts[2], Post::Send(_)));
+        assert_eq!(
+            outbox.feed(&answer(1, 0), at(0)),
+            [Post::Acknowledged(small)]
+        );
     }
 
     #[test]

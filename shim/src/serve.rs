@@ -296,10 +296,7 @@ impl Shim {
                 Vec::new()
             }
         };
-        self.event_log.reserve(EVENT_ROOM)?;
-        for (number, echo, payload) in &kept {
-            self.event_log.append(*number, *echo, payload)?;
-        }
+        self.event_log.take_over(&kept, EVENT_ROOM)?;
         self.state.outbox.restore(kept);
         Ok(())
     }

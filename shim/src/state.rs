@@ -14,8 +14,6 @@ use crate::{
 
 /// Shutdown waits this long for the last events; containerd gives up after three seconds.
 const FLUSH_MS: u64 = 2_000;
-/// Without any answer of containerd the last events are given up, and the shim leaves.
-const LINGER_MS: u64 = 300_000;
 
 /// `google.rpc.Code`: a full disk.
 const RESOURCE_EXHAUSTED: i32 = 8;
@@ -80,10 +78,9 @@ enum Leaving {
         callers: Vec<Caller>,
         until: u64,
     },
-    /// Answered and retired; unacknowledged events are still tried.
-    Lingering {
-        until: u64,
-    },
+    /// Answered and retired; unacknowledged events are still tried, for as long as it takes: they
+    /// are nowhere else any more.
+    Lingering,
 }
 
 /// Everything.
@@ -119,8 +116,8 @@ impl LoopState {
     /// When [`Input::Tick`] is due at the latest, by the monotonic clock.
     pub fn deadline(&self) -> Option<u64> {
         let leaving = match &self.leaving {
-            Leaving::No => None,
-            Leaving::Flushing { until, .. } | Leaving::Lingering { until } => Some(*until),
+            Leaving::No | Leaving::Lingering => None,
+            Leaving::Flushing { until, .. } => Some(*until),
         };
         let timers = self.timers.iter().map(|(at, _)| *at);
         timers.chain(self.outbox.deadline()).chain(leaving).min()
@@ -202,7 +199,7 @@ impl LoopState {
                         self.reply(to, &Ok(Reply::Empty), now, out);
                     }
                 }
-                Leaving::Lingering { .. } => {
+                Leaving::Lingering => {
                     let refusal = Refusal::new(code::UNAVAILABLE, "shim is shut down");
                     return self.reply(from, &Err(refusal), now, out);
                 }
@@ -230,7 +227,7 @@ impl LoopState {
                 Effect::Leave { to } => match &mut self.leaving {
                     Leaving::Flushing { callers, .. } => callers.push(to),
                     // It has happened; what is at our paths now may be somebody else's.
-                    Leaving::Lingering { .. } => self.reply(to, &Ok(Reply::Empty), now, out),
+                    Leaving::Lingering => self.reply(to, &Ok(Reply::Empty), now, out),
                     Leaving::No => {
                         self.outbox.hurry();
                         self.leaving = Leaving::Flushing {
@@ -299,7 +296,7 @@ impl LoopState {
     /// SIGTERM: leave now, whatever runs; containers go on.
     pub fn leave_now(&mut self) -> Vec<Output> {
         let mut out = Vec::new();
-        let retired = matches!(self.leaving, Leaving::Lingering { .. });
+        let retired = matches!(self.leaving, Leaving::Lingering);
         if self.tasks.is_idle() && self.outbox.is_empty() && !retired {
             out.push(Output::Retire);
         }
@@ -316,9 +313,7 @@ impl LoopState {
                     return;
                 }
                 let callers = std::mem::take(callers);
-                self.leaving = Leaving::Lingering {
-                    until: now.mono_ms.saturating_add(LINGER_MS),
-                };
+                self.leaving = Leaving::Lingering;
                 // Gone from the disk before containerd may begin anew under this name.
                 out.push(Output::Retire);
                 for to in callers {
@@ -328,8 +323,8 @@ impl LoopState {
                     out.push(Output::Exit);
                 }
             }
-            Leaving::Lingering { until } => {
-                if self.outbox.is_empty() || *until <= now.mono_ms {
+            Leaving::Lingering => {
+                if self.outbox.is_empty() {
                     out.push(Output::Exit);
                 }
             }
@@ -511,8 +506,26 @@ mod tests {
         let out = state.step(Input::Bytes(1, frame(3, "Shutdown")), at(FLUSH_MS + 1));
         assert!(!out.contains(&Output::Retire));
         assert!(!state.leave_now().contains(&Output::Retire));
-        let out = state.step(Input::Tick, at(FLUSH_MS + LINGER_MS));
-        assert!(out.contains(&Output::Exit));
+        // A containerd that is away for a day is told all the same.
+        let day = at(86_400_000);
+        state.step(Input::EventsLost("refused".into()), day);
+        let out = state.step(Input::Tick, day);
+        assert!(!out.contains(&Output::Exit), "{out:?}");
+        let back = at(86_400_000 + 2_000);
+        state.step(Input::Tick, back);
+        let sent = state.step(Input::EventsOpened, back);
+        assert!(
+            matches!(sent[..], [Output::Post(Post::Send(_))]),
+            "{sent:?}"
+        );
+        let answer = Header {
+            length: 0,
+            stream: 1,
+            kind: Kind::Response,
+            flags: 0,
+        };
+        let out = state.step(Input::EventsBytes(answer.bytes().to_vec()), back);
+        assert!(out.contains(&Output::Exit), "{out:?}");
     }
 
     #[test]

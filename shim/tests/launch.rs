@@ -937,6 +937,43 @@ fn delete_ends_a_living_init_and_never_the_owner_of_a_reused_pid() {
 }
 
 #[test]
+fn delete_empties_the_cgroup_that_the_record_names_when_the_init_and_the_runtime_are_gone() {
+    let node = Node::new();
+    let root = Path::new("/sys/fs/cgroup");
+    // As the kernel says it in /proc/<init>/cgroup, which the record keeps.
+    let (controller, parent) = if root.join("pids").is_dir() {
+        ("9:pids", root.join("pids"))
+    } else {
+        ("0:", root.to_owned())
+    };
+    let name = format!("recoverd-delete-{}", std::process::id());
+    let outer = parent.join(&name);
+    let folder = outer.join("c");
+    if fs::create_dir_all(&folder).is_err() {
+        eprintln!("SKIPPED: this test has to make a cgroup");
+        return;
+    }
+    let (mut victim, process) = Victim::new();
+    fs::write(folder.join("cgroup.procs"), process.pid.to_string()).unwrap();
+    node.deserted("c", "c", "exit 1");
+    fs::remove_dir(node.dir.path().join("runtime/ns/c")).unwrap();
+    let gone = Process {
+        pid: process.pid,
+        start_time: process.start_time + 1,
+    };
+    let mut task = recorded("c", Some(gone), None);
+    task.cgroup = vec![format!("{controller}:/{name}/c")];
+    write_record(&node.socket("c"), vec![task]);
+    deleted(&node.delete("c"));
+    // Reaped, or it stays a member of its group.
+    let ended = victim.ended();
+    drop(victim);
+    until(|| !folder.exists() || fs::remove_dir(&folder).is_ok());
+    let _ = fs::remove_dir(&outer);
+    assert!(ended);
+}
+
+#[test]
 fn delete_takes_a_shim_that_does_not_answer_for_dead_and_leaves_its_files_to_it() {
     let node = Node::new();
     node.deserted("c", "c", "rmdir \"$2/$5\"");

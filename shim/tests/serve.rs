@@ -3,8 +3,12 @@
 
 use std::{
     fs,
-    io::{Read, Write},
-    os::unix::{fs::PermissionsExt, net::UnixStream},
+    io::{BufRead, Read, Write},
+    os::unix::{
+        ffi::OsStrExt,
+        fs::PermissionsExt,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -15,10 +19,11 @@ use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
     paths::Beside,
-    pb::{runc, task, type_url},
+    pb::{runc, task, ttrpc as envelope, type_url},
     record::{self, Exit, Phase},
     seen::Seen,
     shim_client::{CallError, ShimClient, TASK_SERVICES},
+    ttrpc::{HEADER, Header, Kind},
 };
 
 /// Runs what the bundle's file `init` (or the exec's process) says, in the background, as a runtime
@@ -73,19 +78,25 @@ fn until(what: &str, holds: impl Fn() -> bool) {
 
 impl Daemon {
     fn new() -> Self {
+        Self::with(|_| {})
+    }
+
+    /// With something else about its command.
+    fn with(change: impl FnOnce(&mut Command)) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let runtime = dir.path().join("runtime");
         fs::write(&runtime, RUNTIME).unwrap();
         fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
-        let process = Command::new(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"))
+        let mut command = Command::new(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"));
+        command
             .args(["-namespace", "ns", "-id", "first", "-address", "/none"])
             .arg("-socket")
             .arg(dir.path().join("socket"))
             .current_dir(dir.path())
             .env_remove("TTRPC_ADDRESS")
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
+            .stdin(Stdio::null());
+        change(&mut command);
+        let process = command.spawn().unwrap();
         let daemon = Self { dir, process };
         let socket = daemon.socket();
         until("it serves", || UnixStream::connect(&socket).is_ok());
@@ -252,6 +263,19 @@ fn a_failed_create_says_why_and_leaves_no_task() {
 }
 
 #[test]
+fn an_environment_that_is_no_text_reaches_the_runtime_as_it_is() {
+    let daemon = Daemon::with(|command| {
+        command.env("BAD", std::ffi::OsStr::from_bytes(b"\xff"));
+    });
+    let out = daemon.dir.path().join("out");
+    let init = format!("printf %s \"$BAD\" > {}", out.display());
+    daemon.create("c", &init, Path::new("")).unwrap();
+    daemon.start("c", "");
+    assert_eq!(daemon.wait("c", ""), 0);
+    assert_eq!(fs::read(&out).unwrap(), b"\xff");
+}
+
+#[test]
 fn a_runtime_that_hangs_holds_up_nobody_else() {
     let daemon = Daemon::new();
     daemon
@@ -366,6 +390,85 @@ fn peers_that_misbehave_lose_their_own_connection_only() {
     silent.write_all(&[0, 0, 1]).unwrap();
     let connected = daemon.client().connect_task("none").unwrap();
     assert_eq!(connected.shim_pid, daemon.process.id());
+}
+
+/// An entry of the log of events, as a shim writes it.
+fn logged(number: u64, payload: &[u8]) -> Vec<u8> {
+    let step = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let sum = number.to_le_bytes().iter().fold(0x811c_9dc5, step);
+    let sum = payload.iter().fold(sum, step);
+    let mut entry = u32::try_from(payload.len()).unwrap().to_le_bytes().to_vec();
+    entry.extend(sum.to_le_bytes());
+    entry.extend(number.to_le_bytes());
+    entry.extend(0u32.to_le_bytes());
+    entry.extend(payload);
+    entry.resize(20 + payload.len().next_multiple_of(8), 0);
+    entry
+}
+
+#[test]
+fn an_event_larger_than_the_sockets_buffer_arrives_and_so_do_those_after_it() {
+    let mut listener = None;
+    let large = vec![b'x'; 2_000_000];
+    let daemon = Daemon::with(|command| {
+        let folder = command.get_current_dir().unwrap().to_owned();
+        let address = folder.join("events");
+        listener = Some(UnixListener::bind(&address).unwrap());
+        let entries = [
+            b"rcvd-ev1",
+            &logged(1, &large)[..],
+            &logged(2, b"small"),
+            &[0; 8],
+        ];
+        fs::write(folder.join("socket.events"), entries.concat()).unwrap();
+        command.env("TTRPC_ADDRESS", address);
+    });
+    let (mut peer, _) = listener.unwrap().accept().unwrap();
+    peer.set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    for expected in [&large[..], b"small"] {
+        let mut header = [0; HEADER];
+        peer.read_exact(&mut header).unwrap();
+        let request = Header::parse(&header).unwrap();
+        let mut body = vec![0; usize::try_from(request.length).unwrap()];
+        peer.read_exact(&mut body).unwrap();
+        let asked = envelope::Request::decode(body.as_slice()).unwrap();
+        assert!(asked.payload == expected);
+        let answer = envelope::Response {
+            status: Some(envelope::Status::default()),
+            payload: Vec::new(),
+        }
+        .encode_to_vec();
+        let header = Header {
+            length: u32::try_from(answer.len()).unwrap(),
+            kind: Kind::Response,
+            ..request
+        };
+        peer.write_all(&[&header.bytes()[..], &answer].concat())
+            .unwrap();
+    }
+    drop(daemon);
+}
+
+#[test]
+fn a_signal_that_asks_or_hangs_up_ends_nothing() {
+    let mut log = None;
+    let mut daemon = Daemon::with(|command| {
+        let folder = command.get_current_dir().unwrap().to_owned();
+        let path = folder.join("log");
+        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let read_write = fs::File::options().read(true).write(true).open(path);
+        log = Some(read_write.unwrap());
+    });
+    let shim = nix::unistd::Pid::from_raw(i32::try_from(daemon.process.id()).unwrap());
+    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGHUP).unwrap();
+    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGUSR1).unwrap();
+    daemon.client().connect_task("none").unwrap();
+    let mut lines = std::io::BufReader::new(log.unwrap()).lines();
+    let said = lines.find(|line| line.as_ref().unwrap().contains("0 tasks"));
+    let said = said.unwrap().unwrap();
+    assert!(said.contains("events waiting: false"), "{said}");
+    assert!(daemon.process.try_wait().unwrap().is_none());
 }
 
 #[test]

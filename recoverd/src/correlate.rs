@@ -467,11 +467,14 @@ impl<'a> Index<'a> {
 }
 
 fn known(look: &Look, instance: Option<usize>, name: &TaskName) -> Known {
-    let api = instance
-        .and_then(|at| look.instances.get(at))
-        .and_then(|i| i.api.up());
-    match api.and_then(|api| api.tasks.as_ref()) {
-        Some(tasks) => tasks.get(name).map_or(Known::No, |task| Known::Yes(*task)),
+    let instance = instance.and_then(|at| look.instances.get(at));
+    let Some(api) = instance.and_then(|instance| instance.api.up()) else {
+        return Known::CannotSay;
+    };
+    match api.tasks.as_ref().map(|tasks| tasks.get(name)) {
+        Some(Some(task)) => Known::Yes(*task),
+        Some(None) if api.by_record && !api.containers.contains_key(name) => Known::CannotSay,
+        Some(None) => Known::No,
         None => Known::CannotSay,
     }
 }

@@ -171,6 +171,9 @@ pub struct ApiFacts {
     pub containers: BTreeMap<TaskName, Container>,
     /// Its tasks; *unknown* when the list did not come in time.
     pub tasks: Option<BTreeMap<TaskName, ContainerdTask>>,
+    /// The list did not come in time, and tasks were asked for by the names of the container
+    /// records: of a task without a record nothing is known.
+    pub by_record: bool,
 }
 
 /// A container record of containerd.
@@ -409,7 +412,7 @@ pub struct CgroupFacts {
     pub path: String,
     /// Whose it is, when its path or a spec says.
     pub name: Option<TaskName>,
-    /// Its folders, one a hierarchy.
+    /// Its folders, one a hierarchy; of one with processes the first only.
     pub folders: Vec<PathBuf>,
     /// When the first folder was made or last changed.
     pub changed_at: Option<SystemTime>,

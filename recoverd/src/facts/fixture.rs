@@ -110,6 +110,7 @@ pub fn instance(index: usize) -> Instance {
         source: "default".into(),
         daemon: Some(process(5, OLD)),
         api: Api::Up(Box::new(ApiFacts {
+            by_record: false,
             version: "1.7.24~ds1".into(),
             namespaces: vec!["default".into()],
             containers: BTreeMap::new(),

@@ -78,10 +78,14 @@ pub fn observe(
             }
         }
     }
+    let inits: BTreeSet<ProcessId> = runc
+        .iter()
+        .filter_map(|entry| entry.state.present()?.init)
+        .collect();
     let found: Vec<_> = found.into_iter().collect();
     found
         .into_par_iter()
-        .filter_map(|(path, name)| read_one(proc, &hierarchies, path, name, table))
+        .filter_map(|(path, name)| read_one(proc, &hierarchies, path, name, &inits, table))
         .collect()
 }
 
@@ -189,6 +193,7 @@ fn read_one(
     hierarchies: &[PathBuf],
     path: String,
     name: Option<TaskName>,
+    inits: &BTreeSet<ProcessId>,
     table: &Seen<HashMap<i32, Stat>>,
 ) -> Option<CgroupFacts> {
     let relative = path.trim_start_matches('/');
@@ -196,29 +201,31 @@ fn read_one(
     if relative.split('/').any(|part| part == "..") || relative.is_empty() {
         return None;
     }
-    let folders: Vec<PathBuf> = hierarchies
+    let mut found = hierarchies
         .iter()
         .map(|top| top.join(relative))
-        .filter(|folder| folder.is_dir())
-        .collect();
-    let first = folders.first()?;
+        .filter(|f| f.is_dir());
+    let mut folders = vec![found.next()?];
     // All hierarchies hold the same processes, but one without controllers may hold none: the
     // next is looked at only while none was found, so that *empty* means empty in all of them.
     let mut processes = Seen::Present(Vec::new());
     let mut pids: BTreeSet<i32> = BTreeSet::new();
-    for folder in &folders {
+    let mut at = 0;
+    while let Some(folder) = folders.get(at) {
         if let Err(why) = walk(folder, 0, &mut pids) {
             processes = Seen::Unknown(why);
         }
         if !pids.is_empty() {
             break;
         }
+        folders.extend(found.next());
+        at += 1;
     }
     Some(CgroupFacts {
-        changed_at: changed_at(first),
+        changed_at: folders.first().and_then(|folder| changed_at(folder)),
         processes: processes.map(|_: Vec<CgroupProcess>| {
             pids.into_iter()
-                .map(|pid| process(proc, pid, table))
+                .map(|pid| process(proc, pid, inits, table))
                 .collect()
         }),
         folders,
@@ -227,17 +234,27 @@ fn read_one(
     })
 }
 
-fn process(proc: &Proc, pid: i32, table: &Seen<HashMap<i32, Stat>>) -> CgroupProcess {
+fn process(
+    proc: &Proc,
+    pid: i32,
+    inits: &BTreeSet<ProcessId>,
+    table: &Seen<HashMap<i32, Stat>>,
+) -> CgroupProcess {
     let stat = table.present().and_then(|table| table.get(&pid));
-    let inner = proc.namespace_pids(pid);
-    let inner = inner.present().map_or(&[][..], Vec::as_slice);
+    let first_of_namespace = || {
+        let inner = proc.namespace_pids(pid);
+        let inner = inner.present().map_or(&[][..], Vec::as_slice);
+        inner.len() > 1 && inner.last() == Some(&1)
+    };
     CgroupProcess {
         id: ProcessId {
             pid,
             start_time: stat.map_or(0, |stat| stat.id.start_time),
         },
         ppid: stat.map_or(0, |stat| stat.ppid),
-        first_of_namespace: inner.len() > 1 && inner.last() == Some(&1),
+        // Of an init that runc names nobody asks, and most processes are one.
+        first_of_namespace: !stat.is_some_and(|stat| inits.contains(&stat.id))
+            && first_of_namespace(),
     }
 }
 

@@ -109,27 +109,28 @@ async fn facts(address: &str, limits: Limits) -> Result<ApiFacts, String> {
         Some(tasks) => Ok(Ok(tasks)),
         None => time::timeout_at(began + patience, &mut listed).await,
     };
+    let mut by_record = false;
     let tasks = match first {
-        Ok(tasks) => Some(tasks?),
+        Ok(tasks) => tasks?,
         Err(_) => {
             let single = get_tasks(&channel, containers.keys().cloned().collect());
             let either = async {
                 tokio::select! {
-                    tasks = &mut listed => tasks,
-                    tasks = single => tasks,
+                    tasks = &mut listed => tasks.map(|tasks| (tasks, false)),
+                    tasks = single => tasks.map(|tasks| (tasks, true)),
                 }
             };
-            match time::timeout(TASK_STATE_TIMEOUT + LATE, either).await {
-                Ok(tasks) => Some(tasks?),
-                Err(_) => None,
-            }
+            let (tasks, single) = either.await?;
+            by_record = single;
+            tasks
         }
     };
     Ok(ApiFacts {
         version,
         namespaces: names.clone(),
         containers,
-        tasks,
+        tasks: Some(tasks),
+        by_record,
     })
 }
 
@@ -137,10 +138,9 @@ async fn facts(address: &str, limits: Limits) -> Result<ApiFacts, String> {
 /// in it. A thousand tasks take some 400 ms on two cores.
 const LIST_PATIENCE: Duration = Duration::from_millis(300);
 const LIST_PATIENCE_EACH: Duration = Duration::from_micros(400);
-/// How much later than after its own timeout containerd may answer.
-const LATE: Duration = Duration::from_millis(500);
-/// `io.containerd.timeout.task.state`: after it containerd gives a hung shim's task as *unknown*.
-const TASK_STATE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long one task is waited for. containerd itself waits for a hung shim for 2 s
+/// (`io.containerd.timeout.task.state`); that it waits is answer enough.
+const GET_PATIENCE: Duration = Duration::from_secs(1);
 
 pub(super) async fn connect(
     address: &str,
@@ -229,21 +229,23 @@ async fn get_tasks(
             tokio::spawn(async move {
                 // Closing the semaphore is the only error, and nobody closes it.
                 let _place = places.acquire().await;
-                TasksClient::new(channel).get(request).await
+                let mut client = TasksClient::new(channel);
+                time::timeout(GET_PATIENCE, client.get(request)).await
             }),
         ));
     }
     let mut all = BTreeMap::new();
     for (name, asked) in running {
         match super::joined(asked.await) {
-            Ok(response) => {
+            Ok(Ok(response)) => {
                 if let Some(process) = response.into_inner().process {
                     all.insert(name, task(process.status, process.pid));
                 }
             }
-            Err(status) if status.code() == Code::NotFound => {}
-            // It knows the task, but cannot say more.
-            Err(_) => {
+            Ok(Err(status)) if status.code() == Code::NotFound => {}
+            // It knows the task, but cannot say more; or it waits for the task's shim, which it
+            // does not for a task that it does not know.
+            Ok(Err(_)) | Err(_) => {
                 all.insert(name, task(0, 0));
             }
         }

@@ -42,12 +42,23 @@ pub struct Seeing {
 }
 
 impl Seeing {
-    fn passed_over(&self, stat: &Stat) -> bool {
-        !self.interesting.contains(&stat.id)
-            && self
-                .table
-                .get(&stat.id.pid)
-                .is_some_and(|old| old.id == stat.id && old.comm == stat.comm)
+    /// What this reading says of a process that has not executed another program since: a shim, or
+    /// nothing of interest. Nothing for one that is new, or whose verb may be done.
+    fn known(&self, stat: &Stat) -> Option<Found> {
+        let old = self.table.get(&stat.id.pid)?;
+        if old.id != stat.id || old.comm != stat.comm || !stat.alive() {
+            return None;
+        }
+        if !self.interesting.contains(&stat.id) {
+            return Some(Found::Other);
+        }
+        let at = self
+            .shims
+            .binary_search_by_key(&stat.id, |shim| shim.id)
+            .ok()?;
+        self.shims
+            .get(at)
+            .map(|shim| Found::Again(Box::new(shim.clone())))
     }
 }
 
@@ -106,8 +117,8 @@ fn file_name(path: &str) -> &str {
 /// Reads the table. Processes that live in another file system tree (a containerd in a container
 /// with a `/run` of its own) are not this node's and are left out.
 ///
-/// `before` is an earlier reading: what was nothing of interest then, and has not executed another
-/// program since (its name would differ), is not asked for its arguments again.
+/// `before` is an earlier reading: what was a shim or nothing of interest then, and has not executed
+/// another program since (its name would differ), is not asked for its arguments again.
 pub fn observe(
     proc: &Proc,
     roots: &Roots,
@@ -132,8 +143,8 @@ pub fn observe(
         .filter_map(|pid| {
             // A process that ended since it was listed is no fact.
             let stat = proc.stat(*pid).present().cloned()?;
-            if before.is_some_and(|before| before.passed_over(&stat)) {
-                return Some((stat, Found::Other));
+            if let Some(known) = before.and_then(|before| before.known(&stat)) {
+                return Some((stat, known));
             }
             let found = match proc.arguments(*pid) {
                 Seen::Present(arguments) => sort(proc, &stat, arguments),
@@ -173,6 +184,12 @@ pub fn observe(
             Found::Shim(line, _) if line.verb => {
                 seeing.busy_verbs.insert((line.namespace, line.id));
             }
+            Found::Again(mut shim) => {
+                shim.state = stat.state;
+                shim.threads = stat.threads;
+                shim.cpu_ticks = stat.cpu_ticks;
+                seeing.shims.push(*shim);
+            }
             Found::Shim(line, name) if ours(stat.id.pid) => {
                 seeing.shims.push(shim(proc, &stat, line, name));
             }
@@ -189,6 +206,8 @@ fn own_pid() -> i32 {
 }
 
 enum Found {
+    /// A shim that an earlier reading knows.
+    Again(Box<Shim>),
     Shim(ShimLine, String),
     Daemon(Vec<String>),
     Other,

@@ -1,6 +1,7 @@
 //! What the shim and `recoverd` share: names checked once, every path, the record, facts about
 //! one thing of the host each, and the messages of the task API. No policy lives here.
 
+pub mod adoption;
 pub mod bundle;
 pub mod cgroup;
 pub mod ids;

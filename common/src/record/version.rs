@@ -62,7 +62,7 @@ macro_rules! persisted {
     ($(#[$meta:meta])* $name:ident { $($(#[$attr:meta])* $field:ident: $type:ty,)* }) => {
         $(#[$meta])*
         #[derive(Serialize, Deserialize)]
-        struct $name { $($(#[$attr])* $field: $type,)* }
+        pub(crate) struct $name { $($(#[$attr])* $field: $type,)* }
 
         impl From<$name> for domain::$name {
             fn from(from: $name) -> Self {
@@ -82,8 +82,10 @@ macro_rules! persisted {
 }
 
 /// A persisted form of `T`.
-trait Plain<T> {
+pub(crate) trait Plain<T> {
+    /// The form on disk.
     fn of(from: &T) -> Self;
+    /// The form in the program.
     fn back(self) -> T;
 }
 
@@ -118,7 +120,7 @@ impl<T, P: Plain<T>> Plain<Option<T>> for Option<P> {
 /// A list; a type of its own, because `Vec<String>` above is already as it is.
 #[derive(Serialize, Deserialize)]
 #[serde(transparent)]
-struct List<P>(Vec<P>);
+pub(crate) struct List<P>(Vec<P>);
 
 impl<T, P: Plain<T>> Plain<Vec<T>> for List<P> {
     fn of(from: &Vec<T>) -> Self {
@@ -131,7 +133,7 @@ impl<T, P: Plain<T>> Plain<Vec<T>> for List<P> {
 
 /// The whole file; `format` comes first.
 #[derive(Serialize, Deserialize)]
-struct Record {
+pub(crate) struct Record {
     format: u32,
     written_at: Timestamp,
     boot_id: String,
@@ -278,7 +280,7 @@ persisted!(Unanswered {
 
 #[derive(Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-enum Phase {
+pub(crate) enum Phase {
     Creating,
     Created,
     Running,
@@ -313,7 +315,7 @@ impl Plain<domain::Phase> for Phase {
 /// `{"status", "at", "oom"}` or `{"unknown": why}`.
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Exit {
+pub(crate) enum Exit {
     Observed {
         status: u32,
         at: Timestamp,

@@ -1,6 +1,8 @@
 //! `recoverd`: the command line. Parses, loads the configuration, runs one command and turns its
 //! result into an exit code; everything else is in `commands`.
 
+#[allow(dead_code, unused_imports, reason = "its commands follow")]
+mod adopt;
 mod classify;
 mod cli;
 mod commands;

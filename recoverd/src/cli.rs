@@ -86,6 +86,12 @@ pub enum Command {
     Preflight(Preflight),
     /// Write all facts about one task into a tar file, for a bug report
     Dump(Dump),
+    /// Start our shim for tasks whose shim is gone, where containerd will look for it
+    Adopt(Adopt),
+    /// Before containerd starts: have no workload die at that start
+    PreStart(PreStart),
+    /// After containerd started: tell what became of every task
+    PostStart(PostStart),
     /// Tell what recoverd did
     History(History),
     /// Tell what a finding means, how it comes about and what to do
@@ -171,6 +177,65 @@ pub struct Dump {
     /// Have a Go shim write its stacks into its log first (sends it SIGUSR1)
     #[arg(long)]
     pub stack: bool,
+}
+
+/// `recoverd adopt`
+#[derive(Debug, Args)]
+pub struct Adopt {
+    /// Containerd namespace and id of tasks; none: all that are orphaned. Of a pod the whole pod
+    /// is adopted, it has one shim
+    #[arg(value_name = "NS/ID")]
+    pub tasks: Vec<String>,
+    /// How to print
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
+    pub output: TableOrJson,
+}
+
+/// `recoverd pre-start`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Looks at the containerd that --address names [default: /run/containerd/containerd.sock], and\n\
+                  does nothing while it runs. Exits 0 whatever it finds, so that it never keeps containerd\n\
+                  from starting, unless --strict says otherwise."
+)]
+pub struct PreStart {
+    /// Be done within this time [default: 20s, or pre-start.deadline of the configuration]
+    #[arg(long, value_name = "TIME", value_parser = crate::config::parse_duration)]
+    pub deadline: Option<std::time::Duration>,
+    /// The systemd unit that runs containerd
+    #[arg(long, default_value = "containerd.service", value_name = "UNIT")]
+    pub unit: String,
+    /// Exit as commands that act do: not 0 when a workload will be lost
+    #[arg(long)]
+    pub strict: bool,
+}
+
+/// `recoverd post-start`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "Compares with what pre-start saw of the containerd that --address names\n\
+                  [default: /run/containerd/containerd.sock]. Exits 0 whatever it finds, unless --strict\n\
+                  says otherwise."
+)]
+pub struct PostStart {
+    /// How to print
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
+    pub output: TableOrJson,
+    /// Exit 1 when a workload was lost, 3 when it cannot be told
+    #[arg(long)]
+    pub strict: bool,
 }
 
 /// `recoverd history`

@@ -45,6 +45,8 @@ pub struct Config {
     pub containerd: Vec<Containerd>,
     /// Of looking.
     pub scan: Scan,
+    /// Of successors of shims.
+    pub adopt: Adopt,
     /// Of the hook before containerd's start.
     pub pre_start: PreStart,
     origin: Origin,
@@ -78,6 +80,15 @@ pub struct Scan {
     pub second_look: Duration,
     /// Percent of a file system, bytes or inodes, from which on it is nearly full.
     pub run_full: u8,
+}
+
+/// The `[adopt]` table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Adopt {
+    /// The shim's binary; none: the one beside recoverd, else in PATH.
+    pub binary: Option<PathBuf>,
+    /// For one successor, until it serves.
+    pub deadline: Duration,
 }
 
 /// The `[pre-start]` table.
@@ -155,6 +166,10 @@ impl Default for Config {
                 settle: Duration::from_secs(10),
                 second_look: Duration::from_millis(500),
                 run_full: 90,
+            },
+            adopt: Adopt {
+                binary: None,
+                deadline: Duration::from_secs(5),
             },
             pre_start: PreStart {
                 foreign: false,
@@ -282,6 +297,29 @@ const KEYS: &[Key] = &[
         show: |config| i64::from(config.scan.run_full).into(),
     },
     Key {
+        table: "adopt",
+        name: "binary",
+        about: "the shim that adopts; \"\" is the one beside recoverd, else in PATH",
+        allowed: "an absolute path or \"\"",
+        set: |config, value| {
+            config.adopt.binary = match value.as_str()? {
+                "" => None,
+                _ => Some(absolute(value)?),
+            };
+            Some(())
+        },
+        show: |config| {
+            config
+                .adopt
+                .binary
+                .as_deref()
+                .map_or_else(String::new, shown)
+                .into()
+        },
+    },
+    time_key!(adopt "adopt", "deadline", deadline, "500ms" to "60s",
+        "for one successor, until it serves"),
+    Key {
         table: "pre-start",
         name: "foreign",
         about: "unresponsive shims that are foreign may be ended",
@@ -297,7 +335,7 @@ const KEYS: &[Key] = &[
 ];
 
 /// Tables of [`KEYS`], in order.
-const TABLES: [&str; 2] = ["scan", "pre-start"];
+const TABLES: [&str; 3] = ["scan", "adopt", "pre-start"];
 /// The keys of a `[[containerd]]` table.
 const CONTAINERD_KEYS: &str = "address, state, root";
 
@@ -323,10 +361,30 @@ impl Config {
         Ok(config)
     }
 
+    /// For a hook: containerd's start waits for no mended typing error. A file that is no good is
+    /// left out as a whole, and told.
+    pub fn load_or_default(global: &Global) -> Result<(Self, Option<ConfigError>), ConfigError> {
+        match Self::load(global) {
+            Ok(config) => Ok((config, None)),
+            Err(error @ ConfigError::Flag { .. }) => Err(error),
+            Err(error @ (ConfigError::File { .. } | ConfigError::Line { .. })) => {
+                let mut config = Self::default();
+                config.apply_flags(global)?;
+                Ok((config, Some(error)))
+            }
+        }
+    }
+
     /// `--min-age` of `scan`.
     pub fn override_min_age(&mut self, min_age: Duration) {
         self.scan.min_age = min_age;
         self.came_from("scan.min-age", Source::Flag("--min-age"));
+    }
+
+    /// `--deadline` of `pre-start`.
+    pub fn override_deadline(&mut self, deadline: Duration) {
+        self.pre_start.deadline = deadline;
+        self.came_from("pre-start.deadline", Source::Flag("--deadline"));
     }
 
     fn came_from(&mut self, key: &str, source: Source) {
@@ -546,7 +604,7 @@ fn unknown_key(table: &str, name: &str) -> String {
         .map(|key| key.name)
         .collect();
     let place = if table.is_empty() {
-        allowed.extend(["[[containerd]]", "[scan]", "[pre-start]"]);
+        allowed.extend(["[[containerd]]", "[scan]", "[adopt]", "[pre-start]"]);
         String::new()
     } else {
         format!("{table}.")
@@ -728,6 +786,10 @@ mod tests {
         settle = "90s"
         second-look = "1s"
         run-full = 80
+
+        [adopt]
+        binary = "/a/shim"
+        deadline = "9s"
 
         [pre-start]
         foreign = true

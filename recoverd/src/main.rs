@@ -1,7 +1,6 @@
 //! `recoverd`: the command line. Parses, loads the configuration, runs one command and turns its
 //! result into an exit code; everything else is in `commands`.
 
-#[allow(dead_code, unused_imports, reason = "its commands follow")]
 mod adopt;
 mod classify;
 mod cli;
@@ -12,15 +11,12 @@ mod dump;
 mod explain;
 mod facts;
 mod findings;
-#[allow(dead_code, reason = "its first writer comes with the next command")]
 mod history;
-#[allow(dead_code, reason = "its first writer comes with the next command")]
+mod hooks;
 mod lock;
 mod observe;
-#[allow(dead_code, reason = "its first writer comes with the next command")]
 mod own_dir;
 mod preflight;
-#[allow(dead_code, reason = "its first writer comes with the next command")]
 mod quarantine;
 mod report;
 mod sys;
@@ -46,7 +42,6 @@ pub enum Verdict {
     /// Could not see everything.
     Gaps,
     /// What was done does not hold, or not all of it.
-    #[allow(dead_code, reason = "comes with the next command")]
     Unkept,
 }
 
@@ -64,7 +59,6 @@ pub enum Failure {
     Blind(String),
     /// Somebody else holds the lock; exit 4.
     #[error("{0}")]
-    #[allow(dead_code, reason = "comes with the next command")]
     Held(String),
 }
 
@@ -115,7 +109,7 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         commands::explain::run(&text, &mut io::stdout().lock())?;
         return Ok(Verdict::Clean);
     }
-    let mut config = Config::load(&cli.global).map_err(|e| Failure::Usage(e.to_string()))?;
+    let mut config = configuration(cli)?;
     match &cli.command {
         Command::Scan(args) => {
             if let Some(min_age) = args.min_age {
@@ -126,6 +120,14 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         Command::Show(args) => commands::show::run(args, &cli.global, &config),
         Command::Preflight(args) => commands::preflight::run(args, &cli.global, &config),
         Command::Dump(args) => commands::dump::run(args, &cli.global, &config),
+        Command::Adopt(args) => commands::adopt::run(args, &cli.global, &config),
+        Command::PreStart(args) => {
+            if let Some(deadline) = args.deadline {
+                config.override_deadline(deadline);
+            }
+            commands::pre_start::run(args, &cli.global, &config)
+        }
+        Command::PostStart(args) => commands::post_start::run(args, &cli.global, &config),
         Command::History(args) => commands::history::run(args, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
         Command::Config => {
@@ -133,6 +135,23 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
             Ok(Verdict::Clean)
         }
     }
+}
+
+fn configuration(cli: &Cli) -> Result<Config, Failure> {
+    let usage = |error: config::ConfigError| Failure::Usage(error.to_string());
+    let hook = match &cli.command {
+        Command::PreStart(args) => !args.strict,
+        Command::PostStart(args) => !args.strict,
+        _ => false,
+    };
+    if !hook {
+        return Config::load(&cli.global).map_err(usage);
+    }
+    let (config, error) = Config::load_or_default(&cli.global).map_err(usage)?;
+    if let Some(error) = error {
+        complain(&format!("{error}: going on with the defaults"));
+    }
+    Ok(config)
 }
 
 /// One line for a usage error, all of it for `--help` and `--version`.

@@ -33,6 +33,16 @@ impl Examined {
     }
 }
 
+/// Which suspicions are worth another look.
+#[derive(Debug, Clone, Copy)]
+pub enum Again {
+    /// All that ask for one.
+    All,
+    /// Those with these codes; the others are dropped unless one look was enough for them. For a
+    /// command that has little time and acts on these alone.
+    Only(&'static [Code]),
+}
+
 /// What makes two findings of two looks the same: code, subject and containerd. The latter by its
 /// address, as places in the list move when a containerd comes or goes.
 fn key<'a>(look: &'a Look, suspicion: &'a Suspicion) -> (Code, &'a Subject, Option<&'a str>) {
@@ -50,11 +60,15 @@ pub async fn examine(
     plan: &Plan,
     settings: &Settings,
     second_look: Duration,
+    again: Again,
     progress: &(dyn Fn(&str) + Sync),
 ) -> Examined {
     let began = Instant::now();
     let look = observe::look(plan, &Scope::Full, progress).await;
     let (mut suspicions, gaps) = judge(&look, plan, settings);
+    if let Again::Only(codes) = again {
+        suspicions.retain(|s| s.hold == Hold::Once || codes.contains(&s.finding.code));
+    }
     // At most one wait per kind of hold, whatever the number of suspects.
     if suspicions.iter().any(|s| s.hold != Hold::Once) {
         progress("suspects again");

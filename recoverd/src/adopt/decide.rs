@@ -199,7 +199,7 @@ impl<'a> Selection<'a> {
     fn take(&mut self, look: &Look, mut group: Group<'a>) {
         // Only what has a living process, or an exit on record, is worth a shim.
         let worth = |case: &&Case<'_>| case.init.alive().is_some() || zombie(look, case).is_some();
-        if !group.recorded && !group.members.iter().any(|case| worth(&case)) {
+        if !group.recorded && !group.members.iter().any(worth) {
             for case in &group.members {
                 self.refused.push(lost(case));
             }
@@ -497,16 +497,20 @@ fn order(look: &Look, group: &Group<'_>, clues: &Clues) -> Result<Order, String>
         .get(group.instance)
         .ok_or("its containerd is not known")?;
     let mut because = group.because.clone();
+    let mut unreadable = None;
     let record = if group.recorded {
         None
     } else {
         if let Some(Seen::Unknown(why)) = record_at(look, &group.socket) {
             because.push(format!("its record {why}: taken from bundle and runc"));
+            unreadable = Some(paths::Beside::of(&group.socket).record);
         }
         Some(record_of(look, group, instance, clues)?)
     };
     Ok(Order {
         address: instance.address.clone(),
+        state: instance.state.clone(),
+        unreadable,
         namespace: group.namespace.clone(),
         group: group.id.clone(),
         adoption: Adoption {

@@ -13,6 +13,8 @@ pub mod clues;
 pub mod decide;
 pub mod run;
 
+use std::path::PathBuf;
+
 use recoverd_common::{adoption::Adoption, proc::ProcessId};
 
 use crate::{
@@ -29,12 +31,16 @@ pub use run::{How, Outcome, Verdict, run};
 pub struct Order {
     /// The containerd's gRPC address.
     pub address: String,
+    /// Its state folder.
+    pub state: Option<PathBuf>,
     /// The containerd namespace.
     pub namespace: String,
     /// The group's id: its first container, a pod's sandbox.
     pub group: String,
     /// What the successor is told.
     pub adoption: Adoption,
+    /// A record in its way that cannot be read: to be set aside first.
+    pub unreadable: Option<PathBuf>,
     /// Its tasks.
     pub members: Vec<Member>,
     /// Why, one line each.
@@ -63,3 +69,6 @@ pub fn decide(roots: &Roots, look: &Look, cases: &Cases<'_>, wish: &Wish<'_>) ->
     let clues = clues::observe(roots, look, &selection.groups, wish.unit);
     decide::orders(look, selection, &clues)
 }
+
+#[cfg(test)]
+mod tests;

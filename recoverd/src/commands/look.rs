@@ -14,7 +14,7 @@ use crate::{
     facts::TaskName,
     observe::{Limits, NamedInstance, Plan, Roots},
     report::{Narrow, Report, progress::Progress},
-    verify::{self, Examined},
+    verify::{self, Again, Examined},
 };
 
 /// Where and how long to look.
@@ -90,8 +90,29 @@ pub fn examine(plan: &Plan, config: &Config) -> Result<Examined, Failure> {
 
 /// As [`examine`], for a command that asks more afterwards.
 pub fn examine_in(runtime: &tokio::runtime::Runtime, plan: &Plan, config: &Config) -> Examined {
-    raise_descriptor_limit();
     give_up_after(config.scan.budget + config.scan.settle + STUCK);
+    examine_again(runtime, plan, config, Again::All)
+}
+
+/// As [`examine_in`], for a command that wants another look at little or nothing.
+pub fn examine_once(
+    runtime: &tokio::runtime::Runtime,
+    plan: &Plan,
+    config: &Config,
+    again: Again,
+) -> Examined {
+    give_up_after(config.scan.budget + STUCK);
+    examine_again(runtime, plan, config, again)
+}
+
+/// Looks, without a word on how long that may take: the caller watches over it.
+pub fn examine_again(
+    runtime: &tokio::runtime::Runtime,
+    plan: &Plan,
+    config: &Config,
+    again: Again,
+) -> Examined {
+    raise_descriptor_limit();
     runtime.block_on(async {
         let progress = Progress::start();
         let tell = |stage: &str| {
@@ -99,7 +120,7 @@ pub fn examine_in(runtime: &tokio::runtime::Runtime, plan: &Plan, config: &Confi
             progress.stage(stage);
         };
         let settings = settings(config);
-        verify::examine(plan, &settings, config.scan.second_look, &tell).await
+        verify::examine(plan, &settings, config.scan.second_look, again, &tell).await
     })
 }
 

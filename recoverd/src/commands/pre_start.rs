@@ -1,0 +1,524 @@
+//! `recoverd pre-start`: runs while no containerd does, and has none of its workloads die at the
+//! start that follows. In this order, as time may run out: the baseline; the files that a
+//! containerd of another release needs; what is orphaned; what does not answer; what would stop
+//! containerd. Never keeps containerd from starting: it exits 0 unless told otherwise.
+
+use std::{
+    collections::BTreeSet,
+    io::{self, Write},
+    time::{Duration, Instant},
+};
+
+use recoverd_common::proc::{FileId, ProcessId};
+use serde_json::{Map, Value, json};
+
+use super::{
+    adopt::{AT_ONCE, Complaint, begin, intend, tell},
+    look,
+};
+use crate::{
+    Failure, Verdict,
+    adopt::{self, Decision, How, Order, Outcome, Wish, run::find_binary},
+    cli,
+    config::Config,
+    correlate::{Case, Cases},
+    facts::{Api, Instance, Look, TaskName},
+    findings::{Code, Subject},
+    history::{Event, History},
+    hooks::{
+        baseline::{self, Baseline, Did},
+        batches, stoppers, twins,
+    },
+    lock,
+    observe::NamedInstance,
+    quarantine,
+    report::Narrow,
+    verify::{Again, Examined},
+};
+
+/// What another recoverd gets to finish its work, of the whole deadline.
+const PATIENCE: u32 = 4;
+/// Looks and answers get this part of the deadline.
+const LOOKING: u32 = 3;
+/// Work ends this long before the deadline: the baseline and the history are written then.
+const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Runs the hook. What it prints is one line, for the journal.
+pub fn run(
+    args: &cli::PreStart,
+    global: &cli::Global,
+    config: &Config,
+) -> Result<Verdict, Failure> {
+    let began = Instant::now();
+    give_up_at(config.pre_start.deadline, args.strict);
+    let result = Hook::new(args, global, config, began).and_then(|hook| hook.run());
+    match result {
+        Ok(done) => {
+            let mut out = io::stdout().lock();
+            let line = format!(
+                "recoverd: pre-start: {}, {} ms\n",
+                done.line,
+                began.elapsed().as_millis()
+            );
+            // A journal that is away does not keep containerd from starting.
+            let written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+            match (args.strict, written) {
+                (true, Err(error)) => Err(error.into()),
+                (true, Ok(())) => Ok(done.verdict),
+                (false, _) => Ok(Verdict::Clean),
+            }
+        }
+        Err(failure) if args.strict => Err(failure),
+        Err(failure) => {
+            crate::complain(&format!(
+                "pre-start: {failure}: containerd starts without it"
+            ));
+            Ok(Verdict::Clean)
+        }
+    }
+}
+
+/// Ends this process at its deadline: a read of `/proc` may wait for ever. What it started goes on
+/// and finishes by itself, or is finished by the next run.
+fn give_up_at(deadline: Duration, strict: bool) {
+    std::thread::spawn(move || {
+        std::thread::sleep(deadline);
+        crate::complain(&format!(
+            "pre-start: was not done in {} ms: containerd starts now",
+            deadline.as_millis()
+        ));
+        std::process::exit(if strict { 3 } else { 0 });
+    });
+}
+
+struct Hook<'a> {
+    args: &'a cli::PreStart,
+    config: Config,
+    plan: crate::observe::Plan,
+    narrow: Narrow,
+    address: String,
+    began: Instant,
+    history: History,
+}
+
+struct Done {
+    line: String,
+    verdict: Verdict,
+}
+
+impl Done {
+    fn nothing(line: impl Into<String>, verdict: Verdict) -> Self {
+        Self {
+            line: line.into(),
+            verdict,
+        }
+    }
+}
+
+impl<'a> Hook<'a> {
+    fn new(
+        args: &'a cli::PreStart,
+        global: &cli::Global,
+        config: &Config,
+        began: Instant,
+    ) -> Result<Self, Failure> {
+        let mut config = config.clone();
+        let most = config.pre_start.deadline / LOOKING;
+        config.scan.budget = config.scan.budget.min(most);
+        config.scan.shim_deadline = config.scan.shim_deadline.min(config.scan.budget);
+        let mut plan = look::plan(global, &config);
+        // It acts on one containerd, named or not.
+        if global.address.is_none() && global.state.is_none() && global.root.is_none() {
+            plan.named.insert(
+                0,
+                NamedInstance {
+                    source: "default".into(),
+                    ..NamedInstance::default()
+                },
+            );
+        }
+        let address = plan
+            .named
+            .first()
+            .map_or_else(String::new, NamedInstance::address_or_default);
+        let narrow = Narrow {
+            address: Some(address.clone()),
+            namespace: global.namespace.clone(),
+        };
+        let history = History::new(&config.history, "pre-start");
+        Ok(Self {
+            args,
+            config,
+            plan,
+            narrow,
+            address,
+            began,
+            history,
+        })
+    }
+
+    fn run(self) -> Result<Done, Failure> {
+        let deadline = self.config.pre_start.deadline;
+        let mut complaint = Complaint::default();
+        let mut remarks = Vec::new();
+        let lock = lock::take_within(&self.config.run_dir, "pre-start", deadline / PATIENCE);
+        let _lock = match lock {
+            Ok(lock) => Some(lock),
+            Err(held @ lock::Refused::Held { .. }) => {
+                return Err(Failure::Held(held.to_string()));
+            }
+            // On a full /run there is nobody else either: shims have locks of their own.
+            Err(failed @ lock::Refused::Failed { .. }) => {
+                remarks.push(failed.to_string());
+                None
+            }
+        };
+        let runtime = look::runtime()?;
+        let again = Again::Only(&[Code::UnresponsiveShim]);
+        let examined = look::examine_again(&runtime, &self.plan, &self.config, again);
+        let look = &examined.look;
+        if !look.host.root {
+            return Err(Failure::Blind("needs root".into()));
+        }
+        let Some(at) = look.instances.iter().position(|i| i.is(&self.address)) else {
+            let line = format!("nothing is known of a containerd at {}", self.address);
+            return Ok(Done::nothing(line, Verdict::Clean));
+        };
+        if let Some(why) = look.instances.get(at).and_then(runs) {
+            let line = format!("containerd at {} {why}: nothing done", self.address);
+            return Ok(Done::nothing(line, Verdict::Unkept));
+        }
+        let cases = examined.cases(&self.plan);
+        let mut baseline = baseline::of(look, &cases.cases, at);
+        remarks.extend(self.keep(&baseline));
+
+        let twins = self.write_twins(&cases, at, &mut complaint);
+        let hung = unresponsive(&examined, &cases, at);
+        let wish = Wish {
+            address: self.narrow.address.as_deref(),
+            namespace: self.narrow.namespace.as_deref(),
+            only: None,
+            unresponsive: &hung,
+            unit: Some(&self.args.unit),
+        };
+        let decision = adopt::decide(&self.plan.roots, look, &cases, &wish);
+        let shims = look.shims.iter();
+        let shims = shims.filter(|s| look.instances.get(at).is_some_and(|i| i.is(&s.address)));
+        let outcomes = self.adopt(
+            &runtime,
+            &decision,
+            batches::at_once(shims.count()),
+            &mut complaint,
+        );
+        note(&mut baseline, &decision, &outcomes);
+        let set_aside = self.set_aside(look, &cases, at, &hung, &outcomes, &mut complaint);
+        for (name, why) in &set_aside {
+            if let Some(task) = baseline.task_mut(name) {
+                task.did = Did::SetAside;
+                task.why.clone_from(why);
+            }
+        }
+        remarks.extend(self.keep(&baseline));
+        let tally = Tally::of(&baseline, &decision, twins);
+        let done = Done {
+            verdict: tally.verdict(),
+            line: tally.line(&remarks),
+        };
+        complaint.of(self.end(&tally, &done.line));
+        complaint.say();
+        Ok(done)
+    }
+
+    /// Writes the baseline; without one post-start has less to say, and that is all.
+    fn keep(&self, baseline: &Baseline) -> Option<String> {
+        baseline::write(&self.config.run_dir, &self.address, baseline)
+            .err()
+            .map(|error| format!("write baseline: {error}"))
+    }
+
+    fn until(&self) -> Instant {
+        self.began + self.config.pre_start.deadline.saturating_sub(LAST_WORDS)
+    }
+
+    fn write_twins(&self, cases: &Cases<'_>, at: usize, complaint: &mut Complaint) -> usize {
+        let of_instance = cases.cases.iter().filter(|case| case.instance == Some(at));
+        let mut written = 0_usize;
+        for case in of_instance {
+            for twin in twins::missing(case) {
+                let subject = format!("{}/{}", case.name.0, case.name.1);
+                let path = twin.path.display();
+                let (event, text) = match twins::write(&twin) {
+                    Ok(()) => {
+                        written = written.saturating_add(1);
+                        (Event::Done, format!("wrote {path}: {}", twin.why))
+                    }
+                    Err(error) => (Event::Failed, format!("write {path}: {error}")),
+                };
+                complaint.of(self.history.tell(event, &subject, &text, Map::new()));
+            }
+        }
+        written
+    }
+
+    /// First what has no shim at all, all at once; then what has one that hangs, a batch at a time,
+    /// the next only after every one of the last turned out well.
+    fn adopt(
+        &self,
+        runtime: &tokio::runtime::Runtime,
+        decision: &Decision,
+        at_once: usize,
+        complaint: &mut Complaint,
+    ) -> Vec<Outcome> {
+        if decision.orders.is_empty() {
+            return Vec::new();
+        }
+        let binary = match find_binary(self.config.adopt.binary.as_deref()) {
+            Ok(binary) => binary,
+            Err(why) => {
+                complaint.of(self.history.tell(Event::Failed, "", &why, Map::new()));
+                let failed = |order: &Order| Outcome {
+                    order: order.clone(),
+                    verdict: adopt::Verdict::Failed(adopt::run::Failed::Refused(why.clone())),
+                    took: Duration::ZERO,
+                };
+                return decision.orders.iter().map(failed).collect();
+            }
+        };
+        complaint.of(begin(&self.history, decision.orders.len()));
+        let how = How {
+            binary,
+            deadline: self.config.adopt.deadline,
+            until: self.until(),
+            at_once: AT_ONCE,
+        };
+        let (hung, orphaned): (Vec<Order>, Vec<Order>) = decision
+            .orders
+            .iter()
+            .cloned()
+            .partition(|order| order.adoption.predecessor.is_some());
+        let mut outcomes = Vec::new();
+        let mut go = |orders: Vec<Order>, outcomes: &mut Vec<Outcome>| {
+            for order in &orders {
+                complaint.of(intend(&self.history, order));
+            }
+            let done = runtime.block_on(adopt::run(orders, &how));
+            for outcome in &done {
+                complaint.of(tell(&self.history, outcome));
+            }
+            let failed = |outcome: &Outcome| matches!(outcome.verdict, adopt::Verdict::Failed(_));
+            let well = !done.iter().any(failed);
+            outcomes.extend(done);
+            well
+        };
+        go(orphaned, &mut outcomes);
+        let mut well = true;
+        for batch in hung.chunks(at_once) {
+            if well {
+                well = go(batch.to_vec(), &mut outcomes);
+                continue;
+            }
+            let left = |order: &Order| Outcome {
+                order: order.clone(),
+                verdict: adopt::Verdict::Failed(adopt::run::Failed::Refused(
+                    "not tried: replacing others before it failed".into(),
+                )),
+                took: Duration::ZERO,
+            };
+            outcomes.extend(batch.iter().map(left));
+        }
+        outcomes
+    }
+
+    fn set_aside(
+        &self,
+        look: &Look,
+        cases: &Cases<'_>,
+        at: usize,
+        hung: &BTreeSet<ProcessId>,
+        outcomes: &[Outcome],
+        complaint: &mut Complaint,
+    ) -> Vec<(TaskName, String)> {
+        let served: BTreeSet<&TaskName> = outcomes
+            .iter()
+            .filter(|outcome| !matches!(outcome.verdict, adopt::Verdict::Failed(_)))
+            .flat_map(|outcome| outcome.order.members.iter().map(|member| &member.name))
+            .collect();
+        let Some(state) = look.instances.get(at).and_then(|i| i.state.clone()) else {
+            return Vec::new();
+        };
+        let left = cases
+            .cases
+            .iter()
+            .filter(|case| case.instance == Some(at) && !served.contains(&case.name));
+        let mut done = Vec::new();
+        for stopper in stoppers::stoppers(look, left, hung) {
+            let subject = format!("{}/{}", stopper.name.0, stopper.name.1);
+            // By its identity now: whatever stands there later stays.
+            let recoverd_common::seen::Seen::Present(file) = FileId::of_entry(&stopper.bundle)
+            else {
+                continue;
+            };
+            let thing = quarantine::Thing {
+                path: &stopper.bundle,
+                file,
+                name: &format!("{}-{}", stopper.name.0, stopper.name.1),
+                why: &stopper.why,
+                run: self.history.run(),
+            };
+            let (event, text) = match quarantine::set_aside(&state, &thing) {
+                Ok(path) => {
+                    done.push((stopper.name.clone(), stopper.why.clone()));
+                    let text = format!("set aside as {}: {}", path.display(), stopper.why);
+                    (Event::Done, text)
+                }
+                Err(kept) => (Event::Failed, kept.to_string()),
+            };
+            complaint.of(self.history.tell(event, &subject, &text, Map::new()));
+        }
+        done
+    }
+
+    fn end(&self, tally: &Tally, line: &str) -> Result<(), crate::history::NotWritten> {
+        for (name, why) in &tally.not_adopted {
+            let subject = format!("{}/{}", name.0, name.1);
+            self.history.tell(Event::Noted, &subject, why, Map::new())?;
+        }
+        let details = match json!({"containerd": self.address}) {
+            Value::Object(map) => map,
+            _ => Map::new(),
+        };
+        self.history.tell(Event::Ended, "", line, details)
+    }
+}
+
+/// Why the hook must not act: that containerd is there.
+fn runs(instance: &Instance) -> Option<String> {
+    match (instance.daemon, &instance.api) {
+        (Some(daemon), _) => Some(format!("runs (pid {})", daemon.pid)),
+        (None, Api::Up(_)) => Some("runs".into()),
+        (None, Api::Unknown(why)) => Some(format!("may run: {why}")),
+        (None, Api::Down) => None,
+    }
+}
+
+/// Shims of that containerd that did not answer in two looks.
+fn unresponsive(examined: &Examined, cases: &Cases<'_>, at: usize) -> BTreeSet<ProcessId> {
+    let subjects: BTreeSet<&Subject> = examined
+        .suspicions
+        .iter()
+        .filter(|s| s.finding.code == Code::UnresponsiveShim && s.instance == Some(at))
+        .map(|s| &s.finding.subject)
+        .collect();
+    let about = |case: &&Case<'_>| {
+        subjects.contains(&Subject::Task {
+            namespace: case.name.0.clone(),
+            id: case.name.1.clone(),
+        })
+    };
+    cases
+        .cases
+        .iter()
+        .filter(|case| case.instance == Some(at))
+        .filter(about)
+        .filter_map(|case| Some(case.shim.process()?.id))
+        .collect()
+}
+
+/// Notes in the baseline what was done.
+fn note(baseline: &mut Baseline, decision: &Decision, outcomes: &[Outcome]) {
+    for outcome in outcomes {
+        let hung = outcome.order.adoption.predecessor.is_some();
+        for member in &outcome.order.members {
+            let Some(task) = baseline.task_mut(&member.name) else {
+                continue;
+            };
+            (task.did, task.why) = match &outcome.verdict {
+                adopt::Verdict::Adopted(adopted) => {
+                    let did = if hung { Did::Replaced } else { Did::Adopted };
+                    let mut remarks = Vec::new();
+                    let of_task = adopted.tasks.iter().filter(|t| t.id == member.name.1);
+                    for adopted in of_task {
+                        remarks.extend(adopted.remarks.iter().cloned());
+                    }
+                    (did, remarks.join("; "))
+                }
+                adopt::Verdict::StoodBack(why) => (Did::Nothing, why.clone()),
+                adopt::Verdict::Failed(why) => (Did::Failed, why.to_string()),
+            };
+        }
+    }
+    for refused in &decision.refused {
+        if let Some(task) = baseline.task_mut(&refused.name) {
+            task.why.clone_from(&refused.why);
+        }
+    }
+}
+
+/// What the one line counts.
+struct Tally {
+    tasks: usize,
+    adopted: usize,
+    replaced: usize,
+    set_aside: usize,
+    lost: usize,
+    twins: usize,
+    not_adopted: Vec<(TaskName, String)>,
+}
+
+impl Tally {
+    fn of(baseline: &Baseline, decision: &Decision, twins: usize) -> Self {
+        let did = |did| baseline.tasks.iter().filter(|task| task.did == did).count();
+        let mut not_adopted: Vec<(TaskName, String)> = baseline
+            .tasks
+            .iter()
+            .filter(|task| task.did == Did::Failed)
+            .map(|task| ((task.namespace.clone(), task.id.clone()), task.why.clone()))
+            .collect();
+        let refused = decision.refused.iter();
+        not_adopted.extend(refused.map(|r| (r.name.clone(), r.why.clone())));
+        Self {
+            tasks: baseline.tasks.len(),
+            adopted: did(Did::Adopted),
+            replaced: did(Did::Replaced),
+            set_aside: did(Did::SetAside),
+            lost: decision.refused.iter().filter(|r| r.lost).count(),
+            twins,
+            not_adopted,
+        }
+    }
+
+    fn verdict(&self) -> Verdict {
+        if self.not_adopted.is_empty() {
+            Verdict::Clean
+        } else {
+            Verdict::Unkept
+        }
+    }
+
+    fn line(&self, remarks: &[String]) -> String {
+        const SHOWN: usize = 5;
+        let mut line = format!("{} tasks", self.tasks);
+        let others = self.not_adopted.len().saturating_sub(self.lost);
+        for (count, word) in [
+            (self.adopted, "adopted"),
+            (self.replaced, "replaced"),
+            (self.twins, "address files written"),
+            (self.set_aside, "bundles set aside"),
+            (self.lost, "lost before"),
+            (others, "not adopted"),
+        ] {
+            if count > 0 {
+                line.push_str(&format!(", {count} {word}"));
+            }
+        }
+        let whys = self.not_adopted.iter().take(SHOWN);
+        let mut told: Vec<String> = whys
+            .map(|(name, why)| format!("{}/{}: {why}", name.0, name.1))
+            .collect();
+        told.extend(remarks.iter().cloned());
+        if !told.is_empty() {
+            line.push_str(&format!(" ({})", told.join("; ")));
+        }
+        line
+    }
+}

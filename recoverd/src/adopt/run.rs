@@ -11,6 +11,8 @@ use std::{
 use recoverd_common::{
     adoption::{Adopted, Misunderstood, STOOD_BACK},
     pb::task::Status,
+    proc::FileId,
+    seen::Seen,
     shim_client::{CallError, ShimClient},
 };
 use tokio::{
@@ -20,7 +22,7 @@ use tokio::{
 };
 
 use super::Order;
-use crate::facts::one_line;
+use crate::{facts::one_line, quarantine};
 
 /// The shim's file name.
 pub const BINARY: &str = "containerd-shim-recoverd-v1";
@@ -40,6 +42,8 @@ pub struct How {
     pub until: Instant,
     /// At the same time.
     pub at_once: usize,
+    /// Which run of which command, as the history says it.
+    pub run: String,
 }
 
 /// What became of one order.
@@ -159,6 +163,7 @@ async fn one(order: &Order, how: &How) -> Verdict {
         return Verdict::Failed(Failed::NoTime);
     }
     let deadline = how.deadline.min(left);
+    clear(order, &how.run);
     let done = match ask(order, how, deadline).await {
         Ok(done) => done,
         Err(failed) => return Verdict::Failed(failed),
@@ -179,6 +184,30 @@ async fn one(order: &Order, how: &How) -> Verdict {
         Ok(Ok(())) => Verdict::Adopted(adopted),
         Ok(Err(why)) => Verdict::Failed(Failed::Verify(why)),
         Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// Sets a record aside that cannot be read: the successor's would overwrite it, and somebody may
+/// want to know what it was. That this fails keeps nobody from living on.
+fn clear(order: &Order, run: &str) {
+    let (Some(path), Some(state)) = (&order.unreadable, &order.state) else {
+        return;
+    };
+    let Seen::Present(file) = FileId::of_entry(path) else {
+        return;
+    };
+    let thing = quarantine::Thing {
+        path,
+        file,
+        name: &path.file_name().unwrap_or_default().to_string_lossy(),
+        why: "the record cannot be read; its tasks are adopted from bundle and runc",
+        run,
+    };
+    match quarantine::set_aside(state, &thing) {
+        Ok(there) => {
+            tracing::info!(record = %path.display(), there = %there.display(), "set aside")
+        }
+        Err(kept) => tracing::warn!(record = %path.display(), %kept, "not set aside"),
     }
 }
 

@@ -68,13 +68,14 @@ pub fn run(args: &cli::Adopt, global: &cli::Global, config: &Config) -> Result<V
             lost: false,
         })
     }));
+    let history = History::new(&config.history, "adopt");
     let how = How {
         binary,
         deadline: config.adopt.deadline,
         until: Instant::now() + TOTAL,
         at_once: AT_ONCE,
+        run: history.run().to_owned(),
     };
-    let history = History::new(&config.history, "adopt");
     let mut complaint = Complaint::default();
     let outcomes = if orders.is_empty() {
         Vec::new()

@@ -290,6 +290,7 @@ impl<'a> Hook<'a> {
             deadline: self.config.adopt.deadline,
             until: self.until(),
             at_once: AT_ONCE,
+            run: self.history.run().to_owned(),
         };
         let (hung, orphaned): (Vec<Order>, Vec<Order>) = decision
             .orders

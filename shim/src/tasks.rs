@@ -19,7 +19,11 @@
 //! An exit is remembered when it is seen and *told* (event, Wait, State) when its turn comes: not
 //! before the start that it belongs to was told, and an init's not before those of its execs.
 
+mod adoptee;
+
 use std::collections::BTreeMap;
+
+pub use adoptee::{AdoptedExec, AdoptedMember, Adoptee, News};
 
 use recoverd_common::{cgroup::Cgroup, timestamp::Timestamp, ttrpc::code};
 use serde::{Deserialize, Serialize};
@@ -93,6 +97,15 @@ pub enum Event {
         /// Exit code or 128 + signal.
         status: u32,
     },
+    /// A process that we did not fork has exited.
+    Ended {
+        /// Whose.
+        key: Key,
+        /// Exit code or 128 + signal; or why it is not to be had.
+        status: Result<u32, String>,
+    },
+    /// A predecessor's tasks, all at once: the record must never name some of them only.
+    Adopt(Vec<Adoptee>),
     /// The kernel killed for want of memory.
     Oom {
         /// In which task.
@@ -392,6 +405,38 @@ pub enum ExecPhase {
     Stopped,
 }
 
+/// How a process ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Exit {
+    /// Exit code, or 128 + signal; a stand-in when it is not known.
+    pub status: u32,
+    /// When it was seen.
+    pub at: Timestamp,
+    /// Why the status is not known.
+    pub unknown: Option<String>,
+}
+
+impl Exit {
+    /// As the kernel said it.
+    pub fn observed(status: u32, at: Timestamp) -> Self {
+        Self {
+            status,
+            at,
+            unknown: None,
+        }
+    }
+
+    /// It has ended, how is not to be had. The wire needs a number; this is the one that
+    /// containerd itself puts in such a place.
+    pub fn unknown(why: String, at: Timestamp) -> Self {
+        Self {
+            status: STAND_IN,
+            at,
+            unknown: Some(why),
+        }
+    }
+}
+
 /// What init and exec have in common.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Member {
@@ -402,7 +447,7 @@ pub struct Member {
     /// CloseIO was called.
     pub stdin_closed: bool,
     /// Set when it is seen; told later.
-    pub exit: Option<(u32, Timestamp)>,
+    pub exit: Option<Exit>,
     /// Its stdio has nothing more to carry.
     pub drained: bool,
     /// Callers of Wait.
@@ -428,8 +473,8 @@ impl Member {
     fn ended(&self) -> Ended {
         Ended {
             pid: self.pid(),
-            status: self.exit.map_or(0, |(status, _)| status),
-            at: self.exit.map(|(_, at)| at),
+            status: self.exit.as_ref().map_or(0, |exit| exit.status),
+            at: self.exit.as_ref().map(|exit| exit.at),
         }
     }
 }
@@ -668,6 +713,14 @@ impl Tasks {
             Event::ExecPrepared { key, result } => self.exec_prepared(&key, result, &mut out),
             Event::JobEnded { job, outcome } => self.job_ended(job, outcome, now, &mut out),
             Event::Exited { pid, status } => self.exited(pid, status, now, &mut out),
+            Event::Ended { key, status } => {
+                let exit = match status {
+                    Ok(status) => Exit::observed(status, now.wall),
+                    Err(why) => Exit::unknown(why, now.wall),
+                };
+                self.ended(&key, exit, now, &mut out);
+            }
+            Event::Adopt(adoptees) => self.adopt(adoptees, now, &mut out),
             Event::Oom { id } => self.oom(id, &mut out),
             Event::Drained { key } => self.drained(&key, now, &mut out),
             Event::Disconnected { connection } => self.disconnected(connection),
@@ -869,7 +922,11 @@ impl Tasks {
             pid: member.pid(),
             status: status as i32,
             stdio: member.stdio.clone(),
-            exit: member.exit.filter(|_| status == Status::Stopped),
+            exit: member
+                .exit
+                .as_ref()
+                .filter(|_| status == Status::Stopped)
+                .map(|exit| (exit.status, exit.at)),
         })))
     }
 
@@ -1552,16 +1609,24 @@ impl Tasks {
                 exec_id: exec_id.clone(),
             })
         });
-        let Some(key) = found else {
+        if let Some(key) = found {
+            self.ended(&key, Exit::observed(status, now.wall), now, out);
+        }
+    }
+
+    /// A process of ours has ended.
+    fn ended(&mut self, key: &Key, exit: Exit, now: Now, out: &mut Vec<Effect>) {
+        let living = |member: &&Member| member.exit.is_none();
+        let member = self.tasks.get(&key.id).and_then(|t| t.member(&key.exec_id));
+        if member.filter(living).is_none() {
             return;
-        };
+        }
         self.dirty = true;
         let Some(task) = self.tasks.get_mut(&key.id) else {
             return;
         };
-        let exit = Some((status, now.wall));
         if key.is_init() {
-            task.init.exit = exit;
+            task.init.exit = Some(exit);
             if !task.private_pids {
                 // What shares the host's pid namespace outlives its init; it must not.
                 let work = Work::Kill {
@@ -1573,9 +1638,9 @@ impl Tasks {
             self.thaw_if_exited(&key.id, out);
             self.tell_init(&key.id, now, out);
         } else if let Some(exec) = task.execs.get_mut(&key.exec_id) {
-            exec.member.exit = exit;
+            exec.member.exit = Some(exit);
             exec.phase = ExecPhase::Stopped;
-            tell(&key, &mut exec.member, out);
+            tell(key, &mut exec.member, out);
             self.tell_init(&key.id, now, out);
         }
     }
@@ -1698,9 +1763,10 @@ impl Tasks {
                 let Some(Busy::LateExit(caller)) = task.busy else {
                     return;
                 };
-                // The runtime has killed it and we never saw it end; the answer needs a number,
-                // and this is the one that containerd itself puts in such a place.
-                task.init.exit.get_or_insert((STAND_IN, now.wall));
+                task.init.exit.get_or_insert_with(|| {
+                    let why = "the runtime has killed it, and its end was never seen";
+                    Exit::unknown(why.to_owned(), now.wall)
+                });
                 self.delete_done(&id, Some(caller), out);
             }
         }

@@ -95,7 +95,7 @@ fn parse_shim_line(arguments: &[String]) -> Option<ShimLine> {
         address: value("address")?,
         verb: matches!(
             arguments.last().map(String::as_str),
-            Some("start" | "delete")
+            Some("start" | "delete" | "adopt")
         ),
     };
     // A shim's other flags tell it from a tool that has words in common with it (ctr has

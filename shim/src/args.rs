@@ -20,8 +20,12 @@ pub enum Invocation {
     Start(Flags),
     /// `delete`: clean up after a task whose shim is gone.
     Delete(Flags),
+    /// `adopt`: take over the tasks of a shim that is gone.
+    Adopt(Flags),
     /// No action: be the shim.
     Serve(Flags),
+    /// `-adopt`: be the shim that takes over.
+    Successor(Flags),
     /// `-v`.
     Version,
     /// `-info`.
@@ -70,7 +74,7 @@ pub enum Refusal {
         value: String,
     },
     /// Neither `start` nor `delete`.
-    #[error("unknown action {0:?} (allowed: start, delete, or none to serve)")]
+    #[error("unknown action {0:?} (allowed: start, delete, adopt, or none to serve)")]
     UnknownAction(String),
     /// containerd never passes such.
     #[error("argument {0:?} is not valid UTF-8")]
@@ -101,7 +105,7 @@ impl Refusal {
     }
 }
 
-const FLAG_NAMES: &str = "-address -bundle -debug -debug-socket -group -id -info -namespace \
+const FLAG_NAMES: &str = "-address -adopt -bundle -debug -debug-socket -group -id -info -namespace \
                           -publish-binary -socket -v -version";
 
 /// What `-h` prints.
@@ -112,10 +116,12 @@ containerd runs it; by hand only -v and -info are of use.
 
   -namespace NS -address A -id ID [-debug] start             serve a task, print the address
   -namespace NS -address A -id ID -bundle B [-debug] delete  clean up after a task
+  -namespace NS -address A -id ID [-debug] adopt             serve the tasks of a shim that is
+                                                             gone (recoverd runs it)
   -v        print the version
   -info     print what this runtime can do, as protobuf (options on standard input)
 
-Exit status: 0 done, 1 failed, 2 wrong usage. Errors are one line on standard error.
+Exit status: 0 done, 1 failed, 2 wrong usage, 3 (adopt) somebody else serves them. Errors are one line on standard error.
 ";
 
 /// Where a flag's value goes.
@@ -135,6 +141,7 @@ fn flag(name: &str) -> Option<Flag> {
         "namespace" => Flag::Text("namespace"),
         "publish-binary" => Flag::Text("publish-binary"),
         "socket" => Flag::Text("socket"),
+        "adopt" => Flag::Boolean("adopt"),
         "debug" => Flag::Boolean("debug"),
         "info" => Flag::Boolean("info"),
         "v" | "version" => Flag::Boolean("v"),
@@ -152,6 +159,7 @@ struct Given {
     id: String,
     namespace: String,
     socket: String,
+    adopt: bool,
     debug: bool,
     info: bool,
     version: bool,
@@ -175,6 +183,7 @@ impl Given {
 
     fn set_boolean(&mut self, name: &'static str, value: bool) {
         match name {
+            "adopt" => self.adopt = value,
             "debug" => self.debug = value,
             "info" => self.info = value,
             "v" => self.version = value,
@@ -252,6 +261,8 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
     let act: fn(Flags) -> Invocation = match action {
         Some("start") => Invocation::Start,
         Some("delete") => Invocation::Delete,
+        Some("adopt") => Invocation::Adopt,
+        None if given.adopt => Invocation::Successor,
         None => Invocation::Serve,
         Some(other) => return Err(Refusal::UnknownAction(other.into())),
     };

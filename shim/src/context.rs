@@ -3,7 +3,6 @@
 //! from (SPEC 5.10); and set by `start` for the daemon.
 
 use std::{
-    collections::BTreeMap,
     fmt, fs, io,
     path::{Component, Path, PathBuf},
 };
@@ -115,7 +114,7 @@ impl fmt::Display for Unrestored {
 
 /// Gives this process the surroundings of its predecessor. Goes on after a failure (a machine may
 /// forbid a negative OOM score, a cgroup may be gone) and says what it could not do. The
-/// environment is not set here but given to every child: see [`Context::env`].
+/// environment is not set here: a successor is started with it.
 pub fn restore(roots: &Roots, context: &Context) -> Unrestored {
     let mut unrestored = Unrestored::default();
     let mut tell = |what: &str, result: io::Result<()>| {
@@ -153,16 +152,6 @@ pub fn restore(roots: &Roots, context: &Context) -> Unrestored {
         );
     }
     unrestored
-}
-
-/// The environment for children: this process's own, with what the record kept over it.
-pub fn environment(context: &Context) -> BTreeMap<String, String> {
-    let mut all: BTreeMap<_, _> = std::env::vars_os()
-        .filter_map(|(k, v)| Some((k.into_string().ok()?, v.into_string().ok()?)))
-        .filter(|(name, _)| name != "NOTIFY_SOCKET")
-        .collect();
-    all.extend(context.env.clone());
-    all
 }
 
 /// Where the hierarchy of `membership` is mounted; none when this host does not show it.

@@ -61,6 +61,13 @@ impl Journal {
             .reserve(self.length + bytes.saturating_mul(3) + GROWTH + owed(state))
     }
 
+    /// Keeps the room that a predecessor has reserved: the disk may be full by now.
+    pub fn take_over(&mut self) {
+        let length = self.store.length();
+        // What is not there cannot be kept, and is asked for by the next request.
+        let _ = self.store.reserve(length);
+    }
+
     /// Writes what `state` says.
     pub fn write(&mut self, state: &LoopState, stdio: &Stdio) -> io::Result<()> {
         let bytes = version::encode(&self.record(state, stdio));
@@ -73,6 +80,14 @@ impl Journal {
     /// Removes it.
     pub fn remove(&self) -> io::Result<()> {
         self.store.remove()
+    }
+
+    /// What the record says of one task.
+    pub fn task(&self, id: &str, state: &LoopState, stdio: &Stdio) -> Option<record::Task> {
+        let task = state.tasks.get(id)?;
+        let deleting = task.is_deleting(state.tasks.jobs());
+        let namespace = &self.fixed.shim.namespace;
+        Some(task_of(id, task, namespace, deleting, stdio))
     }
 
     fn record(&self, state: &LoopState, stdio: &Stdio) -> Record {
@@ -194,9 +209,15 @@ fn exec_of(id: &str, exec_id: &str, exec: &Exec, stdio: &Stdio) -> record::Exec 
 }
 
 fn exit(member: &Member, oom: bool) -> Option<record::Exit> {
-    member
-        .exit
-        .map(|(status, at)| record::Exit::Observed { status, at, oom })
+    let exit = member.exit.as_ref()?;
+    Some(match &exit.unknown {
+        None => record::Exit::Observed {
+            status: exit.status,
+            at: exit.at,
+            oom,
+        },
+        Some(why) => record::Exit::Unknown { why: why.clone() },
+    })
 }
 
 fn stdio_of(key: &Key, member: &Member, stdio: &Stdio) -> record::Stdio {

@@ -17,12 +17,12 @@ use std::{
     process::ExitCode,
 };
 
+mod adopt;
 mod args;
 mod bootstrap;
 mod children;
 mod config;
 mod connections;
-#[allow(dead_code)] // restoring is for a successor
 mod context;
 mod delete;
 mod delete_look;
@@ -50,6 +50,7 @@ mod stats;
 mod stdio;
 mod sys;
 mod tasks;
+mod witness;
 
 use args::Invocation;
 use serve_args::ServeArgs;
@@ -63,7 +64,7 @@ fn main() -> ExitCode {
         }
     };
     match invoke(invocation) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(status) => ExitCode::from(status),
         Err(error) => {
             complain(error.as_ref());
             ExitCode::FAILURE
@@ -71,8 +72,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn invoke(invocation: Invocation) -> Result<(), Box<dyn Error>> {
-    match invocation {
+/// Gives the exit status.
+fn invoke(invocation: Invocation) -> Result<u8, Box<dyn Error>> {
+    let done = match invocation {
         Invocation::Help => answer(args::HELP.as_bytes()),
         Invocation::Version => answer(info::VERSION.as_bytes()),
         Invocation::RuntimeInfo => answer(&info::runtime_info()),
@@ -84,8 +86,11 @@ fn invoke(invocation: Invocation) -> Result<(), Box<dyn Error>> {
             }
             answer(&outcome.answer)
         }
+        Invocation::Adopt(flags) => return Ok(adopt::run(&flags, &mut io::stdout().lock())?),
         Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),
-    }
+        Invocation::Successor(flags) => serve::adopt_and_serve(&flags),
+    };
+    done.map(|()| 0)
 }
 
 /// Everything that goes to standard output goes through here, once.

@@ -4,6 +4,7 @@
 //! For each input, in this order: events into their log, the record, the effects, the answers.
 //! Whoever dies between two of them has told nobody anything that is not written down.
 
+mod adopted;
 mod effects;
 mod exits;
 mod looks;
@@ -50,6 +51,8 @@ use crate::{
     sys,
     tasks::{Effect, Event, JobId, Now},
 };
+use adopted::Witness;
+pub use adopted::adopt_and_serve;
 use effects::Child;
 use sockets::Socket;
 
@@ -58,6 +61,8 @@ const SIGNALS: u64 = 2;
 const EVENTS: u64 = 3;
 /// Connections, by their number.
 const CONNECTION: u64 = 1 << 61;
+/// Processes that are not our children, by a count.
+const WITNESS: u64 = 1 << 59;
 /// OOM watches, by a count.
 const OOM: u64 = 1 << 62;
 
@@ -113,6 +118,8 @@ struct Shim {
     stdio: Stdio,
     oom: BTreeMap<String, (u64, OomWatch)>,
     last_oom: u64,
+    witnesses: BTreeMap<u64, Witness>,
+    last_witness: u64,
     roots: Roots,
     log: Log,
     namespace: String,
@@ -159,7 +166,7 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
         listener,
         log,
     );
-    let (mut shim, signals) = match begun {
+    let (shim, signals) = match begun {
         Ok(begun) => begun,
         Err(error) => {
             readiness.failed(&error.to_string());
@@ -173,14 +180,7 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
         return Err(failed::<io::Error>("tell start")(e).into());
     }
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
-    let result = shim.serve(&signals);
-    // Intentional ends are announced: a descriptor that somebody else keeps must not hide them.
-    for socket in shim.sockets.values() {
-        let _ = socket.stream.shutdown(Shutdown::Both);
-    }
-    // Held to the very end.
-    drop(lock);
-    result.map_err(Into::into)
+    shim.run(&signals, lock)
 }
 
 fn begin(
@@ -189,6 +189,24 @@ fn begin(
     grpc_address: &str,
     socket: PathBuf,
     listener: UnixListener,
+    log: Log,
+) -> Result<(Shim, SignalFd), StartError> {
+    let (mut shim, signals) = prepare(namespace, group, grpc_address, socket, log)?;
+    shim.listen(listener)?;
+    shim.take_over_events().map_err(failed("write events"))?;
+    shim.journal
+        .write(&shim.state, &shim.stdio)
+        .map_err(failed("write record"))?;
+    shim.state.tasks.take_dirty();
+    Ok((shim, signals))
+}
+
+/// Everything but what others can see.
+fn prepare(
+    namespace: &str,
+    group: &str,
+    grpc_address: &str,
+    socket: PathBuf,
     log: Log,
 ) -> Result<(Shim, SignalFd), StartError> {
     set_child_subreaper(true).map_err(failed("become subreaper"))?;
@@ -206,15 +224,8 @@ fn begin(
     let flags = SfdFlags::SFD_NONBLOCK | SfdFlags::SFD_CLOEXEC;
     let signals = SignalFd::with_flags(&mask, flags).map_err(failed("make signal descriptor"))?;
     let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).map_err(failed("make epoll"))?;
-    listener
-        .set_nonblocking(true)
-        .map_err(failed("set up listener"))?;
-    let readable = |token| EpollEvent::new(EpollFlags::EPOLLIN, token);
     epoll
-        .add(&listener, readable(LISTENER))
-        .map_err(failed("watch listener"))?;
-    epoll
-        .add(&signals, readable(SIGNALS))
+        .add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, SIGNALS))
         .map_err(failed("watch signals"))?;
 
     let roots = Roots::default();
@@ -251,11 +262,11 @@ fn begin(
         .strip_prefix("unix://")
         .map(str::to_owned)
         .unwrap_or(events_address);
-    let mut shim = Shim {
+    let shim = Shim {
         state: LoopState::new(namespace, pid),
         inbox: VecDeque::new(),
         epoll,
-        listener: Some(listener),
+        listener: None,
         sockets: BTreeMap::new(),
         events: None,
         events_unsent: Vec::new(),
@@ -267,6 +278,8 @@ fn begin(
         stdio: Stdio::new(),
         oom: BTreeMap::new(),
         last_oom: OOM,
+        witnesses: BTreeMap::new(),
+        last_witness: WITNESS,
         roots,
         log,
         namespace: namespace.to_owned(),
@@ -276,15 +289,35 @@ fn begin(
         trim_at: None,
         leave: false,
     };
-    shim.take_over_events().map_err(failed("write events"))?;
-    shim.journal
-        .write(&shim.state, &shim.stdio)
-        .map_err(failed("write record"))?;
-    shim.state.tasks.take_dirty();
     Ok((shim, signals))
 }
 
 impl Shim {
+    fn listen(&mut self, listener: UnixListener) -> Result<(), StartError> {
+        listener
+            .set_nonblocking(true)
+            .map_err(failed("set up listener"))?;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, LISTENER);
+        self.epoll
+            .add(&listener, event)
+            .map_err(failed("watch listener"))?;
+        self.listener = Some(listener);
+        Ok(())
+    }
+
+    /// Serves; returns when it has left.
+    fn run(mut self, signals: &SignalFd, lock: fs::File) -> Result<(), Box<dyn Error>> {
+        let result = self.serve(signals);
+        // Intentional ends are announced: a descriptor that somebody else keeps must not hide
+        // them.
+        for socket in self.sockets.values() {
+            let _ = socket.stream.shutdown(Shutdown::Both);
+        }
+        // Held to the very end.
+        drop(lock);
+        result.map_err(Into::into)
+    }
+
     /// What an earlier shim of this group could not send any more.
     fn take_over_events(&mut self) -> io::Result<()> {
         let kept = match event_log::read(&self.beside.events) {
@@ -363,6 +396,7 @@ impl Shim {
                 self.work_off();
             }
             token if token & OOM != 0 => self.oom_ready(token),
+            token if token & WITNESS != 0 => self.witnessed(token),
             token if token & CONNECTION != 0 => {
                 self.connection_ready(token & !CONNECTION, event.events());
             }

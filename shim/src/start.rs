@@ -35,6 +35,7 @@ use std::{
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use recoverd_common::{
+    adoption::Adoption,
     bundle::Config,
     cgroup::Roots,
     paths::{self, Beside},
@@ -44,6 +45,7 @@ use recoverd_common::{
 };
 
 use crate::{
+    adopt,
     args::Flags,
     bootstrap::{self, Input},
     context,
@@ -100,6 +102,14 @@ pub enum StartError {
     /// The shim could not be moved into its cgroup.
     #[error(transparent)]
     Cgroup(#[from] context::CgroupError),
+    /// The group has living tasks, whose shim is gone, and they could not be taken over.
+    #[error("adopt tasks of group {group:?}: {cause}")]
+    Adopt {
+        /// The group.
+        group: String,
+        /// Why not.
+        cause: adopt::Refused,
+    },
     /// The daemon said why it does not come up, or nothing.
     #[error("shim did not come up: {0}")]
     Daemon(String),
@@ -143,7 +153,15 @@ pub fn run(mut flags: Flags, out: &mut impl Write) -> Result<(), StartError> {
     }
     socket::ensure_folder(&folder).map_err(failed("make folder", &folder))?;
     let address = format!("unix://{}", socket.display());
-    match claim(&socket, &flags, &group)? {
+    let mut claimed = claim(&socket, &flags, &group)?;
+    if matches!(claimed, Claim::Ours(_)) && adopt::has_living(&socket) {
+        // The group's shim has died and its tasks have not: a shim that begins anew would forget
+        // them. The lock goes to the one that takes them over.
+        drop(claimed);
+        adopt_group(&socket, &flags, &group)?;
+        claimed = claim(&socket, &flags, &group)?;
+    }
+    match claimed {
         Claim::Served(version) => {
             write_address(&bundle, &address, version)?;
             say(out, &answer(&address, version))
@@ -159,6 +177,24 @@ pub fn run(mut flags: Flags, out: &mut impl Write) -> Result<(), StartError> {
             launch.run(lock, &input, out)
         }
     }
+}
+
+fn adopt_group(socket: &Path, flags: &Flags, group: &str) -> Result<(), StartError> {
+    let flags = Flags {
+        group: Some(group.to_owned()),
+        ..flags.clone()
+    };
+    let adoption = Adoption {
+        socket: socket.to_owned(),
+        record: None,
+        predecessor: None,
+    };
+    adopt::launch(&flags, &adoption)
+        .map(drop)
+        .map_err(|cause| StartError::Adopt {
+            group: group.to_owned(),
+            cause,
+        })
 }
 
 fn say(out: &mut impl Write, address: &str) -> Result<(), StartError> {
@@ -264,7 +300,7 @@ fn write_address(bundle: &Path, address: &str, version: u8) -> Result<(), StartE
 }
 
 /// As containerd 2.x writes it.
-fn json(address: &str, version: u8) -> String {
+pub fn json(address: &str, version: u8) -> String {
     let address = serde_json::Value::from(address);
     format!("{{\"version\":{version},\"address\":{address},\"protocol\":\"ttrpc\"}}")
 }

@@ -12,6 +12,7 @@
 //! *Read-write*: the writer is its own reader, so neither a dead client nor a dead shim can raise
 //! SIGPIPE; when nobody reads, it waits.
 
+mod adopted;
 mod console;
 mod pipes;
 mod relay;
@@ -43,6 +44,7 @@ use crate::{
     service::{Key, StdioWish},
     sys,
 };
+pub use adopted::Living;
 use console::{Console, Progress};
 use pipes::{
     Hold, has_ended, is_done, last_words, open_fifo, own, reopen, set_nonblocking, two_way_pipe,

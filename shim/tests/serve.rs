@@ -6,11 +6,9 @@ use std::{
     io::{BufRead, Read, Write},
     os::unix::{
         ffi::OsStrExt,
-        fs::PermissionsExt,
         net::{UnixListener, UnixStream},
     },
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
@@ -18,192 +16,14 @@ use std::{
 use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
-    paths::Beside,
-    pb::{runc, task, ttrpc as envelope, type_url},
-    record::{self, Exit, Phase},
-    seen::Seen,
-    shim_client::{CallError, ShimClient, TASK_SERVICES},
+    pb::{task, ttrpc as envelope},
+    record::{Exit, Phase},
     ttrpc::{HEADER, Header, Kind},
 };
 
-/// Runs what the bundle's file `init` (or the exec's process) says, in the background, as a runtime
-/// does: the process outlives the command and keeps its stdio.
-const RUNTIME: &str = r#"#!/bin/sh
-for word in "$@"; do
-    case $previous in
-        --bundle) bundle=$word ;;
-        --pid-file) pid_file=$word ;;
-        --process) process=$word ;;
-        --log) log=$word ;;
-    esac
-    case $word in create|start|exec|delete|kill|pause|resume) verb=${verb:-$word} ;; esac
-    previous=$word
-done
-fail() {
-    echo "{\"level\":\"error\",\"msg\":\"$1\"}" >> "$log"
-    exit 1
-}
-case $verb in
-    create)
-        [ -e "$bundle/fail" ] && fail "it is written that this fails"
-        [ -e "$bundle/hang" ] && exec sleep 1000
-        (until [ -e "$bundle/go" ]; do sleep 0.02; done; exec sh "$bundle/init") &
-        echo $! > "$pid_file" ;;
-    start) : > "${log%/*}/go" ;;
-    exec)
-        # The shell gives a background command no stdin of its own accord.
-        exec 3<&0
-        sh -c "$(sed 's/.*"args":\["//; s/"\].*//' "$process")" <&3 3<&- &
-        echo $! > "$pid_file" ;;
-    kill) fail "container not running" ;;
-esac
-"#;
+mod daemon;
 
-struct Daemon {
-    dir: tempfile::TempDir,
-    process: Child,
-}
-
-fn patience() -> Instant {
-    Instant::now() + Duration::from_secs(20)
-}
-
-fn until(what: &str, holds: impl Fn() -> bool) {
-    let end = patience();
-    while !holds() {
-        assert!(Instant::now() < end, "{what}");
-        thread::sleep(Duration::from_millis(10));
-    }
-}
-
-impl Daemon {
-    fn new() -> Self {
-        Self::with(|_| {})
-    }
-
-    /// With something else about its command.
-    fn with(change: impl FnOnce(&mut Command)) -> Self {
-        let dir = tempfile::tempdir().unwrap();
-        let runtime = dir.path().join("runtime");
-        fs::write(&runtime, RUNTIME).unwrap();
-        fs::set_permissions(&runtime, fs::Permissions::from_mode(0o755)).unwrap();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"));
-        command
-            .args(["-namespace", "ns", "-id", "first", "-address", "/none"])
-            .arg("-socket")
-            .arg(dir.path().join("socket"))
-            .current_dir(dir.path())
-            .env_remove("TTRPC_ADDRESS")
-            .stdin(Stdio::null());
-        change(&mut command);
-        let process = command.spawn().unwrap();
-        let daemon = Self { dir, process };
-        let socket = daemon.socket();
-        until("it serves", || UnixStream::connect(&socket).is_ok());
-        daemon
-    }
-
-    fn socket(&self) -> PathBuf {
-        self.dir.path().join("socket")
-    }
-
-    fn bundle(&self, id: &str) -> PathBuf {
-        self.dir.path().join("bundles").join(id)
-    }
-
-    fn client(&self) -> ShimClient {
-        ShimClient::connect(&self.socket(), "ns", patience()).unwrap()
-    }
-
-    fn call<R: Message + Default>(
-        &self,
-        method: &str,
-        request: &impl Message,
-    ) -> Result<R, CallError> {
-        self.client().call(TASK_SERVICES[0], method, request)
-    }
-
-    fn create(&self, id: &str, init: &str, stdout: &Path) -> Result<u32, CallError> {
-        let bundle = self.bundle(id);
-        fs::create_dir_all(&bundle).unwrap();
-        fs::write(
-            bundle.join("config.json"),
-            r#"{"linux":{"namespaces":[{"type":"pid"}]}}"#,
-        )
-        .unwrap();
-        fs::write(bundle.join("init"), init).unwrap();
-        let options = runc::Options {
-            binary_name: self.dir.path().join("runtime").to_str().unwrap().into(),
-            root: self.dir.path().join("root").to_str().unwrap().into(),
-            ..Default::default()
-        };
-        let request = task::CreateTaskRequest {
-            id: id.into(),
-            bundle: bundle.to_str().unwrap().into(),
-            stdout: stdout.to_str().unwrap().into(),
-            options: Some(Any {
-                type_url: type_url::RUNC_OPTIONS.into(),
-                value: options.encode_to_vec(),
-            }),
-            ..Default::default()
-        };
-        self.call::<task::CreateTaskResponse>("Create", &request)
-            .map(|response| response.pid)
-    }
-
-    fn start(&self, id: &str, exec_id: &str) {
-        let request = task::StartRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-        };
-        self.call::<task::StartResponse>("Start", &request).unwrap();
-    }
-
-    fn wait(&self, id: &str, exec_id: &str) -> u32 {
-        let request = task::WaitRequest {
-            id: id.into(),
-            exec_id: exec_id.into(),
-        };
-        let response: task::WaitResponse = self.call("Wait", &request).unwrap();
-        response.exit_status
-    }
-
-    fn delete(&self, id: &str) -> Result<u32, CallError> {
-        let request = task::DeleteRequest {
-            id: id.into(),
-            exec_id: String::new(),
-        };
-        self.call::<task::DeleteResponse>("Delete", &request)
-            .map(|response| response.exit_status)
-    }
-
-    fn recorded(&self) -> record::Record {
-        match record::read(&Beside::of(&self.socket()).record) {
-            Seen::Present(record) => record,
-            other => panic!("{other:?}"),
-        }
-    }
-
-    fn fifo(&self, name: &str) -> PathBuf {
-        let path = self.dir.path().join(name);
-        nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
-        path
-    }
-}
-
-impl Drop for Daemon {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        // Its containers outlive it, which is its purpose.
-        if let Seen::Present(record) = record::read(&Beside::of(&self.socket()).record) {
-            for init in record.tasks.iter().filter_map(|task| task.init) {
-                let pid = nix::unistd::Pid::from_raw(i32::try_from(init.pid).unwrap());
-                let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL);
-            }
-        }
-    }
-}
+use daemon::{Daemon, until};
 
 #[test]
 fn what_is_answered_is_in_the_record_and_the_last_shutdown_leaves_nothing() {

@@ -63,6 +63,13 @@ impl Store {
         }
     }
 
+    /// The room that both files have by now, bytes.
+    pub fn length(&self) -> usize {
+        let length = |path: &Path| fs::symlink_metadata(path).map_or(0, |meta| meta.len());
+        let both = length(&self.path).min(length(&self.spare));
+        usize::try_from(both).unwrap_or(0)
+    }
+
     /// Makes sure that a record of `bytes` can be written later, twice over, on a file system
     /// that is then full.
     pub fn reserve(&mut self, bytes: usize) -> io::Result<()> {

@@ -1,0 +1,287 @@
+//! Becoming responsible for the tasks of a shim that is gone, or that lives and does not answer:
+//! what to do about each of them. Pure; the files below look and act.
+//!
+//! ```text
+//! launch   the verb: starts the daemon, waits for its word, says what it has adopted
+//! claim    lock; whoever answers is left alone; the unresponsive one is robbed and ended
+//! look     which of the recorded processes live, and what is known of those that do not
+//! (here)   record + looks → tasks, news
+//! stdio    reopens what the processes read and write
+//! bundles  what containerd reads at its start
+//! ```
+//!
+//! *Unknown never leads to destruction*: a process that cannot be proven to be the recorded one
+//! is not claimed, and never signalled.
+
+mod bundles;
+mod claim;
+mod launch;
+mod look;
+mod loot;
+
+use std::collections::BTreeMap;
+
+use recoverd_common::{
+    cgroup::Cgroup,
+    record::{self, Exit, Phase, Record},
+    timestamp::Timestamp,
+};
+
+use crate::{
+    options::Options,
+    service::{Mount, StdioWish},
+    tasks::{self, AdoptedExec, AdoptedMember, Adoptee, ExecPhase, News, Process},
+};
+
+pub use bundles::write as write_bundle;
+pub use claim::{Claimed, claim};
+pub use launch::{ADOPTED, BACK, REFUSED, Refused, executable, launch, record_of, run};
+pub use look::{Look, has_living, look};
+pub use loot::Loot;
+
+/// What has become of a recorded process.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Life {
+    /// It is this very process.
+    Living,
+    /// It has ended, with this exit code or 128 + signal.
+    Ended(u32),
+    /// It has ended, or cannot be proven to be the one that lives; why nobody knows how.
+    Gone(String),
+}
+
+/// What the runtime holds of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// Nothing.
+    Absent,
+    /// A container that waits to be started.
+    Created,
+    /// One that was started.
+    Started,
+    /// It could not be seen.
+    Unknown,
+}
+
+/// What was seen of one task.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Facts {
+    /// Of the recorded init, if one is recorded.
+    pub init: Option<Life>,
+    /// Of its execs.
+    pub execs: BTreeMap<String, ExecFacts>,
+    /// Its cgroup is frozen; none when that could not be seen.
+    pub frozen: Option<bool>,
+    /// What the runtime holds.
+    pub container: Container,
+    /// The runtime's options.
+    pub options: Options,
+    /// Its pid namespace ends with its init.
+    pub private_pids: bool,
+    /// Its memory limit.
+    pub memory_limit: Option<u64>,
+    /// Where it runs.
+    pub cgroup: Option<Cgroup>,
+}
+
+/// What was seen of one exec.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct ExecFacts {
+    /// Of the recorded process, if one is recorded.
+    pub life: Option<Life>,
+    /// What `runc exec` has started after the record was written.
+    pub late: Option<(Process, Life)>,
+    /// The file that the runtime reads is there.
+    pub prepared: bool,
+}
+
+/// What is to be done about a task.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Decision {
+    /// Take it over.
+    Adopt(Box<Adoptee>),
+    /// It was never made, and there is nothing to undo that is surely its own.
+    Drop(String),
+}
+
+/// Decides on one task of `record`.
+pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
+    let running = &record.running;
+    let op = |word: &str| {
+        running
+            .iter()
+            .find(|job| job.op == word && job.id == task.id && job.exec_id.is_empty())
+    };
+    let mut news = Vec::new();
+    let mut execs = BTreeMap::new();
+    for exec in &task.execs {
+        let seen = facts.execs.get(&exec.id).cloned().unwrap_or_default();
+        if let Some(adopted) = decide_exec(exec, seen, record.written_at, &mut news) {
+            execs.insert(exec.id.clone(), adopted);
+        }
+    }
+    let half_made = task.phase == Phase::Creating;
+    if half_made {
+        // Its caller was never answered. Without a child of ours on record, what the runtime has
+        // may be somebody else's of the same name.
+        let ours = ["create", "cleanup"]
+            .iter()
+            .filter_map(|word| op(word))
+            .any(|job| job.process.is_some());
+        if !ours && facts.container != Container::Absent {
+            let why = "its creation was not begun, and the runtime has a container of that name";
+            return Decision::Drop(why.to_owned());
+        }
+        news = vec![News::Undo];
+        execs = BTreeMap::new();
+    }
+    let recorded = task.exit.as_ref();
+    let recorded = recorded.map(|exit| exit_of(exit, record.written_at));
+    let waits = execs
+        .values()
+        .any(|exec| matches!(exec.phase, ExecPhase::Starting | ExecPhase::Running));
+    let phase = match (&recorded, task.phase) {
+        (_, Phase::Creating) => tasks::Phase::Creating,
+        // Told when its execs have ended.
+        (Some(_), _) if waits => tasks::Phase::Running,
+        (Some(_), _) => tasks::Phase::Stopped,
+        // A container that had not run, and whose deletion was under way.
+        (None, Phase::Created | Phase::Deleting) => {
+            let started = facts.container == Container::Started && task.phase == Phase::Created;
+            if started {
+                news.insert(0, News::Started);
+            }
+            tasks::Phase::Created
+        }
+        (None, Phase::Running | Phase::Stopped) => {
+            if facts.frozen == Some(true) && facts.init == Some(Life::Living) {
+                news.push(News::Paused);
+            }
+            tasks::Phase::Running
+        }
+        (None, Phase::Paused) => {
+            if facts.frozen == Some(false) && facts.init == Some(Life::Living) {
+                news.push(News::Resumed);
+            }
+            tasks::Phase::Paused
+        }
+    };
+    if recorded.is_none() && !half_made {
+        let status = match facts.init {
+            Some(Life::Living) => None,
+            Some(Life::Ended(status)) => Some(Ok(status)),
+            Some(Life::Gone(why)) => Some(Err(why)),
+            None => Some(Err("its record names no init process".to_owned())),
+        };
+        news.extend(status.map(|status| News::Ended {
+            exec_id: String::new(),
+            status,
+        }));
+    } else if recorded.is_some() && !facts.private_pids && op("kill").is_some() {
+        news.push(News::EndRest);
+    }
+    Decision::Adopt(Box::new(Adoptee {
+        id: task.id.clone(),
+        bundle: task.bundle.clone(),
+        phase,
+        init: AdoptedMember {
+            process: task.init.map(process),
+            stdio: wish(&task.stdio, task.terminal),
+            stdin_closed: task.stdio.stdin_closed,
+            exit: recorded,
+        },
+        execs,
+        options: facts.options,
+        rootfs: task.rootfs.iter().map(mount).collect(),
+        cgroup: facts.cgroup,
+        memberships: task.cgroup.clone(),
+        private_pids: facts.private_pids,
+        memory_limit: facts.memory_limit,
+        created_at: task.created_at,
+        oom: task.oom,
+        news,
+    }))
+}
+
+/// None: it was never added.
+fn decide_exec(
+    exec: &record::Exec,
+    seen: ExecFacts,
+    written_at: Timestamp,
+    news: &mut Vec<News>,
+) -> Option<AdoptedExec> {
+    let mut process = exec.process.map(process);
+    let ended = |status| News::Ended {
+        exec_id: exec.id.clone(),
+        status,
+    };
+    let lost = |life: Option<Life>| match life {
+        Some(Life::Living) => None,
+        Some(Life::Ended(status)) => Some(ended(Ok(status))),
+        Some(Life::Gone(why)) => Some(ended(Err(why))),
+        None => Some(ended(Err("its record names no process".to_owned()))),
+    };
+    let exit = exec.exit.as_ref().map(|exit| exit_of(exit, written_at));
+    let phase = match (&exit, exec.phase) {
+        (Some(_), _) => ExecPhase::Stopped,
+        // Nobody was told of it before its files were written.
+        (None, Phase::Created) if !seen.prepared => return None,
+        (None, Phase::Created) => ExecPhase::Added,
+        (None, Phase::Creating) => match seen.late {
+            Some((late, life)) => {
+                process = Some(late);
+                news.push(News::ExecStarted(exec.id.clone()));
+                news.extend(lost(Some(life)));
+                ExecPhase::Starting
+            }
+            None => ExecPhase::Failed,
+        },
+        (None, Phase::Stopped) => ExecPhase::Failed,
+        (None, Phase::Running | Phase::Paused | Phase::Deleting) => {
+            news.extend(lost(seen.life));
+            ExecPhase::Running
+        }
+    };
+    Some(AdoptedExec {
+        phase,
+        member: AdoptedMember {
+            process,
+            stdio: wish(&exec.stdio, exec.terminal),
+            stdin_closed: exec.stdio.stdin_closed,
+            exit,
+        },
+    })
+}
+
+fn exit_of(exit: &Exit, written_at: Timestamp) -> tasks::Exit {
+    match exit {
+        Exit::Observed { status, at, .. } => tasks::Exit::observed(*status, *at),
+        // The moment was not recorded; it was before this one.
+        Exit::Unknown { why } => tasks::Exit::unknown(why.clone(), written_at),
+    }
+}
+
+fn process(process: record::Process) -> Process {
+    Process {
+        pid: process.pid,
+        start_time: process.start_time,
+    }
+}
+
+fn wish(stdio: &record::Stdio, terminal: bool) -> StdioWish {
+    StdioWish {
+        stdin: stdio.stdin.clone(),
+        stdout: stdio.stdout.clone(),
+        stderr: stdio.stderr.clone(),
+        terminal,
+    }
+}
+
+fn mount(mount: &record::Mount) -> Mount {
+    Mount {
+        kind: mount.kind.clone(),
+        source: mount.source.clone(),
+        target: mount.target.clone(),
+        options: mount.options.clone(),
+    }
+}

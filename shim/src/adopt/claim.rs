@@ -1,0 +1,207 @@
+//! Who is responsible: whoever answers is left alone. An unresponsive predecessor, who is named,
+//! is stopped, robbed and ended, and its lock replaced: the lock of a process that does not end
+//! would be held for ever.
+
+use std::{
+    ffi::OsString,
+    fs::{self, File},
+    io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
+};
+
+use recoverd_common::{
+    paths::Beside,
+    proc::Proc,
+    seen::Seen,
+    shim_client::{CallError, ShimClient},
+};
+
+use super::loot::{self, Loot};
+use crate::{
+    lock::{self, Attempt},
+    sys,
+    tasks::Process,
+    witness,
+};
+
+/// For an answer of whoever listens.
+const ANSWERS: Duration = Duration::from_millis(500);
+/// For whoever holds the lock and does not answer yet: he begins, or ends.
+const HOLDER: Duration = Duration::from_millis(2_000);
+/// For a predecessor to be stopped, or to be gone.
+const ENDS: Duration = Duration::from_millis(2_000);
+
+/// What claiming the tasks brought.
+#[derive(Debug)]
+pub enum Claimed {
+    /// They are ours.
+    Ours(Claim),
+    /// Somebody answers, or becomes responsible right now; why.
+    StandBack(String),
+}
+
+/// Responsibility.
+#[derive(Debug)]
+pub struct Claim {
+    lock: File,
+    /// Where the lock is now, if not in its place yet.
+    waiting: Option<PathBuf>,
+    place: PathBuf,
+    predecessor: Option<(i32, OwnedFd)>,
+}
+
+/// Claims the tasks of the shim at `socket`.
+pub fn claim(
+    socket: &Path,
+    namespace: &str,
+    id: &str,
+    predecessor: Option<Process>,
+) -> Result<Claimed, String> {
+    let beside = Beside::of(socket);
+    let failed = |e: io::Error| format!("lock {}: {e}", beside.lock.display());
+    let predecessor = predecessor.and_then(|process| {
+        // Gone by now, or not he: then there is nobody to be ended.
+        let pidfd = witness::open(&Proc::new("/proc"), process).ok()?;
+        let pid = i32::try_from(process.pid).ok()?;
+        (!witness::has_ended(&pidfd)).then_some((pid, pidfd))
+    });
+    let until = Instant::now() + HOLDER;
+    loop {
+        let (lock, waiting) = match lock::attempt(&beside.lock).map_err(failed)? {
+            Attempt::Taken(lock) => (Some(lock), None),
+            Attempt::Held => {
+                let holds = predecessor
+                    .as_ref()
+                    .is_some_and(|(pid, _)| holds(*pid, &beside.lock));
+                let next = next(&beside.lock);
+                match holds {
+                    false => (None, None),
+                    true => match lock::attempt(&next).map_err(failed)? {
+                        Attempt::Taken(lock) => (Some(lock), Some(next)),
+                        Attempt::Held => (None, None),
+                    },
+                }
+            }
+        };
+        let answer = ask(socket, namespace, id);
+        let named = predecessor.as_ref().map(|(pid, _)| *pid);
+        let by_name = |pid: u32| i32::try_from(pid).ok() == named;
+        let listens = match answer {
+            Ok(pid) if named.is_none() || !by_name(pid) => {
+                let _ = waiting.map(fs::remove_file);
+                return Ok(Claimed::StandBack(format!("shim {pid} answers")));
+            }
+            Ok(_) => false,
+            Err(CallError::NobodyListens(_)) => false,
+            Err(_) => named.is_none(),
+        };
+        match lock {
+            Some(_) if listens => {
+                // No lock, but a socket that accepts: a stock shim that does not answer.
+                return Err("a shim listens and does not answer, and is not named".to_owned());
+            }
+            Some(lock) => {
+                return Ok(Claimed::Ours(Claim {
+                    lock,
+                    waiting,
+                    place: beside.lock,
+                    predecessor,
+                }));
+            }
+            None if Instant::now() >= until => {
+                return Err(format!(
+                    "{} is held by a process that does not answer",
+                    beside.lock.display()
+                ));
+            }
+            None => thread::sleep(Duration::from_millis(20)),
+        }
+    }
+}
+
+/// The pid of whoever answers at `socket`.
+fn ask(socket: &Path, namespace: &str, id: &str) -> Result<u32, CallError> {
+    let mut client = ShimClient::connect(socket, namespace, Instant::now() + ANSWERS)?;
+    match client.connect_task(id) {
+        Ok(answer) => Ok(answer.shim_pid),
+        Err(error) if error.is_answer() => Ok(0),
+        Err(error) => Err(error),
+    }
+}
+
+/// Where the lock waits that will replace the predecessor's. One adopter at a time has it.
+fn next(lock: &Path) -> PathBuf {
+    let mut name = OsString::from(lock);
+    name.push(".next");
+    name.into()
+}
+
+/// True if process `pid` has the file at `lock` open: nobody but its holder keeps it open.
+fn holds(pid: i32, lock: &Path) -> bool {
+    let Ok(there) = fs::symlink_metadata(lock) else {
+        return false;
+    };
+    let Seen::Present(descriptors) = Proc::new("/proc").descriptors(pid) else {
+        return false;
+    };
+    descriptors
+        .iter()
+        .filter(|descriptor| descriptor.target == lock)
+        .any(|descriptor| {
+            let path = format!("/proc/{pid}/fd/{}", descriptor.number);
+            fs::metadata(path)
+                .is_ok_and(|meta| (meta.dev(), meta.ino()) == (there.dev(), there.ino()))
+        })
+}
+
+impl Claim {
+    /// There is nothing to be responsible for; `alone`: nothing else of ours is beside the
+    /// lock.
+    pub fn give_up(self, alone: bool) {
+        let own = self.waiting.as_ref().or(alone.then_some(&self.place));
+        if let Some(own) = own {
+            let _ = fs::remove_file(own);
+        }
+    }
+
+    /// Ends the predecessor, if there is one; gives what only it had, and the lock, which is in
+    /// its place now.
+    pub fn enforce(self) -> Result<(File, Loot, Vec<String>), String> {
+        let mut loot = Loot::default();
+        let mut remarks = Vec::new();
+        if let Some((pid, pidfd)) = &self.predecessor {
+            let failed = |what: &str, e: io::Error| format!("{what} shim {pid}: {e}");
+            sys::pidfd_signal(pidfd.as_fd(), libc::SIGSTOP).map_err(|e| failed("stop", e))?;
+            await_stop(*pid);
+            loot = loot::take(Path::new("/proc"), *pid, pidfd);
+            sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL).map_err(|e| failed("end", e))?;
+            if !witness::await_end(pidfd, ENDS) {
+                remarks.push(format!("shim {pid} was sent SIGKILL and is still there"));
+            }
+        }
+        if let Some(waiting) = &self.waiting {
+            fs::rename(waiting, &self.place)
+                .map_err(|e| format!("replace {}: {e}", self.place.display()))?;
+        }
+        Ok((self.lock, loot, remarks))
+    }
+}
+
+/// A stop takes effect when the process comes to it, which one that waits for a device does not.
+fn await_stop(pid: i32) {
+    let until = Instant::now() + ANSWERS;
+    let proc = Proc::new("/proc");
+    while Instant::now() < until {
+        match proc.stat(pid) {
+            Seen::Present(stat) if !matches!(stat.state, 'T' | 't') => {}
+            Seen::Present(_) | Seen::Absent | Seen::Unknown(_) => return,
+        }
+        thread::sleep(Duration::from_millis(2));
+    }
+}

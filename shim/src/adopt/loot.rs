@@ -1,0 +1,87 @@
+//! What only an unresponsive predecessor has: taken from it while it is stopped, held until its
+//! successor has its own, so that no writer of the workload meets a pipe without a reader and no
+//! reader of it an end of file; and terminals, which nobody can open again.
+
+use std::{
+    fs::{self, File},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::{FileTypeExt, MetadataExt},
+    },
+    path::Path,
+};
+
+use recoverd_common::{proc::Proc, seen::Seen};
+
+use crate::sys;
+
+/// More descriptors than any shim has.
+const MAX_TAKEN: usize = 4096;
+
+/// A file as the kernel knows it, whatever it is called.
+type FileId = (u64, u64);
+
+/// Descriptors of a predecessor.
+#[derive(Debug, Default)]
+pub struct Loot {
+    /// Pipes and fifos, by what they are; both ends may be there.
+    pipes: Vec<(FileId, OwnedFd)>,
+    /// Masters: the file system that the terminal is of, its number there.
+    terminals: Vec<((u64, u32), OwnedFd)>,
+}
+
+/// Takes every pipe, fifo and terminal of the stopped process `pid`, whose pidfd this is.
+pub fn take(proc: &Path, pid: i32, pidfd: &OwnedFd) -> Loot {
+    let mut loot = Loot::default();
+    let Seen::Present(descriptors) = Proc::new(proc).descriptors(pid) else {
+        return loot;
+    };
+    for descriptor in descriptors.into_iter().take(MAX_TAKEN) {
+        let target = descriptor.target.to_string_lossy();
+        let path = proc.join(format!("{pid}/fd/{}", descriptor.number));
+        let fifo = || fs::metadata(&path).is_ok_and(|meta| meta.file_type().is_fifo());
+        // A terminal's master is called by whichever multiplexer it was opened through.
+        if !(target.contains("ptmx") || fifo()) {
+            continue;
+        }
+        let Ok(fd) = sys::pidfd_getfd(pidfd.as_fd(), descriptor.number) else {
+            continue;
+        };
+        let file = File::from(fd);
+        let Ok(meta) = file.metadata() else {
+            continue;
+        };
+        let fd = OwnedFd::from(file);
+        if meta.file_type().is_fifo() {
+            loot.pipes.push(((meta.dev(), meta.ino()), fd));
+        } else if let Some(number) = sys::terminal_number(fd.as_fd()) {
+            loot.terminals.push(((meta.dev(), number), fd));
+        }
+    }
+    loot
+}
+
+impl Loot {
+    /// True if the predecessor had an end of this pipe.
+    pub fn has_pipe(&self, id: FileId) -> bool {
+        self.pipes.iter().any(|(other, _)| *other == id)
+    }
+
+    /// The master of the terminal that process `pid` has as one of its first three descriptors.
+    /// Every container has a terminal file system of its own, so the number alone says nothing.
+    pub fn master_of(&mut self, proc: &Path, pid: u32) -> Option<OwnedFd> {
+        let found = (0..3).find_map(|number| {
+            let meta = fs::metadata(proc.join(format!("{pid}/fd/{number}"))).ok()?;
+            let slave = meta.file_type().is_char_device() && is_slave(meta.rdev());
+            let id = (meta.dev(), libc::minor(meta.rdev()));
+            let at = self.terminals.iter().position(|(other, _)| *other == id);
+            at.filter(|_| slave)
+        })?;
+        Some(self.terminals.swap_remove(found).1)
+    }
+}
+
+/// Unix98 slaves have the majors 136 to 143.
+fn is_slave(device: u64) -> bool {
+    (136..=143).contains(&libc::major(device))
+}

@@ -1,0 +1,324 @@
+//! The daemon that takes over: from the lock to the first request. In this order, so that a death
+//! in between leaves what a next one can adopt: the lock, the record, the socket, the bundles.
+
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    fs::{self, File},
+    io::{Read, Write},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use nix::{
+    sys::epoll::{EpollEvent, EpollFlags},
+    unistd::Pid,
+};
+use recoverd_common::{
+    adoption::{Adopted, AdoptedTask, Adoption},
+    cgroup::Roots,
+    proc::Proc,
+    record::{self, Record},
+};
+
+use super::{Shim, failed};
+use crate::{
+    adopt::{self, Claimed, Decision, Look, Loot},
+    args::Flags,
+    context,
+    log::{Level, Log},
+    reaper,
+    service::Key,
+    socket,
+    state::Input,
+    stdio::{Living, Logger, Wanted},
+    sys,
+    tasks::{Adoptee, Event, ExecPhase, Phase, Process},
+    witness,
+};
+
+/// A process whose parent we are not, watched for its end.
+#[derive(Debug)]
+pub(super) struct Witness {
+    whose: Whose,
+    process: Process,
+    pidfd: OwnedFd,
+}
+
+#[derive(Debug, Clone)]
+enum Whose {
+    Member(Key),
+    Logger,
+}
+
+/// The daemon's word to the verb, which waits for it.
+struct Word(Option<File>);
+
+impl Word {
+    /// Nobody may listen any more: the tasks are ours all the same.
+    fn say(&mut self, kind: u8, text: &[u8]) {
+        if let Some(mut pipe) = self.0.take() {
+            let _ = pipe.write_all(&[&[kind], text].concat());
+        }
+    }
+}
+
+/// Takes over and serves; see `adopt`.
+pub fn adopt_and_serve(flags: &Flags) -> Result<(), Box<dyn Error>> {
+    let (message, tells) = (sys::inherited(3), sys::inherited(4));
+    let mut word = Word(tells.map(File::from));
+    match take_over(flags, message, &mut word) {
+        Ok(()) => Ok(()),
+        Err(why) => {
+            word.say(adopt::REFUSED, why.to_string().as_bytes());
+            Err(why)
+        }
+    }
+}
+
+fn take_over(
+    flags: &Flags,
+    message: Option<OwnedFd>,
+    word: &mut Word,
+) -> Result<(), Box<dyn Error>> {
+    let mut bytes = Vec::new();
+    if let Some(message) = message {
+        File::from(message).read_to_end(&mut bytes)?;
+    }
+    let adoption = Adoption::decode(&bytes).map_err(|e| format!("adoption {e}"))?;
+    let namespace = flags.namespace.as_str();
+    let place = adoption.socket.clone();
+    let predecessor = adoption.predecessor.map(|process| Process {
+        pid: process.pid,
+        start_time: process.start_time,
+    });
+    let claim = match adopt::claim(&place, namespace, flags.id.as_str(), predecessor)? {
+        Claimed::Ours(claim) => claim,
+        Claimed::StandBack(why) => {
+            word.say(adopt::BACK, why.as_bytes());
+            return Ok(());
+        }
+    };
+    // Read under the lock: it does not change any more, but for what its stopped writer does.
+    let record = adopt::record_of(&adoption, flags)?;
+    if record.tasks.is_empty() {
+        claim.give_up(adoption.record.is_some());
+        word.say(adopt::BACK, b"no task is left to adopt");
+        return Ok(());
+    }
+    let roots = Roots::default();
+    let mut look = adopt::look(&roots, &record);
+    let (lock, loot, mut remarks) = claim.enforce()?;
+    look.await_running();
+    remarks.extend(context::restore(&roots, &record.context).0);
+
+    let log = Log::open(Path::new("."), flags.debug);
+    let (mut shim, signals) =
+        super::prepare(namespace, flags.group(), &flags.address, place.clone(), log)?;
+    for remark in &remarks {
+        shim.log.say(Level::Warning, remark);
+    }
+    let tasks = shim.take_over(&record, look, loot);
+    match fs::remove_file(&place) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(failed("remove stale socket")(e).into());
+        }
+        _ => {}
+    }
+    shim.listen(socket::bind(&place).map_err(failed("bind"))?)?;
+    let exe = adopt::executable()?;
+    let mut told: Vec<AdoptedTask> = Vec::new();
+    for (id, mut said) in tasks {
+        if let Some(task) = shim.state.tasks.get(&id) {
+            said.extend(adopt::write_bundle(Path::new(&task.bundle), &place, &exe));
+        }
+        for line in &said {
+            shim.log.say(Level::Warning, &format!("{id}: {line}"));
+        }
+        told.extend(shim.tell(id, said));
+    }
+    let adopted = Adopted {
+        shim: record::Process {
+            pid: std::process::id(),
+            start_time: reaper::start_time(Pid::this()),
+        },
+        tasks: told,
+        remarks,
+    };
+    word.say(adopt::ADOPTED, &adopted.encode());
+    let text = format!("shim of {} serves, adopted", flags.id);
+    shim.log.say(Level::Info, &text);
+    shim.run(&signals, lock)
+}
+
+impl Shim {
+    /// Makes the tasks of `record` ours; gives what there is to say about each.
+    fn take_over(
+        &mut self,
+        record: &Record,
+        mut look: Look,
+        mut loot: Loot,
+    ) -> BTreeMap<String, Vec<String>> {
+        let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        let mut adoptees = Vec::new();
+        for task in &record.tasks {
+            let facts = look.facts(&self.roots, record, task);
+            match adopt::decide(task, record, facts) {
+                Decision::Adopt(adoptee) => adoptees.push(*adoptee),
+                Decision::Drop(why) => {
+                    let text = format!("{} is not adopted: {why}", task.id);
+                    self.log.say(Level::Warning, &text);
+                }
+            }
+        }
+        // A full disk costs the events that come, not the tasks.
+        if let Err(e) = self.take_over_events() {
+            self.log.say(Level::Error, &format!("write events: {e}"));
+        }
+        self.journal.take_over();
+        for adoptee in &adoptees {
+            let lines = self.reopen(adoptee, record, &mut look, &mut loot);
+            said.insert(adoptee.id.clone(), lines);
+        }
+        let members = std::mem::take(&mut look.members);
+        self.handle(Input::Event(Event::Adopt(adoptees)));
+        for (key, (process, found)) in members {
+            if let Ok(pidfd) = found {
+                self.witness(Whose::Member(key), process, pidfd);
+            }
+        }
+        for (process, pidfd) in std::mem::take(&mut look.loggers).into_values() {
+            self.witness(Whose::Logger, process, pidfd);
+        }
+        said
+    }
+
+    /// Reopens the stdio of every process of a task that lives.
+    fn reopen(
+        &mut self,
+        adoptee: &Adoptee,
+        record: &Record,
+        look: &mut Look,
+        loot: &mut Loot,
+    ) -> Vec<String> {
+        let mut lines = Vec::new();
+        let init = (Key::init(&adoptee.id), &adoptee.init);
+        let execs = adoptee.execs.iter().map(|(exec_id, exec)| {
+            let key = Key {
+                id: adoptee.id.clone(),
+                exec_id: exec_id.clone(),
+            };
+            let lives = matches!(exec.phase, ExecPhase::Starting | ExecPhase::Running);
+            (lives, (key, &exec.member))
+        });
+        let init_lives = adoptee.phase != Phase::Creating;
+        for (lives, (key, member)) in std::iter::once((init_lives, init)).chain(execs) {
+            let alive = look
+                .members
+                .get(&key)
+                .is_some_and(|(_, found)| found.as_ref().is_ok_and(|fd| !witness::has_ended(fd)));
+            let Some(process) = member.process.filter(|_| lives && alive) else {
+                continue;
+            };
+            let wanted = Wanted {
+                key: &key,
+                wish: &member.stdio,
+                stdin_closed: member.stdin_closed,
+                bundle: Path::new(&adoptee.bundle),
+                namespace: &self.namespace,
+                owner: (adoptee.options.io_uid, adoptee.options.io_gid),
+                memory_limit: adoptee.memory_limit,
+            };
+            let logger = look.loggers.get(&key).map(|(process, _)| Logger {
+                pid: Pid::from_raw(i32::try_from(process.pid).unwrap_or(0)),
+                start_time: process.start_time,
+                argv: logger_argv(record, &key),
+            });
+            let living = Living {
+                wanted,
+                pid: process.pid,
+                logger,
+            };
+            let whose = match key.exec_id.as_str() {
+                "" => String::new(),
+                exec_id => format!("exec {exec_id}: "),
+            };
+            let found = self
+                .stdio
+                .adopt(living, loot, &self.roots.proc, &self.epoll);
+            lines.extend(found.into_iter().map(|line| format!("{whose}{line}")));
+        }
+        lines
+    }
+
+    fn witness(&mut self, whose: Whose, process: Process, pidfd: OwnedFd) {
+        self.last_witness += 1;
+        let token = self.last_witness;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+        if let Err(e) = self.epoll.add(&pidfd, event) {
+            let text = format!("watch process {}: {e}", process.pid);
+            self.log.say(Level::Error, &text);
+            return;
+        }
+        let witness = Witness {
+            whose,
+            process,
+            pidfd,
+        };
+        self.witnesses.insert(token, witness);
+    }
+
+    /// A process has ended whose parent we are not.
+    pub(super) fn witnessed(&mut self, token: u64) {
+        let Some(witness) = self.witnesses.remove(&token) else {
+            return;
+        };
+        let _ = self.epoll.delete(witness.pidfd.as_fd());
+        match witness.whose {
+            Whose::Logger => {
+                let mut heard = Vec::new();
+                let pid = Pid::from_raw(i32::try_from(witness.process.pid).unwrap_or(0));
+                self.stdio.logger_exited(pid, &self.epoll, &mut heard);
+                self.hear(heard);
+                self.work_off();
+            }
+            Whose::Member(key) => {
+                let proc = Proc::new(&self.roots.proc);
+                let status = witness::status(&proc, witness.process, &witness.pidfd);
+                if key.is_init() {
+                    // The exit may be seen before what caused it.
+                    self.look_for_oom(&key.id.clone());
+                }
+                let status = status.ok_or_else(|| {
+                    "its parent has collected it, and this kernel tells nobody else".to_owned()
+                });
+                self.handle(Input::Event(Event::Ended { key, status }));
+            }
+        }
+    }
+
+    /// What has become of a task, for the verb's answer.
+    fn tell(&self, id: String, remarks: Vec<String>) -> Option<AdoptedTask> {
+        let record = self.journal.task(&id, &self.state, &self.stdio)?;
+        Some(AdoptedTask {
+            id,
+            phase: record.phase,
+            init: record.init,
+            exit: record.exit,
+            remarks,
+        })
+    }
+}
+
+fn logger_argv(record: &Record, key: &Key) -> Vec<String> {
+    let found = record.tasks.iter().find(|task| task.id == key.id);
+    let stdio = found.and_then(|task| {
+        if key.is_init() {
+            return Some(&task.stdio);
+        }
+        let exec = task.execs.iter().find(|exec| exec.id == key.exec_id);
+        exec.map(|exec| &exec.stdio)
+    });
+    let logger = stdio.and_then(|stdio| stdio.logger.as_ref());
+    logger.map(|logger| logger.argv.clone()).unwrap_or_default()
+}

@@ -190,9 +190,6 @@ impl<'a> Hook<'a> {
         }
         let cases = examined.cases(&self.plan);
         let mut baseline = baseline::of(look, &cases.cases, at);
-        remarks.extend(self.keep(&baseline));
-
-        let twins = self.write_twins(&cases, at, &mut complaint);
         let hung = unresponsive(&examined, &cases, at);
         let wish = Wish {
             address: self.narrow.address.as_deref(),
@@ -202,6 +199,11 @@ impl<'a> Hook<'a> {
             unit: Some(&self.args.unit),
         };
         let decision = adopt::decide(&self.plan.roots, look, &cases, &wish);
+        for order in &decision.orders {
+            baseline.learn(look, order);
+        }
+        remarks.extend(self.keep(&baseline));
+        let twins = self.write_twins(&cases, at, &mut complaint);
         let shims = look.shims.iter();
         let shims = shims.filter(|s| look.instances.get(at).is_some_and(|i| i.is(&s.address)));
         let outcomes = self.adopt(

@@ -20,6 +20,7 @@ use recoverd_common::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    adopt::Order,
     correlate::{Case, Kind},
     facts::{Look, Phase, TaskName},
     own_dir,
@@ -125,16 +126,22 @@ pub fn of<'a>(
 }
 
 fn task(look: &Look, case: &Case<'_>) -> Task {
-    let execs = look.execs.iter().filter(|exec| exec.name == case.name);
+    let execs = match recorded(look, case) {
+        Some(task) => living_execs(look, task).into_iter().collect(),
+        None => look
+            .execs
+            .iter()
+            .filter(|exec| exec.name == case.name)
+            .filter_map(|exec| Some((exec.exec_id.clone()?, exec.id.into())))
+            .collect(),
+    };
     Task {
         namespace: case.name.0.clone(),
         id: case.name.1.clone(),
         phase: case.phase().word().to_owned(),
         init: case.init.alive().map(Identity::from),
         exit: exit(look, case),
-        execs: execs
-            .filter_map(|exec| Some((exec.exec_id.clone()?, exec.id.into())))
-            .collect(),
+        execs,
         shim: case.shim.process().map(|shim| shim.id.into()),
         kind: case.kind().map(|kind: Kind| kind.word().to_owned()),
         did: Did::Nothing,
@@ -155,17 +162,47 @@ fn exit(look: &Look, case: &Case<'_>) -> Option<u32> {
 
 /// How its record says that it ended.
 pub fn recorded_exit<'a>(look: &'a Look, case: &Case<'_>) -> Option<&'a record::Exit> {
+    recorded(look, case)?.exit.as_ref()
+}
+
+/// What the record beside its socket says of it, if it is of this boot.
+fn recorded<'a>(look: &'a Look, case: &Case<'_>) -> Option<&'a record::Task> {
     let address = case.address.as_ref()?;
     let file = look.records.iter().find(|file| file.socket == *address)?;
     let record = file.record.present()?;
     if Some(&record.boot_id) != look.host.boot_id.as_ref() {
         return None;
     }
-    let task = record.tasks.iter().find(|task| task.id == case.name.1)?;
-    task.exit.as_ref()
+    record.tasks.iter().find(|task| task.id == case.name.1)
+}
+
+/// The execs of a recorded task that live: without their shim they are nobody's children.
+fn living_execs(look: &Look, task: &record::Task) -> Vec<(String, Identity)> {
+    let Some(table) = look.processes.present() else {
+        return Vec::new();
+    };
+    let living = |exec: &record::Exec| {
+        let process = exec.process?;
+        let pid = i32::try_from(process.pid).ok()?;
+        let stat = table.get(&pid)?;
+        let same = stat.id.start_time == process.start_time && stat.alive();
+        same.then(|| (exec.id.clone(), stat.id.into()))
+    };
+    task.execs.iter().filter_map(living).collect()
 }
 
 impl Baseline {
+    /// Adds what adoption found out: the execs of a task whose shim kept no record.
+    pub fn learn(&mut self, look: &Look, order: &Order) {
+        let records = order.adoption.record.iter();
+        for task in records.flat_map(|record| &record.tasks) {
+            let name = (order.namespace.clone(), task.id.clone());
+            if let Some(own) = self.task_mut(&name) {
+                own.execs.extend(living_execs(look, task));
+            }
+        }
+    }
+
     /// A task of it.
     pub fn task_mut(&mut self, name: &TaskName) -> Option<&mut Task> {
         let mut tasks = self.tasks.iter_mut();

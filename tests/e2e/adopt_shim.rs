@@ -1,0 +1,212 @@
+//! The verb `adopt` of our shim under real containerd and runc: SPEC's rows F3 and F5 for our own
+//! shims, without `recoverd`.
+
+use std::fs;
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::Stdio;
+
+use recoverd_common::adoption::{Adopted, Adoption};
+use recoverd_common::pb::task::Status;
+use recoverd_common::record;
+use recoverd_tests::{
+    Container, Containerd, Node, Reader, Release, ShimUnderTest, Task, Traces, numbers, wait_for,
+};
+
+recoverd_tests::tests! {
+    on_every_release: [
+        tasks_of_a_dead_shim_outlive_the_start_of_containerd,
+        a_stopped_shim_is_replaced_and_its_terminal_lives,
+    ],
+}
+
+fn ours(id: &str) -> Container {
+    Container::new(id).shim(ShimUnderTest::Recoverd)
+}
+
+/// A folder of this test that containers find at `/mnt`.
+fn shared(container: Container, node: &Node) -> Container {
+    let folder = node.folder().display();
+    container.option(&[
+        "--mount",
+        &format!("type=bind,src={folder},dst=/mnt,options=rbind:rw"),
+    ])
+}
+
+/// The fifo that `ctr` made for a process's stdout.
+#[track_caller]
+fn stdout_of(node: &Node, process: &str) -> PathBuf {
+    let found = node.shell(&format!("ls -d /run/containerd/fifo/*/{process}-stdout"));
+    node.path(found.trim())
+}
+
+/// Makes the file that containers wait for at `/mnt/NAME`.
+fn signal_file(node: &Node, name: &str) {
+    let path = node.folder().join(name);
+    fs::write(&path, "").unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+}
+
+/// What a writer said in the end.
+#[track_caller]
+fn count_in(node: &Node, name: &str) -> u64 {
+    wait_for("a writer's count", || {
+        let text = fs::read_to_string(node.folder().join(name)).ok()?;
+        text.strip_suffix('\n')?.parse().ok()
+    })
+}
+
+/// Has `task`'s group adopted; the successor is its shim from then on.
+#[track_caller]
+fn adopt(containerd: &Containerd, task: &mut Task, stopped: bool) -> Adopted {
+    let node = containerd.node();
+    let adoption = Adoption {
+        socket: task.socket().to_owned(),
+        record: None,
+        predecessor: stopped.then_some(record::Process {
+            pid: task.shim.pid,
+            start_time: task.shim.start_time,
+        }),
+    };
+    let address = containerd.address().display().to_string();
+    let mut command = node.command(
+        node.built("containerd-shim-recoverd-v1"),
+        ["-namespace", task.namespace(), "-address", &address, "-id"],
+    );
+    command.args([&task.record().shim.group_id, "adopt"]);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped());
+    command.stderr(Stdio::piped());
+    let mut verb = command
+        .spawn()
+        .unwrap_or_else(|error| panic!("start adopt: {error}"));
+    if let Some(mut stdin) = verb.stdin.take() {
+        stdin
+            .write_all(&adoption.encode())
+            .unwrap_or_else(|error| panic!("write adoption: {error}"));
+    }
+    let output = verb
+        .wait_with_output()
+        .unwrap_or_else(|error| panic!("wait for adopt: {error}"));
+    assert!(output.status.success(), "{output:?}");
+    let adopted = Adopted::decode(&output.stdout).unwrap_or_else(|e| panic!("{e}: {output:?}"));
+    let shim = node.process(adopted.shim.pid);
+    task.shim = shim.unwrap_or_else(|| panic!("no such process: {adopted:?}"));
+    adopted
+}
+
+fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let before = Traces::of(&node);
+    let writer = numbers("/mnt/go", "/mnt/stop", "/mnt/init.count");
+    let mut task = containerd.run(&shared(ours("pod"), &node).command([
+        "sh",
+        "-c",
+        &format!("{writer}; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 23"),
+    ]));
+    let mut members: Vec<Task> = (0..2)
+        .map(|n| containerd.run(&shared(ours(&format!("member-{n}")), &node).group("pod")))
+        .collect();
+    for member in &members {
+        assert_eq!(member.shim, task.shim);
+    }
+    let of_exec = numbers("/mnt/exec-go", "/mnt/stop", "/mnt/exec.count");
+    let of_exec = format!("{of_exec}; while [ ! -e /mnt/exec-end ]; do usleep 20000; done; exit 7");
+    containerd.exec(&task, "session", &["sh", "-c", &of_exec, "session"]);
+    let init_stream = Reader::open(&stdout_of(&node, "pod"));
+    signal_file(&node, "go");
+    init_stream.wait_advance();
+
+    // Twice: an adopted task is adopted like any other.
+    for round in 0..2 {
+        containerd.kill();
+        init_stream.away();
+        node.kill(&task.shim);
+        let adopted = adopt(&containerd, &mut task, false);
+        for member in &mut members {
+            member.shim = task.shim.clone();
+        }
+        let said: Vec<&String> = adopted.tasks.iter().flat_map(|t| &t.remarks).collect();
+        assert!(said.is_empty(), "{said:?}");
+        assert_eq!(adopted.tasks.len(), 3);
+        containerd.start();
+        init_stream.back();
+        init_stream.wait_advance();
+        for task in std::iter::once(&task).chain(&members) {
+            task.assert_init_alive();
+            task.assert_shim_alive();
+            let row = containerd.task("e2e", task.id());
+            let row = row.map(|row| (row.pid, row.status));
+            assert_eq!(row, Some((task.init.pid, "RUNNING".to_owned())));
+        }
+        assert_eq!(task.state("session").status(), Status::Running);
+        // It is not only there: it works.
+        let mut exec = containerd.exec_attached(&task, &format!("hello-{round}"), &["echo", "hi"]);
+        assert!(exec.wait().success(), "{}", exec.text());
+        assert_eq!(exec.text(), "hi\n");
+        containerd.ctr_ok("e2e", ["tasks", "pause", "pod"]);
+        containerd.ctr_ok("e2e", ["tasks", "resume", "pod"]);
+        containerd.ctr_ok("e2e", ["tasks", "metrics", "pod"]);
+        containerd.ctr_ok("e2e", ["tasks", "ps", "pod"]);
+    }
+
+    // The exec's bytes go through its shim: from now on through this one.
+    let exec_stream = Reader::open(&stdout_of(&node, "session"));
+    signal_file(&node, "exec-go");
+    exec_stream.wait_advance();
+    signal_file(&node, "stop");
+    let counts = [count_in(&node, "init.count"), count_in(&node, "exec.count")];
+    init_stream.away();
+    exec_stream.away();
+    signal_file(&node, "exec-end");
+    assert_eq!(task.wait("session").exit_status, 7);
+    signal_file(&node, "end");
+    assert_eq!(task.wait("").exit_status, 23);
+    let recorded = task.recorded().exit;
+    assert!(
+        matches!(recorded, Some(record::Exit::Observed { status: 23, .. })),
+        "{recorded:?}"
+    );
+    init_stream.back();
+    exec_stream.back();
+    init_stream.finish(counts[0]);
+    exec_stream.finish(counts[1]);
+    for member in &members {
+        containerd.remove(member);
+    }
+    containerd
+        .ctr("e2e", ["tasks", "delete", "pod"])
+        .output()
+        .unwrap_or_else(|e| panic!("{e}"));
+    containerd.ctr_ok("e2e", ["containers", "delete", "pod"]);
+    node.wait_gone(&task.shim);
+    before.wait_restored(&node);
+}
+
+fn a_stopped_shim_is_replaced_and_its_terminal_lives(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let mut task = containerd.run(&shared(ours("shell"), &node).terminal().command([
+        "sh",
+        "-c",
+        "trap 'touch /mnt/hup' HUP; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 5",
+    ]));
+    containerd.kill();
+    node.freeze(&task.shim);
+    let adopted = adopt(&containerd, &mut task, true);
+    assert_eq!(adopted.tasks[0].remarks, [""; 0]);
+    containerd.start();
+    task.assert_init_alive();
+    task.assert_shim_alive();
+    // A terminal without a master is gone: its session would have heard a HUP.
+    let width = "stty size </proc/self/fd/0 >/dev/null 2>&1; echo ok";
+    let mut exec = containerd.exec_attached(&task, "look", &["sh", "-c", width]);
+    assert!(exec.wait().success(), "{}", exec.text());
+    assert!(!node.folder().join("hup").exists());
+    signal_file(&node, "end");
+    assert_eq!(task.wait("").exit_status, 5);
+    assert!(!node.folder().join("hup").exists());
+    let deleted = containerd.ctr("e2e", ["tasks", "delete", "shell"]).output();
+    deleted.unwrap_or_else(|e| panic!("{e}"));
+    containerd.ctr_ok("e2e", ["containers", "delete", "shell"]);
+    node.wait_gone(&task.shim);
+}

@@ -11,6 +11,8 @@ use crate::{read::read_file, seen::Seen};
 /// One mount.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Mount {
+    /// The kernel's number for it. A later mount at the same place has another.
+    pub id: u64,
     /// Where.
     pub point: PathBuf,
     /// File system type, `overlay`.
@@ -29,10 +31,12 @@ pub fn parse(bytes: &[u8]) -> Vec<Mount> {
 
 fn parse_line(line: &[u8]) -> Option<Mount> {
     let mut fields = line.split(|b| *b == b' ');
-    let point = unescape(fields.nth(4)?);
+    let id = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+    let point = unescape(fields.nth(3)?);
     // Any number of optional fields, then a lone dash.
     fields.by_ref().find(|f| *f == b"-")?;
     Some(Mount {
+        id,
         point: PathBuf::from(OsString::from_vec(point)),
         kind: String::from_utf8_lossy(fields.next()?).into_owned(),
         source: String::from_utf8_lossy(fields.next()?).into_owned(),

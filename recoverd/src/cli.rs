@@ -92,6 +92,8 @@ pub enum Command {
     PreStart(PreStart),
     /// After containerd started: tell what became of every task
     PostStart(PostStart),
+    /// Show what would mend what is wrong, and do it with --apply
+    Repair(Repair),
     /// Tell what recoverd did
     History(History),
     /// Tell what a finding means, how it comes about and what to do
@@ -236,6 +238,32 @@ pub struct PostStart {
     /// Exit 1 when a workload was lost, 3 when it cannot be told
     #[arg(long)]
     pub strict: bool,
+}
+
+/// `recoverd repair`
+#[derive(Debug, Args)]
+pub struct Repair {
+    /// Do it; without, the plan is shown and nothing is changed
+    #[arg(long)]
+    pub apply: bool,
+    /// Allow steps that destroy: kill ends processes, delete deletes data
+    #[arg(long, value_enum, value_name = "WHAT")]
+    pub allow: Vec<crate::permit::Word>,
+    /// Only this finding, such as stale-socket, or this task; may be given several times
+    #[arg(long, value_name = "CODE|NS/ID")]
+    pub only: Vec<String>,
+    /// Leave alone what is younger, such as 0s, 90s, 10m
+    #[arg(long, value_name = "TIME", value_parser = crate::config::parse_duration)]
+    pub min_age: Option<std::time::Duration>,
+    /// How to print
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
+    pub output: TableOrJson,
 }
 
 /// `recoverd history`

@@ -49,6 +49,8 @@ pub struct Config {
     pub adopt: Adopt,
     /// Of the hook before containerd's start.
     pub pre_start: PreStart,
+    /// Of mending.
+    pub repair: Repair,
     origin: Origin,
 }
 
@@ -98,6 +100,13 @@ pub struct PreStart {
     pub foreign: bool,
     /// For the whole hook.
     pub deadline: Duration,
+}
+
+/// The `[repair]` table.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Repair {
+    /// Steps in one run.
+    pub max_actions: u16,
 }
 
 /// Where values come from.
@@ -175,6 +184,7 @@ impl Default for Config {
                 foreign: false,
                 deadline: Duration::from_secs(20),
             },
+            repair: Repair { max_actions: 50 },
             origin: Origin::default(),
         }
     }
@@ -332,10 +342,24 @@ const KEYS: &[Key] = &[
     },
     time_key!(pre_start "pre-start", "deadline", deadline, "1s" to "10m",
         "for the whole hook"),
+    Key {
+        table: "repair",
+        name: "max-actions",
+        about: "at most so many steps in one run of repair",
+        allowed: "a whole number from 1 to 10000",
+        set: |config, value| {
+            let number = value.as_integer()?;
+            let number = u16::from_str_radix(number.as_str(), number.radix()).ok()?;
+            (1..=10_000).contains(&number).then_some(())?;
+            config.repair.max_actions = number;
+            Some(())
+        },
+        show: |config| i64::from(config.repair.max_actions).into(),
+    },
 ];
 
 /// Tables of [`KEYS`], in order.
-const TABLES: [&str; 3] = ["scan", "adopt", "pre-start"];
+const TABLES: [&str; 4] = ["scan", "adopt", "pre-start", "repair"];
 /// The keys of a `[[containerd]]` table.
 const CONTAINERD_KEYS: &str = "address, state, root";
 
@@ -604,7 +628,13 @@ fn unknown_key(table: &str, name: &str) -> String {
         .map(|key| key.name)
         .collect();
     let place = if table.is_empty() {
-        allowed.extend(["[[containerd]]", "[scan]", "[adopt]", "[pre-start]"]);
+        allowed.extend([
+            "[[containerd]]",
+            "[scan]",
+            "[adopt]",
+            "[pre-start]",
+            "[repair]",
+        ]);
         String::new()
     } else {
         format!("{table}.")
@@ -794,6 +824,9 @@ mod tests {
         [pre-start]
         foreign = true
         deadline = "45s"
+
+        [repair]
+        max-actions = 7
     "#;
 
     #[test]

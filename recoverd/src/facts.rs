@@ -540,6 +540,19 @@ impl Look {
     }
 }
 
+/// What only `repair` asks for, beside a look.
+#[derive(Debug, Clone, Default)]
+pub struct Grounds {
+    /// What stands at a path; a symlink is itself.
+    pub files: BTreeMap<PathBuf, Seen<FileId>>,
+    /// By socket: there are events that containerd has not acknowledged.
+    pub unsent: BTreeMap<Address, Seen<bool>>,
+    /// By pid of a shim: how many are connected to its sockets.
+    pub connected: BTreeMap<i32, Seen<usize>>,
+    /// By pid of a shim: where its containerd takes events.
+    pub ttrpc: BTreeMap<i32, PathBuf>,
+}
+
 /// What only `preflight` asks for, beside a look.
 #[derive(Debug)]
 pub struct Premises {

@@ -2,6 +2,7 @@
 //! result into an exit code; everything else is in `commands`.
 
 mod adopt;
+mod apply;
 mod classify;
 mod cli;
 mod commands;
@@ -16,6 +17,8 @@ mod hooks;
 mod lock;
 mod observe;
 mod own_dir;
+mod permit;
+mod plan;
 mod preflight;
 mod quarantine;
 mod report;
@@ -128,6 +131,12 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
             commands::pre_start::run(args, &cli.global, &config)
         }
         Command::PostStart(args) => commands::post_start::run(args, &cli.global, &config),
+        Command::Repair(args) => {
+            if let Some(min_age) = args.min_age {
+                config.override_min_age(min_age);
+            }
+            commands::repair::run(args, &cli.global, &config)
+        }
         Command::History(args) => commands::history::run(args, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
         Command::Config => {

@@ -253,4 +253,4 @@ pub fn gaps(look: &Look, cases: &Cases<'_>) -> Vec<Gap> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -9,5 +9,6 @@ pub mod look;
 pub mod post_start;
 pub mod pre_start;
 pub mod preflight;
+pub mod repair;
 pub mod scan;
 pub mod show;

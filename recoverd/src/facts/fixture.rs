@@ -85,6 +85,7 @@ pub fn stat(id: ProcessId, ppid: i32) -> Stat {
 /// A line of the mount table.
 pub fn mount(point: impl Into<PathBuf>, kind: &str) -> Mount {
     Mount {
+        id: 1,
         point: point.into(),
         kind: kind.into(),
         source: String::new(),

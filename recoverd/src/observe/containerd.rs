@@ -253,6 +253,35 @@ async fn get_tasks(
     Ok(all)
 }
 
+/// What one containerd says of one task now.
+pub async fn task_of(
+    address: &str,
+    name: &TaskName,
+    deadline: Duration,
+) -> Result<Option<ContainerdTask>, String> {
+    let asked = async {
+        let channel = connect(address)
+            .await
+            .map_err(|error| chain("connect", &error))?;
+        let request = GetRequest {
+            container_id: name.1.clone(),
+            exec_id: String::new(),
+        };
+        let request = in_namespace(request, &name.0)?;
+        match TasksClient::new(channel).get(request).await {
+            Ok(response) => {
+                let process = response.into_inner().process;
+                Ok(process.map(|process| task(process.status, process.pid)))
+            }
+            Err(status) if status.code() == Code::NotFound => Ok(None),
+            Err(status) => Err(said("get task", &status)),
+        }
+    };
+    time::timeout(deadline, asked)
+        .await
+        .unwrap_or_else(|_| Err("get task: no answer".into()))
+}
+
 fn task(status: i32, pid: u32) -> ContainerdTask {
     ContainerdTask {
         phase: Phase::of_number(status),

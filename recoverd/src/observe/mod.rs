@@ -10,12 +10,13 @@ mod answers;
 mod bundles;
 mod cgroups;
 pub mod command;
-mod containerd;
+pub mod containerd;
+pub mod grounds;
 mod host;
 mod instances;
 mod leftovers;
 pub mod premises;
-mod processes;
+pub mod processes;
 mod unit;
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};

@@ -408,6 +408,29 @@ pub fn users_of(proc: &Proc, wanted: &BTreeSet<PathBuf>) -> HashMap<i32, BTreeSe
         .collect()
 }
 
+/// A process whose arguments name a task as a shim's do: one that serves it, or runs `start` or
+/// `delete` for it.
+pub fn names_shim(proc: &Proc, namespace: &str, id: &str, address: &str) -> Seen<i32> {
+    let pids = match proc.pids() {
+        Ok(pids) => pids,
+        Err(error) => return Seen::Unknown(error.to_string()),
+    };
+    for pid in pids {
+        let arguments = match proc.arguments(pid) {
+            Seen::Present(arguments) => arguments,
+            Seen::Absent => continue,
+            Seen::Unknown(why) => return Seen::Unknown(why),
+        };
+        let named = parse_shim_line(&arguments).is_some_and(|line| {
+            line.namespace == namespace && line.id == id && line.address == address
+        });
+        if named {
+            return Seen::Present(pid);
+        }
+    }
+    Seen::Absent
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

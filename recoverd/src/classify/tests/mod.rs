@@ -1,7 +1,7 @@
 //! Each finding appears on the fact that makes it, and on none that is nearly it.
 
 mod leftovers;
-mod random;
+pub(crate) mod random;
 mod shims;
 mod tasks;
 
@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-const SETTINGS: Settings = Settings {
+pub(crate) const SETTINGS: Settings = Settings {
     min_age: Duration::from_secs(600),
     settle: Duration::from_secs(10),
     run_full: 90,

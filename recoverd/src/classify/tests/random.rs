@@ -153,14 +153,15 @@ enum Says {
     IsDown,
 }
 
+/// A node with some things wrong at once.
 #[derive(Debug, Clone)]
-struct Broken {
+pub(crate) struct Broken {
     changes: Vec<(usize, usize)>,
     says: [Says; 2],
 }
 
 impl Broken {
-    fn look(&self) -> Look {
+    pub(crate) fn look(&self) -> Look {
         let mut look = healthy();
         for task in &BROKEN {
             look.add(task);
@@ -175,14 +176,17 @@ impl Broken {
                 Says::All => {}
                 Says::NoTasks => look.api(at).tasks = None,
                 Says::Nothing => look.instances[at].api = Api::Unknown("timed out".into()),
-                Says::IsDown => look.instances[at].api = Api::Down,
+                Says::IsDown => {
+                    look.instances[at].api = Api::Down;
+                    look.instances[at].daemon = None;
+                }
             }
         }
         look
     }
 }
 
-fn broken() -> impl Strategy<Value = Broken> {
+pub(crate) fn broken() -> impl Strategy<Value = Broken> {
     let says = || {
         prop_oneof![
             3 => Just(Says::All),

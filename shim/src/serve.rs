@@ -73,8 +73,8 @@ const EVENTS_OF_ONE: u64 = 512;
 /// No request takes more room than this in the record, bytes, but for one with giant mount options.
 const MAX_OWED: usize = 64 << 10;
 /// After so long without anything to do, milliseconds, memory is given back: most shims have
-/// nothing to do for days.
-const QUIET_MS: u64 = 1_000;
+/// nothing to do for days, and what is needed again costs some ten page faults.
+const QUIET_MS: u64 = 100;
 /// After a failed accept, milliseconds.
 const ACCEPT_PAUSE_MS: u64 = 500;
 /// Sub-groups below a container's cgroup that are looked through for pids.
@@ -304,8 +304,14 @@ impl Shim {
     fn serve(&mut self, signals: &SignalFd) -> Result<(), StartError> {
         self.handle(Input::Tick);
         let mut ready = [EpollEvent::empty(); 16];
+        let mut trim = false;
         while !self.leave {
-            let count = match self.epoll.wait(&mut ready, self.timeout()) {
+            let timeout = self.timeout();
+            if std::mem::take(&mut trim) {
+                // Right before the wait: whatever runs in between is mapped again.
+                sys::trim();
+            }
+            let count = match self.epoll.wait(&mut ready, timeout) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => return Err(failed("wait")(errno)),
@@ -314,17 +320,20 @@ impl Shim {
                 self.wake(event, signals);
             }
             let now = now().mono_ms;
-            if count > 0 {
-                self.trim_at = Some(now.saturating_add(QUIET_MS));
-            } else if self.trim_at.is_some_and(|at| at <= now) {
-                self.trim_at = None;
-                sys::trim();
-            }
+            let mut worked = count > 0;
             if self.stdio.deadline().is_some_and(|at| at <= now) {
                 self.stdio.tick(now);
+                worked = true;
             }
             if self.state.deadline().is_some_and(|at| at <= now) {
                 self.handle(Input::Tick);
+                worked = true;
+            }
+            if worked {
+                self.trim_at = Some(now.saturating_add(QUIET_MS));
+            } else if self.trim_at.is_some_and(|at| at <= now) {
+                self.trim_at = None;
+                trim = true;
             }
             if self.accept_at.is_some_and(|at| at <= now) {
                 self.accept_at = None;

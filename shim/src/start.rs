@@ -49,7 +49,7 @@ use crate::{
     context,
     lock::{self, Attempt},
     options::Options,
-    remains,
+    remains::{self, Unsent},
     serve_args::READY,
     socket, sys,
 };
@@ -328,7 +328,7 @@ impl Launch<'_> {
                 let _ = daemon.wait();
             }
             remove_address(self.bundle);
-            remains::remove_group(self.socket);
+            remains::remove_group(self.socket, Unsent::Keep);
         }
         // After a success the daemon has the only other duplicate of the lock.
         drop(lock);

@@ -93,6 +93,17 @@ pub struct FileId {
 }
 
 impl FileId {
+    /// Of the entry at `path` itself: a symlink is not followed.
+    pub fn of_entry(path: &Path) -> Seen<Self> {
+        match fs::symlink_metadata(path) {
+            Ok(meta) => Seen::Present(Self {
+                dev: meta.dev(),
+                ino: meta.ino(),
+            }),
+            Err(error) => absent_or_unknown(&error),
+        }
+    }
+
     /// Of `path`, symlinks followed.
     pub fn of(path: &Path) -> Seen<Self> {
         match fs::metadata(path) {

@@ -14,7 +14,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     max_term_width = 100,
     disable_help_subcommand = true,
     after_help = "Exit codes of commands that look: 0 nothing found, 1 findings, 2 usage error,\n\
-                  3 could not see everything."
+                  3 could not see everything. Of commands that act: 0 all that was promised holds,\n\
+                  1 some does not, 2 usage error, 3 could not see, 4 another recoverd is at work."
 )]
 pub struct Cli {
     #[command(flatten)]
@@ -85,6 +86,8 @@ pub enum Command {
     Preflight(Preflight),
     /// Write all facts about one task into a tar file, for a bug report
     Dump(Dump),
+    /// Tell what recoverd did
+    History(History),
     /// Tell what a finding means, how it comes about and what to do
     Explain(Explain),
     /// Print the effective configuration and where each value comes from
@@ -168,6 +171,35 @@ pub struct Dump {
     /// Have a Go shim write its stacks into its log first (sends it SIGUSR1)
     #[arg(long)]
     pub stack: bool,
+}
+
+/// `recoverd history`
+#[derive(Debug, Args)]
+pub struct History {
+    /// How to print
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
+    pub output: TableOrJson,
+    /// Only what was done since then: a time such as 2026-11-24T05:00:00Z, or so long ago, such as 2h
+    #[arg(long, value_name = "WHEN", value_parser = crate::history::Since::parse)]
+    pub since: Option<crate::history::Since>,
+    /// Only the last so many lines
+    #[arg(long, value_name = "COUNT")]
+    pub limit: Option<usize>,
+}
+
+/// Formats of commands that print a table or one object.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum TableOrJson {
+    /// For people
+    Table,
+    /// One object
+    Json,
 }
 
 /// `recoverd explain`

@@ -26,7 +26,15 @@ fn check(name: &str, args: &[&str]) {
 #[test]
 fn help_of_every_command_is_what_was_agreed() {
     check("help.txt", &["--help"]);
-    for command in ["scan", "show", "preflight", "dump", "explain", "config"] {
+    for command in [
+        "scan",
+        "show",
+        "preflight",
+        "dump",
+        "history",
+        "explain",
+        "config",
+    ] {
         check(&format!("help-{command}.txt"), &[command, "--help"]);
     }
 }
@@ -42,6 +50,8 @@ fn every_usage_error_is_one_line_and_exits_2() {
         &["show", "a/b/c"],
         &["show", "../x"],
         &["preflight", "--to", "banana"],
+        &["history", "--since", "yesterday"],
+        &["history", "--limit", "-1"],
         &["explain", "no\u{1b}[31msuch"],
         &["--address", "/run/c.sock"],
     ] {

@@ -3,6 +3,7 @@
 pub mod config;
 pub mod dump;
 pub mod explain;
+pub mod history;
 pub mod look;
 pub mod preflight;
 pub mod scan;

@@ -1,0 +1,288 @@
+//! What only adoption needs to know of a task, beside a look: its client's fifos, its pid files,
+//! how runc and the kernel see it. Reads; judges and changes nothing.
+
+use std::{
+    collections::HashMap,
+    fs,
+    os::unix::fs::FileTypeExt,
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+
+use recoverd_common::{
+    cgroup::{Cgroup, Roots as CgroupRoots, parse_memberships},
+    ids::Id,
+    proc::{Proc, ProcessId},
+    read::read_text,
+    record::{Context, Stdio},
+    seen::Seen,
+};
+
+use super::decide::Group;
+use crate::{
+    correlate::Case,
+    facts::{FifoFolder, Instance, Look},
+    observe::Roots,
+};
+
+/// Longest small file that is read here.
+const SMALL: u64 = 64 << 10;
+/// The largest `oom_score_adj` that the kernel takes.
+const OOM_SCORE_MAX: i32 = 1000;
+/// The PATH of a containerd that cannot be asked: systemd's default.
+const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// Clients make fifos just before the task; clocks of file systems are coarse.
+const FIFO_SLACK: Duration = Duration::from_secs(2);
+
+/// What was found.
+#[derive(Debug, Default)]
+pub struct Clues {
+    /// By bundle.
+    pub tasks: HashMap<PathBuf, TaskClues>,
+    /// The surroundings that a shim of each containerd has, by its index.
+    pub contexts: HashMap<usize, Context>,
+}
+
+/// Of one task.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TaskClues {
+    /// `/proc/<init>/cgroup`, line by line.
+    pub cgroup: Vec<String>,
+    /// Its client's fifos.
+    pub stdio: Stdio,
+    /// runc waits for its start.
+    pub created: bool,
+    /// Its cgroup is frozen.
+    pub paused: bool,
+    /// What its pid files name.
+    pub execs: Vec<ExecClue>,
+}
+
+/// One `<exec>.pid`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ExecClue {
+    /// The exec's id.
+    pub id: String,
+    /// The pid in it.
+    pub pid: i32,
+    /// Its client's fifos.
+    pub stdio: Stdio,
+    /// It has a terminal.
+    pub terminal: bool,
+}
+
+/// Looks for all groups that no record describes.
+pub fn observe(roots: &Roots, look: &Look, groups: &[Group<'_>], unit: Option<&str>) -> Clues {
+    let mut clues = Clues::default();
+    for group in groups.iter().filter(|group| !group.recorded) {
+        if let Some(instance) = look.instances.get(group.instance) {
+            clues
+                .contexts
+                .entry(group.instance)
+                .or_insert_with(|| context(roots, look, instance, unit));
+        }
+        for case in &group.members {
+            if let Some(bundle) = case.bundle {
+                let task = task(roots, look, group, case, &bundle.path);
+                clues.tasks.insert(bundle.path.clone(), task);
+            }
+        }
+    }
+    clues
+}
+
+fn task(
+    roots: &Roots,
+    look: &Look,
+    group: &Group<'_>,
+    case: &Case<'_>,
+    bundle: &Path,
+) -> TaskClues {
+    let proc = Proc::new(&roots.proc);
+    let id = &case.name.1;
+    let written = case
+        .bundle
+        .and_then(|bundle| Some(bundle.init_pid.present()?.written_at));
+    let cgroup = match case.init.alive() {
+        Some(init) => lines(&proc.path(init.pid, "cgroup")),
+        None => Vec::new(),
+    };
+    let created = case
+        .runc
+        .is_some_and(|entry| entry.path.join("exec.fifo").exists());
+    let stdio = |id: &str, at| stdio(look, group.instance, &case.name.1, id, at);
+    TaskClues {
+        paused: frozen(roots, &cgroup),
+        cgroup,
+        stdio: stdio(id, written),
+        created,
+        execs: pid_files(bundle)
+            .into_iter()
+            .map(|(id, pid, at)| ExecClue {
+                stdio: stdio(&id, at),
+                terminal: has_terminal(&proc, pid),
+                id,
+                pid,
+            })
+            .collect(),
+    }
+}
+
+fn lines(path: &Path) -> Vec<String> {
+    match read_text(path, SMALL) {
+        Seen::Present(text) => text.lines().map(str::to_owned).collect(),
+        Seen::Absent | Seen::Unknown(_) => Vec::new(),
+    }
+}
+
+fn frozen(roots: &Roots, memberships: &[String]) -> bool {
+    let cgroup_roots = CgroupRoots {
+        proc: roots.proc.clone(),
+        cgroup: roots.cgroup.clone(),
+    };
+    let memberships = parse_memberships(&memberships.join("\n"));
+    let Seen::Present(cgroup) = Cgroup::of_memberships(&cgroup_roots, &memberships) else {
+        return false;
+    };
+    let (file, word) = match &cgroup {
+        Cgroup::V1(_) => ("freezer.state", "FROZEN"),
+        Cgroup::V2(_) => ("cgroup.freeze", "1"),
+    };
+    let Some(folder) = cgroup.folder("freezer") else {
+        return false;
+    };
+    let text = read_text(&folder.join(file), SMALL);
+    text.present().is_some_and(|text| text.trim() == word)
+}
+
+/// Id, pid and time of every exec's pid file.
+fn pid_files(bundle: &Path) -> Vec<(String, i32, Option<SystemTime>)> {
+    let Ok(entries) = fs::read_dir(bundle) else {
+        return Vec::new();
+    };
+    let mut found: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name();
+            let id = Id::new(name.to_str()?.strip_suffix(".pid")?).ok()?;
+            if id.as_str() == "init" {
+                return None;
+            }
+            let text = read_text(&entry.path(), 64);
+            let pid = text.present()?.trim().parse::<i32>().ok()?;
+            let at = entry.metadata().and_then(|meta| meta.modified()).ok();
+            (pid > 0).then(|| (id.to_string(), pid, at))
+        })
+        .collect();
+    found.sort();
+    found
+}
+
+fn has_terminal(proc: &Proc, pid: i32) -> bool {
+    // The container's own /dev/pts: the kernel names the file as the process sees it.
+    fs::read_link(proc.path(pid, "fd/0")).is_ok_and(|target| target.starts_with("/dev/pts"))
+}
+
+/// The fifos of the process `id` (an init or an exec) of `task`. Of several folders (a client's
+/// that was killed stays) the newest that is not younger than the process.
+fn stdio(
+    look: &Look,
+    instance: usize,
+    task: &str,
+    id: &str,
+    started_at: Option<SystemTime>,
+) -> Stdio {
+    let of_task = |folder: &&FifoFolder| {
+        folder.ids.contains(id)
+            && folder.instance.is_none_or(|of| {
+                // The CRI's: containers/<task>/io/<random>.
+                let container = folder.path.parent().and_then(Path::parent);
+                of == instance
+                    && container.and_then(Path::file_name) == Some(std::ffi::OsStr::new(task))
+            })
+    };
+    let in_time = |folder: &FifoFolder| match (folder.changed_at, started_at) {
+        (Some(made), Some(started)) => {
+            made.duration_since(started).unwrap_or_default() <= FIFO_SLACK
+        }
+        (Some(_) | None, _) => false,
+    };
+    let folder = look
+        .fifos
+        .iter()
+        .filter(of_task)
+        .max_by_key(|folder| (in_time(folder), folder.changed_at));
+    let path = |stream: &str| {
+        let path = folder?.path.join(format!("{id}-{stream}"));
+        let is_fifo = fs::symlink_metadata(&path).is_ok_and(|meta| meta.file_type().is_fifo());
+        is_fifo.then(|| path.to_string_lossy().into_owned())
+    };
+    Stdio {
+        stdin: path("stdin").unwrap_or_default(),
+        stdout: path("stdout").unwrap_or_default(),
+        stderr: path("stderr").unwrap_or_default(),
+        ..Stdio::default()
+    }
+}
+
+/// The surroundings of a shim of this containerd: as containerd itself would give them. It is
+/// asked of whoever has them: this process when it runs in containerd's unit (its start hooks do),
+/// the daemon, another of its shims; at last this process anyway.
+fn context(roots: &Roots, look: &Look, instance: &Instance, unit: Option<&str>) -> Context {
+    let proc = Proc::new(&roots.proc);
+    let own = i32::try_from(std::process::id()).unwrap_or(0);
+    let in_unit = unit.is_some_and(|unit| {
+        let groups = lines(&proc.path(own, "cgroup"));
+        groups
+            .iter()
+            .any(|line| line.split('/').any(|part| part == unit))
+    });
+    let shim = || -> Option<ProcessId> {
+        let mut shims = look.shims.iter();
+        shims
+            .find(|shim| instance.is(&shim.address))
+            .map(|shim| shim.id)
+    };
+    // A daemon's shims are one more likely to be killed than it is; a shim's successor equally.
+    let (source, more) = match (in_unit, instance.daemon, shim()) {
+        (true, _, _) | (false, None, None) => (own, 1),
+        (false, Some(daemon), _) => (daemon.pid, 1),
+        (false, None, Some(shim)) => (shim.pid, 0),
+    };
+    let score = read_text(&proc.path(source, "oom_score_adj"), SMALL)
+        .present()
+        .and_then(|text| text.trim().parse::<i32>().ok())
+        .unwrap_or(0);
+    // An operator's shell is no measure of anything.
+    let score = if source == own && !in_unit {
+        score
+    } else {
+        score.saturating_add(more).min(OOM_SCORE_MAX)
+    };
+    let path = environment(&proc, source, "PATH").unwrap_or_else(|| DEFAULT_PATH.to_owned());
+    Context {
+        cgroup: lines(&proc.path(source, "cgroup")),
+        oom_score_adj: score,
+        umask: 0o022,
+        env: [
+            ("PATH".to_owned(), path),
+            (
+                "TTRPC_ADDRESS".to_owned(),
+                format!("{}.ttrpc", instance.address),
+            ),
+            ("GRPC_ADDRESS".to_owned(), instance.address.clone()),
+        ]
+        .into(),
+        ..Context::default()
+    }
+}
+
+fn environment(proc: &Proc, pid: i32, name: &str) -> Option<String> {
+    let bytes = recoverd_common::read::read_file(&proc.path(pid, "environ"), SMALL);
+    let bytes = bytes.present()?;
+    bytes.split(|byte| *byte == 0).find_map(|pair| {
+        let text = std::str::from_utf8(pair).ok()?;
+        let value = text.strip_prefix(name)?.strip_prefix('=')?;
+        (!value.is_empty()).then(|| value.to_owned())
+    })
+}

@@ -1,0 +1,65 @@
+//! Adoption, recoverd's side of it: which groups of tasks need a successor of their shim, what that
+//! successor has to know, and starting it. What the successor does is the shim's own verb `adopt`
+//! (see `recoverd_common::adoption`).
+//!
+//! ```text
+//! look + cases ──decide::select──▶ groups ──clues::observe──▶ clues
+//!                                    └──────decide::order◀──────┘ ──▶ Order ──run──▶ Outcome
+//! ```
+//!
+//! A group is what one shim serves: all tasks whose bundles name one socket. It is adopted whole.
+
+pub mod clues;
+pub mod decide;
+pub mod run;
+
+use recoverd_common::{adoption::Adoption, proc::ProcessId};
+
+use crate::{
+    correlate::Cases,
+    facts::{Look, TaskName},
+    observe::Roots,
+};
+
+pub use decide::{Decision, Wish};
+pub use run::{How, Outcome, Verdict, run};
+
+/// One group to be adopted, with all that its successor needs.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Order {
+    /// The containerd's gRPC address.
+    pub address: String,
+    /// The containerd namespace.
+    pub namespace: String,
+    /// The group's id: its first container, a pod's sandbox.
+    pub group: String,
+    /// What the successor is told.
+    pub adoption: Adoption,
+    /// Its tasks.
+    pub members: Vec<Member>,
+    /// Why, one line each.
+    pub because: Vec<String>,
+}
+
+/// A task of an [`Order`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Member {
+    /// Its name.
+    pub name: TaskName,
+    /// Its living init, which must be the same afterwards.
+    pub init: Option<ProcessId>,
+}
+
+impl Order {
+    /// Living inits in it: what it is worth.
+    pub fn living(&self) -> usize {
+        self.members.iter().filter(|m| m.init.is_some()).count()
+    }
+}
+
+/// Who is to be adopted, and how: looks at what only adoption needs, changes nothing.
+pub fn decide(roots: &Roots, look: &Look, cases: &Cases<'_>, wish: &Wish<'_>) -> Decision {
+    let selection = decide::select(look, cases, wish);
+    let clues = clues::observe(roots, look, &selection.groups, wish.unit);
+    decide::orders(look, selection, &clues)
+}

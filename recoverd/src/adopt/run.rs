@@ -1,0 +1,289 @@
+//! Starts successors: our shim's verb `adopt`, one process for each group, many at once, each
+//! within a deadline; then asks the new shim itself whether it serves what it should. Whom, and
+//! with what, is decided in `decide`.
+
+use std::{
+    path::{Path, PathBuf},
+    process::Stdio,
+    time::{Duration, Instant},
+};
+
+use recoverd_common::{
+    adoption::{Adopted, Misunderstood, STOOD_BACK},
+    pb::task::Status,
+    shim_client::{CallError, ShimClient},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    process::{Child, Command},
+    time::{self, timeout_at},
+};
+
+use super::Order;
+use crate::facts::one_line;
+
+/// The shim's file name.
+pub const BINARY: &str = "containerd-shim-recoverd-v1";
+/// A new shim is asked this long after it said that it serves.
+const VERIFY: Duration = Duration::from_secs(2);
+/// Longest answer or complaint that is read, bytes: a pod of a thousand tasks says some 300 KiB.
+const MAX_ANSWER: u64 = 4 << 20;
+
+/// How to start successors.
+#[derive(Debug, Clone)]
+pub struct How {
+    /// The shim's binary.
+    pub binary: PathBuf,
+    /// For one of them.
+    pub deadline: Duration,
+    /// For all; whatever has not begun by then does not begin.
+    pub until: Instant,
+    /// At the same time.
+    pub at_once: usize,
+}
+
+/// What became of one order.
+#[derive(Debug)]
+pub struct Outcome {
+    /// Which.
+    pub order: Order,
+    /// What became of it.
+    pub verdict: Verdict,
+    /// How long it took.
+    pub took: Duration,
+}
+
+/// What became of an order.
+#[derive(Debug)]
+pub enum Verdict {
+    /// The successor serves, and was asked.
+    Adopted(Adopted),
+    /// Somebody else serves the tasks, or nothing is left; nothing was touched.
+    StoodBack(String),
+    /// It could not.
+    Failed(Failed),
+}
+
+/// Why a group was not adopted.
+#[derive(Debug, thiserror::Error)]
+pub enum Failed {
+    /// The binary could not be started.
+    #[error("start {}: {cause}", binary.display())]
+    Start {
+        /// Which.
+        binary: PathBuf,
+        /// The kernel's answer.
+        cause: std::io::Error,
+    },
+    /// It was still at work at its deadline, and was ended.
+    #[error("was not done in {} ms", .0.as_millis())]
+    Late(Duration),
+    /// There was no time left to begin.
+    #[error("no time was left for it")]
+    NoTime,
+    /// It refused.
+    #[error("{0}")]
+    Refused(String),
+    /// Its answer is none.
+    #[error("its answer {0}")]
+    Answer(#[from] Misunderstood),
+    /// It says that it serves, and does not.
+    #[error("says that it serves, but {0}")]
+    Verify(String),
+    /// Talking to it failed.
+    #[error("talk to it: {0}")]
+    Talk(#[from] std::io::Error),
+}
+
+/// The shim's binary: as configured, else beside our own executable, else in PATH.
+pub fn find_binary(configured: Option<&Path>) -> Result<PathBuf, String> {
+    if let Some(path) = configured {
+        return usable(path)
+            .then(|| path.to_owned())
+            .ok_or_else(|| format!("shim.binary {}: no executable file", path.display()));
+    }
+    let beside = std::env::current_exe()
+        .ok()
+        .and_then(|exe| Some(exe.parent()?.join(BINARY)));
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let in_path = std::env::split_paths(&path).map(|folder| folder.join(BINARY));
+    beside
+        .into_iter()
+        .chain(in_path)
+        .find(|path| usable(path))
+        .ok_or_else(|| format!("{BINARY} is neither beside recoverd nor in PATH: set shim.binary"))
+}
+
+fn usable(path: &Path) -> bool {
+    use std::os::unix::fs::PermissionsExt;
+    path.metadata()
+        .is_ok_and(|meta| meta.is_file() && meta.permissions().mode() & 0o111 != 0)
+}
+
+/// Starts all successors, in order, `how.at_once` at a time. The outcomes are in the same order.
+pub async fn run(orders: Vec<Order>, how: &How) -> Vec<Outcome> {
+    let places = std::sync::Arc::new(tokio::sync::Semaphore::new(how.at_once.max(1)));
+    let mut running = Vec::new();
+    for order in orders {
+        let (places, how) = (std::sync::Arc::clone(&places), how.clone());
+        running.push(tokio::spawn(async move {
+            let began = Instant::now();
+            let until = time::Instant::from_std(how.until);
+            // Nobody closes the semaphore: the only error is the time.
+            let verdict = match timeout_at(until, places.acquire()).await {
+                Ok(_place) => one(&order, &how).await,
+                Err(_) => Verdict::Failed(Failed::NoTime),
+            };
+            tracing::info!(group = order.group, ?verdict, "adopted");
+            Outcome {
+                order,
+                verdict,
+                took: began.elapsed(),
+            }
+        }));
+    }
+    let mut outcomes = Vec::with_capacity(running.len());
+    for task in running {
+        match task.await {
+            Ok(outcome) => outcomes.push(outcome),
+            // None is ever aborted: a panic of ours.
+            Err(error) => std::panic::resume_unwind(error.into_panic()),
+        }
+    }
+    outcomes
+}
+
+async fn one(order: &Order, how: &How) -> Verdict {
+    let left = how.until.saturating_duration_since(Instant::now());
+    if left.is_zero() {
+        return Verdict::Failed(Failed::NoTime);
+    }
+    let deadline = how.deadline.min(left);
+    let done = match ask(order, how, deadline).await {
+        Ok(done) => done,
+        Err(failed) => return Verdict::Failed(failed),
+    };
+    let said = last_line(&done.complaint);
+    match done.code {
+        Some(0) => {}
+        Some(code) if code == i32::from(STOOD_BACK) => return Verdict::StoodBack(said),
+        Some(_) | None => return Verdict::Failed(Failed::Refused(said)),
+    }
+    let adopted = match Adopted::decode(&done.answer) {
+        Ok(adopted) => adopted,
+        Err(why) => return Verdict::Failed(why.into()),
+    };
+    let (order, asked) = (order.clone(), adopted.clone());
+    let verified = tokio::task::spawn_blocking(move || verify(&order, &asked)).await;
+    match verified {
+        Ok(Ok(())) => Verdict::Adopted(adopted),
+        Ok(Err(why)) => Verdict::Failed(Failed::Verify(why)),
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+/// What the verb said.
+struct Done {
+    code: Option<i32>,
+    answer: Vec<u8>,
+    complaint: String,
+}
+
+async fn ask(order: &Order, how: &How, deadline: Duration) -> Result<Done, Failed> {
+    let mut child = Command::new(&how.binary)
+        .args(["-namespace", &order.namespace])
+        .args(["-address", &order.address])
+        .args(["-id", &order.group])
+        .arg("adopt")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        // It would take its service manager's messages for its own.
+        .env_remove("NOTIFY_SOCKET")
+        .current_dir("/")
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|cause| Failed::Start {
+            binary: how.binary.clone(),
+            cause,
+        })?;
+    match time::timeout(deadline, talk(&mut child, order)).await {
+        Ok(done) => done,
+        Err(_) => {
+            // The verb, a child of ours, and not what it may have started: a successor that serves
+            // keeps serving, and one that does not is finished or undone by the next run.
+            child.kill().await?;
+            Err(Failed::Late(deadline))
+        }
+    }
+}
+
+async fn talk(child: &mut Child, order: &Order) -> Result<Done, Failed> {
+    let message = order.adoption.encode();
+    let stdin = child.stdin.take();
+    let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
+    let tell = async {
+        if let Some(mut stdin) = stdin {
+            // A verb that refuses its arguments does not read; what it says then counts.
+            let _ = stdin.write_all(&message).await;
+        }
+    };
+    let (mut answer, mut complaint) = (Vec::new(), Vec::new());
+    let hear = async {
+        match stdout {
+            Some(stdout) => stdout.take(MAX_ANSWER).read_to_end(&mut answer).await,
+            None => Ok(0),
+        }
+    };
+    let overhear = async {
+        match stderr {
+            Some(stderr) => stderr.take(MAX_ANSWER).read_to_end(&mut complaint).await,
+            None => Ok(0),
+        }
+    };
+    let ((), heard, overheard) = tokio::join!(tell, hear, overhear);
+    heard?;
+    overheard?;
+    let status = child.wait().await?;
+    Ok(Done {
+        code: status.code(),
+        answer,
+        complaint: String::from_utf8_lossy(&complaint).into_owned(),
+    })
+}
+
+fn last_line(text: &str) -> String {
+    let line = text.lines().rev().find(|line| !line.trim().is_empty());
+    match line {
+        Some(line) => one_line(line.trim()),
+        None => "it said nothing".into(),
+    }
+}
+
+/// Asks the new shim, as containerd will.
+fn verify(order: &Order, adopted: &Adopted) -> Result<(), String> {
+    let deadline = Instant::now() + VERIFY;
+    let socket = &order.adoption.socket;
+    let talk = |what: &str, error: CallError| format!("{what}: {error}");
+    let mut client = ShimClient::connect(socket, &order.namespace, deadline)
+        .map_err(|error| talk("connect", error))?;
+    let living = order.members.iter().filter_map(|m| Some((m, m.init?)));
+    for (member, init) in living {
+        let id = &member.name.1;
+        let greeting = client
+            .connect_task(id)
+            .map_err(|error| talk(&format!("Connect of {id}"), error))?;
+        if greeting.shim_pid != adopted.shim.pid {
+            let (pid, expected) = (greeting.shim_pid, adopted.shim.pid);
+            return Err(format!("shim {pid} answers, not {expected}"));
+        }
+        let state = client
+            .state(id)
+            .map_err(|error| talk(&format!("State of {id}"), error))?;
+        // It may have ended since.
+        if state.pid != init.pid.unsigned_abs() && state.status() != Status::Stopped {
+            return Err(format!("{id} has init {}, not {}", state.pid, init.pid));
+        }
+    }
+    Ok(())
+}

@@ -246,10 +246,11 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
     }
 }
 
-/// Asks whoever listens at `socket` for anything at all; what he says it in is the version of the
-/// task API that he has.
+/// Asks whoever listens at `socket` to take this task on; what he answers in is the version of the
+/// task API that he has. One of ours then stays until the task comes, even if he was about to
+/// leave, or refuses because he has left.
 fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<u8, CallError> {
-    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.api_version(flags.id.as_str())
+    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.join(flags.id.as_str())
 }
 
 // ---- what containerd reads later ----

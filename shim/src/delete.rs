@@ -42,7 +42,8 @@ use crate::{
     args::Flags,
     delete_look::{Observed, look_at, read_state},
     delete_rule::{CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
-    lock, remains,
+    lock,
+    remains::{self, Unsent},
     sys::{self, Hold},
 };
 
@@ -345,7 +346,7 @@ impl Deletion {
         let mut record = match record::read(&path) {
             Seen::Present(record) => record,
             Seen::Absent => {
-                remains::remove_group(&self.task.socket);
+                remains::remove_group(&self.task.socket, Unsent::Remove);
                 return Ok(());
             }
             Seen::Unknown(why) => return Err(io::Error::other(why)),
@@ -359,7 +360,7 @@ impl Deletion {
         record.written_at = Timestamp::now();
         let of_this_boot = self.task.record.present().is_some();
         if record.tasks.is_empty() || !of_this_boot {
-            remains::remove_group(&self.task.socket);
+            remains::remove_group(&self.task.socket, Unsent::Remove);
             return Ok(());
         }
         Store::new(&path).write(&record)

@@ -51,7 +51,7 @@ use crate::{
     context,
     lock::{self, Attempt},
     options::Options,
-    remains,
+    remains::{self, Unsent},
     serve_args::READY,
     socket, sys,
 };
@@ -282,10 +282,11 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
     }
 }
 
-/// Asks whoever listens at `socket` for anything at all; what he says it in is the version of the
-/// task API that he has.
+/// Asks whoever listens at `socket` to take this task on; what he answers in is the version of the
+/// task API that he has. One of ours then stays until the task comes, even if he was about to
+/// leave, or refuses because he has left.
 fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<u8, CallError> {
-    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.api_version(flags.id.as_str())
+    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.join(flags.id.as_str())
 }
 
 // ---- what containerd reads later ----
@@ -364,7 +365,7 @@ impl Launch<'_> {
                 let _ = daemon.wait();
             }
             remove_address(self.bundle);
-            remains::remove_group(self.socket);
+            remains::remove_group(self.socket, Unsent::Keep);
         }
         // After a success the daemon has the only other duplicate of the lock.
         drop(lock);

@@ -97,6 +97,13 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         commands::explain::run(&text, &mut io::stdout().lock())?;
         return Ok(Verdict::Clean);
     }
+    #[cfg(feature = "failpoints")]
+    if matches!(cli.command, Command::Failpoints) {
+        for name in recoverd_common::failpoint::names() {
+            writeln!(io::stdout(), "{name}")?;
+        }
+        return Ok(Verdict::Clean);
+    }
     let mut config = Config::load(&cli.global).map_err(|e| Failure::Usage(e.to_string()))?;
     match &cli.command {
         Command::Scan(args) => {
@@ -109,6 +116,8 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         Command::Preflight(args) => commands::preflight::run(args, &cli.global, &config),
         Command::Dump(args) => commands::dump::run(args, &cli.global, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
+        #[cfg(feature = "failpoints")]
+        Command::Failpoints => Ok(Verdict::Clean),
         Command::Config => {
             commands::config::run(&config, &mut io::stdout().lock())?;
             Ok(Verdict::Clean)

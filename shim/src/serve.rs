@@ -33,7 +33,8 @@ use nix::{
     unistd::Pid,
 };
 use recoverd_common::{
-    cgroup::Roots, paths::Beside, read::read_text, record, seen::Seen, timestamp::Timestamp,
+    cgroup::Roots, failpoint, paths::Beside, read::read_text, record, seen::Seen,
+    timestamp::Timestamp,
 };
 
 use crate::{
@@ -166,12 +167,14 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     };
+    failpoint!("daemon.ready.before");
     if let Err(e) = readiness.ready() {
         // `start` was killed meanwhile: containerd has forgotten this task, without `delete`, and
         // nobody would ever tell this daemon to go.
         remains::remove_group(&shim.socket);
         return Err(failed::<io::Error>("tell start")(e).into());
     }
+    failpoint!("daemon.ready.after");
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
     let result = shim.serve(&signals);
     // Intentional ends are announced: a descriptor that somebody else keeps must not hide them.
@@ -276,10 +279,13 @@ fn begin(
         trim_at: None,
         leave: false,
     };
+    failpoint!("daemon.events.before");
     shim.take_over_events().map_err(failed("write events"))?;
+    failpoint!("daemon.events.after");
     shim.journal
         .write(&shim.state, &shim.stdio)
         .map_err(failed("write record"))?;
+    failpoint!("daemon.record.after");
     shim.state.tasks.take_dirty();
     Ok((shim, signals))
 }
@@ -388,6 +394,7 @@ impl Shim {
             self.make_room(&input);
             let now = now();
             let outputs = self.step(input, now);
+            failpoint!("serve.events.before");
             for output in &outputs {
                 if let Output::Log {
                     number,
@@ -399,18 +406,23 @@ impl Shim {
                     self.log.say(Level::Error, &format!("write events: {e}"));
                 }
             }
+            failpoint!("serve.record.before");
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
+            failpoint!("serve.effects.before");
             for output in outputs {
                 self.perform(output, now);
             }
+            failpoint!("serve.effects.after");
             // Children and loggers have their pids only now.
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
         }
+        failpoint!("serve.answer.before");
         self.flush();
+        failpoint!("serve.answer.after");
         // Writing may have ended a connection, and that may have been news.
         if !self.inbox.is_empty() {
             self.work_off();
@@ -489,13 +501,18 @@ impl Shim {
             _ => Ok(()),
         };
         // The lock goes last: until then nobody else may touch the others.
-        let results = [
-            remove(&self.socket),
-            self.journal.remove(),
-            remove(&self.beside.requests),
-            self.event_log.remove(),
-            remove(&self.beside.lock),
-        ];
+        failpoint!("retire.socket.before");
+        let socket = remove(&self.socket);
+        failpoint!("retire.record.before");
+        let record = self.journal.remove();
+        failpoint!("retire.requests.before");
+        let requests = remove(&self.beside.requests);
+        failpoint!("retire.events.before");
+        let events = self.event_log.remove();
+        failpoint!("retire.lock.before");
+        let lock = remove(&self.beside.lock);
+        failpoint!("retire.lock.after");
+        let results = [socket, record, requests, events, lock];
         for error in results.into_iter().filter_map(Result::err) {
             self.log
                 .say(Level::Warning, &format!("remove own files: {error}"));

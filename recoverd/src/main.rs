@@ -109,6 +109,13 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         commands::explain::run(&text, &mut io::stdout().lock())?;
         return Ok(Verdict::Clean);
     }
+    #[cfg(feature = "failpoints")]
+    if matches!(cli.command, Command::Failpoints) {
+        for name in recoverd_common::failpoint::names() {
+            writeln!(io::stdout(), "{name}")?;
+        }
+        return Ok(Verdict::Clean);
+    }
     let mut config = configuration(cli)?;
     match &cli.command {
         Command::Scan(args) => {
@@ -130,6 +137,8 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         Command::PostStart(args) => commands::post_start::run(args, &cli.global, &config),
         Command::History(args) => commands::history::run(args, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
+        #[cfg(feature = "failpoints")]
+        Command::Failpoints => Ok(Verdict::Clean),
         Command::Config => {
             commands::config::run(&config, &mut io::stdout().lock())?;
             Ok(Verdict::Clean)

@@ -19,7 +19,7 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
-use recoverd_common::{read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
+use recoverd_common::{failpoint, read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
 
 use crate::{
     lock,
@@ -156,7 +156,9 @@ impl EventLog {
         for (number, echo, payload) in kept {
             new.append(*number, *echo, payload)?;
         }
+        failpoint!("events.takeover.before");
         fs::rename(&beside, &self.path)?;
+        failpoint!("events.takeover.after");
         new.path.clone_from(&self.path);
         *self = new;
         Ok(())
@@ -167,8 +169,10 @@ impl EventLog {
             let mut options = File::options();
             options.write(true).create(true).truncate(false).mode(0o600);
             let file = open(&mut options, &self.path)?;
+            failpoint!("events.open.before");
             // The end of an empty log before its head: never a head over old entries.
             file.write_all_at(&[0; 8], MAGIC.len() as u64)?;
+            failpoint!("events.open.between");
             file.write_all_at(MAGIC, 0)?;
             self.file = Some(file);
         }
@@ -188,6 +192,7 @@ impl EventLog {
         let length = file.metadata()?.len().max(end + 8);
         let missing = usize::try_from(wanted.saturating_sub(length)).unwrap_or(0);
         file.write_all_at(&vec![0; missing], length)?;
+        failpoint!("events.reserve.after");
         self.room = wanted;
         Ok(())
     }
@@ -208,7 +213,9 @@ impl EventLog {
         let whole = bytes.len() as u64;
         bytes.extend_from_slice(&[0; 8]);
         let at = self.end;
+        failpoint!("events.append.before");
         self.file()?.write_all_at(&bytes, at)?;
+        failpoint!("events.append.after");
         self.open.insert(number, (at, flags));
         self.end = at + whole;
         Ok(())
@@ -222,10 +229,16 @@ impl EventLog {
         if self.open.is_empty() {
             self.end = MAGIC.len() as u64;
             let end = self.end;
-            return self.file()?.write_all_at(&[0; 8], end);
+            failpoint!("events.anew.before");
+            self.file()?.write_all_at(&[0; 8], end)?;
+            failpoint!("events.anew.after");
+            return Ok(());
         }
         let flags = flags | ACKNOWLEDGED;
-        self.file()?.write_all_at(&flags.to_le_bytes(), at + 16)
+        failpoint!("events.acknowledge.before");
+        self.file()?.write_all_at(&flags.to_le_bytes(), at + 16)?;
+        failpoint!("events.acknowledge.after");
+        Ok(())
     }
 
     /// Gives back room beyond `keep` bytes, when nothing is waiting any more. Not for a little: it

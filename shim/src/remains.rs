@@ -2,7 +2,7 @@
 
 use std::{fs, path::Path};
 
-use recoverd_common::{paths::Beside, record::store};
+use recoverd_common::{failpoint, paths::Beside, record::store};
 
 use crate::event_log;
 
@@ -29,5 +29,7 @@ pub fn remove_group(socket: &Path, unsent: Unsent) {
     files.push(&beside.lock);
     for path in files {
         let _ = fs::remove_file(path);
+        // Each time that a process comes by, one more of them is gone.
+        failpoint!("remains.file.after");
     }
 }

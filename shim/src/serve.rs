@@ -34,7 +34,8 @@ use nix::{
     unistd::Pid,
 };
 use recoverd_common::{
-    cgroup::Roots, paths::Beside, read::read_text, record, seen::Seen, timestamp::Timestamp,
+    cgroup::Roots, failpoint, paths::Beside, read::read_text, record, seen::Seen,
+    timestamp::Timestamp,
 };
 
 use crate::{
@@ -177,12 +178,14 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     };
+    failpoint!("daemon.ready.before");
     if let Err(e) = readiness.ready() {
         // `start` was killed meanwhile: containerd has forgotten this task, without `delete`, and
         // nobody would ever tell this daemon to go.
         remains::remove_group(&shim.socket, Unsent::Keep);
         return Err(failed::<io::Error>("tell start")(e).into());
     }
+    failpoint!("daemon.ready.after");
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
     shim.run(&signals, lock)
 }
@@ -197,10 +200,13 @@ fn begin(
 ) -> Result<(Shim, SignalFd), StartError> {
     let (mut shim, signals) = prepare(namespace, group, grpc_address, socket, log)?;
     shim.listen(listener)?;
+    failpoint!("daemon.events.before");
     shim.take_over_events().map_err(failed("write events"))?;
+    failpoint!("daemon.events.after");
     shim.journal
         .write(&shim.state, &shim.stdio)
         .map_err(failed("write record"))?;
+    failpoint!("daemon.record.after");
     shim.state.tasks.take_dirty();
     Ok((shim, signals))
 }
@@ -436,6 +442,7 @@ impl Shim {
             self.make_room(&input);
             let now = now();
             let outputs = self.step(input, now);
+            failpoint!("serve.events.before");
             for output in &outputs {
                 if let Output::Log {
                     number,
@@ -447,18 +454,23 @@ impl Shim {
                     self.log.say(Level::Error, &format!("write events: {e}"));
                 }
             }
+            failpoint!("serve.record.before");
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
+            failpoint!("serve.effects.before");
             for output in outputs {
                 self.perform(output, now);
             }
+            failpoint!("serve.effects.after");
             // Children and loggers have their pids only now.
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
         }
+        failpoint!("serve.answer.before");
         self.flush();
+        failpoint!("serve.answer.after");
         // Writing may have ended a connection, and that may have been news.
         if !self.inbox.is_empty() {
             self.work_off();
@@ -549,19 +561,23 @@ impl Shim {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         };
+        failpoint!("retire.events.before");
         let events = if self.state.outbox.is_empty() {
             self.event_log.remove()
         } else {
             self.event_log.stay()
         };
         // The lock goes last: until then nobody else may touch the others.
-        let results = [
-            remove(&self.socket),
-            self.journal.remove(),
-            remove(&self.beside.requests),
-            events,
-            remove(&self.beside.lock),
-        ];
+        failpoint!("retire.socket.before");
+        let socket = remove(&self.socket);
+        failpoint!("retire.record.before");
+        let record = self.journal.remove();
+        failpoint!("retire.requests.before");
+        let requests = remove(&self.beside.requests);
+        failpoint!("retire.lock.before");
+        let lock = remove(&self.beside.lock);
+        failpoint!("retire.lock.after");
+        let results = [socket, record, requests, events, lock];
         for error in results.into_iter().filter_map(Result::err) {
             self.log
                 .say(Level::Warning, &format!("remove own files: {error}"));

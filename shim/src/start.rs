@@ -38,6 +38,7 @@ use recoverd_common::{
     adoption::Adoption,
     bundle::Config,
     cgroup::Roots,
+    failpoint,
     paths::{self, Beside},
     read::{self, read_file},
     seen::Seen,
@@ -164,6 +165,7 @@ pub fn run(mut flags: Flags, out: &mut impl Write) -> Result<(), StartError> {
     match claimed {
         Claim::Served(version) => {
             write_address(&bundle, &address, version)?;
+            failpoint!("start.served.before");
             say(out, &answer(&address, version))
         }
         Claim::Ours(lock) => {
@@ -238,6 +240,7 @@ fn claim(socket: &Path, flags: &Flags, group: &str) -> Result<Claim, StartError>
     loop {
         match lock::attempt(&beside.lock).map_err(failed("lock", &beside.lock))? {
             Attempt::Taken(lock) => {
+                failpoint!("start.lock.after");
                 let claim = claim_locked(socket, flags, lock);
                 if !matches!(claim, Ok(Claim::Ours(_))) {
                     // A stock shim's group, or no group at all: leave no file of ours.
@@ -276,9 +279,13 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
     if let Ok(version) = ask(socket, flags, Instant::now() + STRANGER_ANSWERS) {
         return Ok(Claim::Served(version));
     }
+    failpoint!("start.stale.before");
     match fs::remove_file(socket) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", socket)(e)),
-        Ok(()) | Err(_) => Ok(Claim::Ours(lock)),
+        Ok(()) | Err(_) => {
+            failpoint!("start.stale.after");
+            Ok(Claim::Ours(lock))
+        }
     }
 }
 
@@ -297,6 +304,7 @@ fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<u8, CallError>
 /// dies before it has come to that.
 fn write_address(bundle: &Path, address: &str, version: u8) -> Result<(), StartError> {
     replace(bundle, "address", address.as_bytes())?;
+    failpoint!("start.address.between");
     replace(bundle, "bootstrap.json", json(address, version).as_bytes())
 }
 
@@ -328,7 +336,10 @@ fn replace(bundle: &Path, name: &str, bytes: &[u8]) -> Result<(), StartError> {
         .mode(0o644)
         .open(&temporary)
         .and_then(|mut file| file.write_all(bytes))
-        .and_then(|()| fs::rename(&temporary, &path));
+        .and_then(|()| {
+            failpoint!("start.address.written");
+            fs::rename(&temporary, &path)
+        });
     written.map_err(|cause| {
         let _ = fs::remove_file(&temporary);
         failed("write", &path)(cause)
@@ -354,9 +365,11 @@ struct Launch<'a> {
 impl Launch<'_> {
     fn run(&self, lock: File, input: &Input, out: &mut impl Write) -> Result<(), StartError> {
         let mut daemon = None;
-        let result = self
-            .try_run(&lock, input, &mut daemon)
-            .and_then(|()| say(out, self.address));
+        let result = self.try_run(&lock, input, &mut daemon).and_then(|()| {
+            failpoint!("start.answer.before");
+            say(out, self.address)
+        });
+        failpoint!("start.answer.after");
         if result.is_err() {
             if let Some(mut daemon) = daemon {
                 // It has no tasks yet, so nothing is lost. It is our child and not reaped: the
@@ -379,11 +392,15 @@ impl Launch<'_> {
         daemon: &mut Option<Child>,
     ) -> Result<(), StartError> {
         let options = Options::from_request(input.options.as_ref());
+        failpoint!("start.bind.before");
         let listener = socket::bind(self.socket).map_err(failed("bind", self.socket))?;
+        failpoint!("start.bind.after");
         write_address(self.bundle, self.address, 2)?;
         let (told, tells) = io::pipe().map_err(failed("make pipe for", self.socket))?;
+        failpoint!("start.spawn.before");
         let child = daemon.insert(self.spawn(listener, lock, tells.into(), input)?);
         let pid = child.id();
+        failpoint!("start.spawn.after");
         // Options that are no good will be refused by Create, in the words that its caller reads;
         // here they matter only if they say where the shim belongs.
         if let Ok(options) = options

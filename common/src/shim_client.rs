@@ -26,6 +26,11 @@ use crate::{
 /// the stock shim of 2.x only the second.
 pub const TASK_SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
 
+/// The metadata key that makes `Connect` of an id a promise of ours to stay until that task comes:
+/// what `start` asks before it sends containerd to a shim that may be about to leave. Others
+/// ignore it, as they ignore every key that they do not know.
+pub const JOIN: &str = "recoverd-join";
+
 /// Why a call brought no answer.
 #[derive(Debug, thiserror::Error)]
 pub enum CallError {
@@ -82,6 +87,7 @@ pub struct ShimClient {
     namespace: String,
     deadline: Instant,
     next_stream: u32,
+    joins: bool,
 }
 
 impl ShimClient {
@@ -112,6 +118,7 @@ impl ShimClient {
             namespace: namespace.to_owned(),
             deadline,
             next_stream: 1,
+            joins: false,
         })
     }
 
@@ -144,6 +151,24 @@ impl ShimClient {
         Err(CallError::Garbage("it has no task service".into()))
     }
 
+    /// As [`Self::api_version`], and a shim of ours stays until task `id` comes; one that has left
+    /// for good refuses.
+    pub fn join(&mut self, id: &str) -> Result<u8, CallError> {
+        let request = task::ConnectRequest { id: id.to_owned() };
+        self.joins = true;
+        for (service, version) in TASK_SERVICES.into_iter().zip([2, 3]) {
+            match self.call::<task::ConnectResponse>(service, "Connect", &request) {
+                Ok(_) => return Ok(version),
+                Err(error) if error.no_such_service() => {}
+                Err(CallError::Status { code, .. }) if code != code::UNAVAILABLE => {
+                    return Ok(version);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(CallError::Garbage("it has no task service".into()))
+    }
+
     /// Calls `method` of whichever task service the shim has.
     fn task_call<R: Message + Default>(
         &mut self,
@@ -167,15 +192,22 @@ impl ShimClient {
         let stream = self.next_stream;
         self.next_stream = stream.wrapping_add(2);
         let left = self.left()?;
+        let mut metadata = vec![pb::KeyValue {
+            key: "containerd-namespace-ttrpc".into(),
+            value: self.namespace.clone(),
+        }];
+        if self.joins {
+            metadata.push(pb::KeyValue {
+                key: JOIN.into(),
+                value: String::new(),
+            });
+        }
         let payload = pb::Request {
             service: service.to_owned(),
             method: method.to_owned(),
             payload: request.encode_to_vec(),
             timeout_nano: i64::try_from(left.as_nanos()).unwrap_or(i64::MAX),
-            metadata: vec![pb::KeyValue {
-                key: "containerd-namespace-ttrpc".into(),
-                value: self.namespace.clone(),
-            }],
+            metadata,
         }
         .encode_to_vec();
         let length = u32::try_from(payload.len())

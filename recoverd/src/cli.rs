@@ -100,6 +100,10 @@ pub enum Command {
     Explain(Explain),
     /// Print the effective configuration and where each value comes from
     Config,
+    /// Print the places where a test may let this program die
+    #[cfg(feature = "failpoints")]
+    #[command(hide = true)]
+    Failpoints,
 }
 
 /// `recoverd scan`

@@ -112,6 +112,13 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         commands::explain::run(&text, &mut io::stdout().lock())?;
         return Ok(Verdict::Clean);
     }
+    #[cfg(feature = "failpoints")]
+    if matches!(cli.command, Command::Failpoints) {
+        for name in recoverd_common::failpoint::names() {
+            writeln!(io::stdout(), "{name}")?;
+        }
+        return Ok(Verdict::Clean);
+    }
     let mut config = configuration(cli)?;
     match &cli.command {
         Command::Scan(args) => {
@@ -139,6 +146,8 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
         }
         Command::History(args) => commands::history::run(args, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
+        #[cfg(feature = "failpoints")]
+        Command::Failpoints => Ok(Verdict::Clean),
         Command::Config => {
             commands::config::run(&config, &mut io::stdout().lock())?;
             Ok(Verdict::Clean)

@@ -32,6 +32,9 @@ pub enum Invocation {
     RuntimeInfo,
     /// `-h`.
     Help,
+    /// `-failpoints`, of builds for tests only.
+    #[cfg(feature = "failpoints")]
+    Failpoints,
 }
 
 /// The flags of the actions that concern one task.
@@ -146,6 +149,8 @@ fn flag(name: &str) -> Option<Flag> {
         "info" => Flag::Boolean("info"),
         "v" | "version" => Flag::Boolean("v"),
         "h" | "help" => Flag::Boolean("help"),
+        #[cfg(feature = "failpoints")]
+        "failpoints" => Flag::Boolean("failpoints"),
         _ => return None,
     })
 }
@@ -164,6 +169,8 @@ struct Given {
     info: bool,
     version: bool,
     help: bool,
+    #[cfg(feature = "failpoints")]
+    failpoints: bool,
 }
 
 impl Given {
@@ -187,6 +194,8 @@ impl Given {
             "debug" => self.debug = value,
             "info" => self.info = value,
             "v" => self.version = value,
+            #[cfg(feature = "failpoints")]
+            "failpoints" => self.failpoints = value,
             _ => self.help = value,
         }
     }
@@ -250,6 +259,10 @@ pub fn parse(words: impl IntoIterator<Item = OsString>) -> Result<Invocation, Re
 fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
     if given.help {
         return Ok(Invocation::Help);
+    }
+    #[cfg(feature = "failpoints")]
+    if given.failpoints {
+        return Ok(Invocation::Failpoints);
     }
     // Both win over any action, and need no namespace: so does the stock shim.
     if given.version {

@@ -19,6 +19,7 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     fcntl::OFlag,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     unistd::{ForkResult, Pid, execvpe, pipe2, setpgid},
@@ -61,6 +62,12 @@ pub enum Step {
     /// Wait until the logger says, by the descriptor at this place, that it is ready, and look
     /// at the next one for why it could not start.
     LoggerReady(RawFd),
+    /// Say that the files are open, by closing the descriptor at this place; then write what comes
+    /// on 0 to 1, until it ends.
+    Copy {
+        /// The place.
+        ready: RawFd,
+    },
     /// Run a command to its end; that the container does not exist is no failure.
     Run {
         /// The command.
@@ -202,7 +209,31 @@ fn take(step: &Step) -> Result<(), String> {
             sys::drop_kept(at + 1);
             ready
         }
+        Step::Copy { ready } => {
+            sys::drop_kept(*ready);
+            copy().map_err(|e| format!("write output: {e}"))
+        }
         Step::Run { argv, log } => run(argv, log),
+    }
+}
+
+/// Everything from 0 to 1. Not by splice(2): it does not go to a file that is appended to.
+fn copy() -> io::Result<()> {
+    let mut buffer = [0; 16 << 10];
+    loop {
+        let mut rest = match nix::unistd::read(sys::kept(0), &mut buffer) {
+            Ok(0) => return Ok(()),
+            Ok(count) => buffer.get(..count).unwrap_or_default(),
+            Err(Errno::EINTR) => continue,
+            Err(e) => return Err(e.into()),
+        };
+        while !rest.is_empty() {
+            match nix::unistd::write(sys::kept(1), rest) {
+                Ok(count) => rest = rest.get(count..).unwrap_or_default(),
+                Err(Errno::EINTR) => {}
+                Err(e) => return Err(e.into()),
+            }
+        }
     }
 }
 
@@ -215,10 +246,10 @@ fn logger_ready(at: RawFd) -> Result<(), String> {
     }
     let mut text = [0; 512];
     match nix::unistd::read(sys::kept(at + 1), &mut text) {
-        Ok(count) if count > 0 => Err(format!(
-            "start logger: {}",
-            String::from_utf8_lossy(text.get(..count).unwrap_or_default())
-        )),
+        // It says itself what it could not do.
+        Ok(count) if count > 0 => {
+            Err(String::from_utf8_lossy(text.get(..count).unwrap_or_default()).into_owned())
+        }
         // It executes: silence, not yet an end.
         _ => Ok(()),
     }

@@ -29,7 +29,7 @@ use nix::{
 };
 use prost::Message;
 use recoverd_common::{
-    cgroup, mounts,
+    cgroup, failpoint, mounts,
     paths::Beside,
     pb::task::DeleteResponse,
     proc::{Proc, ProcessId},
@@ -42,7 +42,8 @@ use crate::{
     args::Flags,
     delete_look::{Observed, look_at, read_state},
     delete_rule::{CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
-    lock, remains,
+    lock,
+    remains::{self, Unsent},
     sys::{self, Hold},
 };
 
@@ -128,11 +129,13 @@ impl Deletion {
     fn perform(&self, clean_up: &CleanUp) -> Result<Outcome, DeleteError> {
         let mut remarks = Vec::new();
         let mut remark = |text: String| remarks.push(format!("{}: {text}", self.task.label));
+        failpoint!("delete.end.before");
         if let Some(init) = clean_up.end
             && let Err(e) = end(init, self.until(KILL))
         {
             remark(format!("end init process {}: {e}", init.pid));
         }
+        failpoint!("delete.runtime.before");
         let deleted = match self.delete_container() {
             Ok(deleted) => deleted,
             Err(why) => {
@@ -140,6 +143,7 @@ impl Deletion {
                 false
             }
         };
+        failpoint!("delete.sweep.before");
         // Not after the runtime has done its work: others may share the task's cgroup.
         let known = clean_up.end.is_some() || self.task.is_recorded() || self.has_state();
         if !deleted && known {
@@ -147,6 +151,7 @@ impl Deletion {
                 remark(why);
             }
         }
+        failpoint!("delete.unmount.before");
         if let Err(why) = self.unmount() {
             remark(why);
         }
@@ -156,11 +161,13 @@ impl Deletion {
             let (pid, id) = (init.pid, self.task.label.clone());
             return Err(DeleteError::StillAlive { pid, id });
         }
+        failpoint!("delete.settle.before");
         if clean_up.group == Group::Settle
             && let Err(e) = self.settle()
         {
             remark(format!("take task out of the record: {e}"));
         }
+        failpoint!("delete.settle.after");
         let (exit_status, at) = match &clean_up.status {
             Status::Recorded { status, at } => (*status, *at),
             Status::Now(status) => (*status, Timestamp::now()),
@@ -345,7 +352,7 @@ impl Deletion {
         let mut record = match record::read(&path) {
             Seen::Present(record) => record,
             Seen::Absent => {
-                remains::remove_group(&self.task.socket);
+                remains::remove_group(&self.task.socket, Unsent::Remove);
                 return Ok(());
             }
             Seen::Unknown(why) => return Err(io::Error::other(why)),
@@ -359,9 +366,10 @@ impl Deletion {
         record.written_at = Timestamp::now();
         let of_this_boot = self.task.record.present().is_some();
         if record.tasks.is_empty() || !of_this_boot {
-            remains::remove_group(&self.task.socket);
+            remains::remove_group(&self.task.socket, Unsent::Remove);
             return Ok(());
         }
+        failpoint!("delete.record.before");
         Store::new(&path).write(&record)
     }
 }

@@ -6,22 +6,24 @@
 //! ```
 //!
 //! Entries are appended; one is acknowledged by setting a flag in place, and when all are, the
-//! file begins anew. A length of zero ends it. Every entry carries a sum, so that one which was
+//! file begins anew, at the length that it is asked to keep. A length of zero ends it. Every entry carries a sum, so that one which was
 //! cut by a SIGKILL is no entry. Room for later events is made before something runs that will
 //! cause them: a full `/run` loses none.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io,
+    io::{self, BufReader, Read},
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
 use nix::fcntl::OFlag;
-use recoverd_common::{
-    read::{MAX_FILE, read_file},
-    seen::Seen,
+use recoverd_common::{failpoint, read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
+
+use crate::{
+    lock,
+    sys::{self, Hold},
 };
 
 const MAGIC: &[u8; 8] = b"rcvd-ev1";
@@ -30,6 +32,8 @@ const ACKNOWLEDGED: u32 = 1;
 const ECHO: u32 = 2;
 /// Room is made in steps of this, bytes.
 const GRAIN: u64 = 4096;
+/// Room beyond what is needed that is not given back, bytes.
+const SLACK: u64 = 64 << 10;
 
 /// The log's writer.
 #[derive(Debug)]
@@ -54,40 +58,73 @@ fn sum(number: u64, payload: &[u8]) -> u32 {
     payload.iter().fold(sum, step)
 }
 
-/// The unacknowledged entries of the log at `path`, in order; up to where it is whole.
+/// The unacknowledged entries of the log at `path`, in order; up to where it is whole. Read entry
+/// by entry: a night without containerd makes a log that is longer than anything we read at once.
 pub fn read(path: &Path) -> Seen<Vec<Kept>> {
-    read_file(path, MAX_FILE).and_then(|bytes| match bytes.strip_prefix(MAGIC) {
-        Some(entries) => Seen::Present(parse(entries)),
-        None => Seen::Unknown("is no log of events".to_owned()),
-    })
-}
-
-fn parse(mut rest: &[u8]) -> Vec<Kept> {
-    let mut kept = Vec::new();
-    while let Some((number, flags, payload, after)) = entry(rest) {
-        if flags & ACKNOWLEDGED == 0 {
-            kept.push((number, flags & ECHO != 0, payload.to_vec()));
-        }
-        rest = after;
+    let file = match open(File::options().read(true), path) {
+        Ok(file) => file,
+        Err(error) => return absent_or_unknown(&error),
+    };
+    let mut reader = BufReader::new(file);
+    let mut magic = [0; MAGIC.len()];
+    if reader.read_exact(&mut magic).is_err() || magic != *MAGIC {
+        return Seen::Unknown("is no log of events".to_owned());
     }
-    kept
+    let mut kept = Vec::new();
+    while let Some((number, flags, payload)) = entry(&mut reader) {
+        if flags & ACKNOWLEDGED == 0 {
+            kept.push((number, flags & ECHO != 0, payload));
+        }
+    }
+    Seen::Present(kept)
 }
 
-fn entry(bytes: &[u8]) -> Option<(u64, u32, &[u8], &[u8])> {
-    let (length, rest) = bytes.split_first_chunk::<4>()?;
+/// Whether the log at `path` holds events that are worth keeping: somebody is at work on them, or
+/// `unsent` ones count too and there are some.
+pub fn is_wanted(path: &Path, unsent: bool) -> bool {
+    let Ok(file) = open(File::options().read(true), path) else {
+        return false;
+    };
+    // Released with the file. An error is no reason to remove what may be wanted.
+    !sys::try_lock(&file, Hold::Shared).unwrap_or(false)
+        || unsent && matches!(read(path), Seen::Present(kept) if !kept.is_empty())
+}
+
+fn open(options: &mut fs::OpenOptions, path: &Path) -> io::Result<File> {
+    let file = options
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(path)?;
+    if file.metadata()?.is_file() {
+        Ok(file)
+    } else {
+        Err(io::Error::other("is not a regular file"))
+    }
+}
+
+/// The next entry; none at the end, and where the log is broken.
+fn entry(reader: &mut impl Read) -> Option<(u64, u32, Vec<u8>)> {
+    let mut head = [0; HEAD];
+    reader.read_exact(&mut head).ok()?;
+    let (length, rest) = head.split_first_chunk::<4>()?;
     let (stored, rest) = rest.split_first_chunk::<4>()?;
     let (number, rest) = rest.split_first_chunk::<8>()?;
-    let (flags, rest) = rest.split_first_chunk::<4>()?;
+    let flags = rest.first_chunk::<4>()?;
     let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
-    let number = u64::from_le_bytes(*number);
-    let payload = rest.get(..length).filter(|_| length > 0)?;
-    if sum(number, payload) != u32::from_le_bytes(*stored) {
+    // A longer one was never written: it would fit into no frame.
+    if !(1..=MAX_PAYLOAD).contains(&length) {
         return None;
     }
-    let after = rest
-        .get(length.checked_next_multiple_of(8)?..)
-        .unwrap_or_default();
-    Some((number, u32::from_le_bytes(*flags), payload, after))
+    let number = u64::from_le_bytes(*number);
+    let mut payload = vec![0; length];
+    reader.read_exact(&mut payload).ok()?;
+    if sum(number, &payload) != u32::from_le_bytes(*stored) {
+        return None;
+    }
+    let padding = length.next_multiple_of(8).saturating_sub(length);
+    let mut zeros = [0; 8];
+    // Cut off, it is the last one, and whole all the same.
+    let _ = reader.read_exact(zeros.get_mut(..padding)?);
+    Some((number, u32::from_le_bytes(*flags), payload))
 }
 
 /// Where a log is that takes the place of the one at `path` when it is whole.
@@ -119,7 +156,9 @@ impl EventLog {
         for (number, echo, payload) in kept {
             new.append(*number, *echo, payload)?;
         }
+        failpoint!("events.takeover.before");
         fs::rename(&beside, &self.path)?;
+        failpoint!("events.takeover.after");
         new.path.clone_from(&self.path);
         *self = new;
         Ok(())
@@ -127,18 +166,13 @@ impl EventLog {
 
     fn file(&mut self) -> io::Result<&File> {
         if self.file.is_none() {
-            let file = File::options()
-                .write(true)
-                .create(true)
-                .truncate(false)
-                .mode(0o600)
-                .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-                .open(&self.path)?;
-            if !file.metadata()?.is_file() {
-                return Err(io::Error::other("is not a regular file"));
-            }
+            let mut options = File::options();
+            options.write(true).create(true).truncate(false).mode(0o600);
+            let file = open(&mut options, &self.path)?;
+            failpoint!("events.open.before");
             // The end of an empty log before its head: never a head over old entries.
             file.write_all_at(&[0; 8], MAGIC.len() as u64)?;
+            failpoint!("events.open.between");
             file.write_all_at(MAGIC, 0)?;
             self.file = Some(file);
         }
@@ -158,6 +192,7 @@ impl EventLog {
         let length = file.metadata()?.len().max(end + 8);
         let missing = usize::try_from(wanted.saturating_sub(length)).unwrap_or(0);
         file.write_all_at(&vec![0; missing], length)?;
+        failpoint!("events.reserve.after");
         self.room = wanted;
         Ok(())
     }
@@ -178,7 +213,9 @@ impl EventLog {
         let whole = bytes.len() as u64;
         bytes.extend_from_slice(&[0; 8]);
         let at = self.end;
+        failpoint!("events.append.before");
         self.file()?.write_all_at(&bytes, at)?;
+        failpoint!("events.append.after");
         self.open.insert(number, (at, flags));
         self.end = at + whole;
         Ok(())
@@ -192,10 +229,43 @@ impl EventLog {
         if self.open.is_empty() {
             self.end = MAGIC.len() as u64;
             let end = self.end;
-            return self.file()?.write_all_at(&[0; 8], end);
+            failpoint!("events.anew.before");
+            self.file()?.write_all_at(&[0; 8], end)?;
+            failpoint!("events.anew.after");
+            return Ok(());
         }
         let flags = flags | ACKNOWLEDGED;
-        self.file()?.write_all_at(&flags.to_le_bytes(), at + 16)
+        failpoint!("events.acknowledge.before");
+        self.file()?.write_all_at(&flags.to_le_bytes(), at + 16)?;
+        failpoint!("events.acknowledge.after");
+        Ok(())
+    }
+
+    /// Gives back room beyond `keep` bytes, when nothing is waiting any more. Not for a little: it
+    /// would be asked for again at once.
+    pub fn shrink(&mut self, keep: u64) -> io::Result<()> {
+        let wanted = self.end.saturating_add(keep).next_multiple_of(GRAIN);
+        if !self.open.is_empty() || self.room <= wanted.saturating_add(SLACK) {
+            return Ok(());
+        }
+        self.file()?.set_len(wanted)?;
+        self.room = wanted;
+        Ok(())
+    }
+
+    /// Shows others that this log is still worked on, though nobody is responsible for its group:
+    /// see [`is_wanted`]. Ends with this process.
+    pub fn stay(&mut self) -> io::Result<()> {
+        let file = self.file()?;
+        sys::try_lock(file, Hold::Alone).map(drop)
+    }
+
+    /// False when a new shim of the group has taken over what was in it.
+    pub fn is_in_place(&self) -> bool {
+        match &self.file {
+            Some(file) => lock::is_at(file, &self.path).unwrap_or(true),
+            None => true,
+        }
     }
 
     /// Removes the file.
@@ -262,6 +332,69 @@ mod tests {
         log.acknowledge(7).unwrap();
         assert_eq!(numbers(&path), [8]);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_log_of_any_length_is_read_back_whole() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        let mut log = EventLog::new(&path);
+        let payload = vec![7; 1 << 20];
+        for number in 1..=20 {
+            log.append(number, false, &payload).unwrap();
+        }
+        assert!(fs::metadata(&path).unwrap().len() > recoverd_common::read::MAX_FILE);
+        assert_eq!(numbers(&path), (1..=20).collect::<Vec<_>>());
+        let Seen::Present(kept) = read(&path) else {
+            panic!("unreadable")
+        };
+        let mut next = EventLog::new(&path);
+        next.take_over(&kept, 4096).unwrap();
+        assert_eq!(numbers(&path).len(), 20);
+    }
+
+    #[test]
+    fn an_empty_log_gives_back_its_room_but_for_what_is_promised() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        let length = || fs::metadata(&path).unwrap().len();
+        let mut log = EventLog::new(&path);
+        log.reserve(1 << 20).unwrap();
+        log.append(1, true, b"waits").unwrap();
+        log.shrink(5000).unwrap();
+        assert!(length() > 1 << 20, "an event is still waiting");
+        log.acknowledge(1).unwrap();
+        log.shrink(5000).unwrap();
+        assert_eq!(length(), 8192);
+        // Room is made again when it is asked for.
+        log.reserve(50_000).unwrap();
+        assert!(length() >= 50_000);
+        log.shrink(5000).unwrap();
+        assert!(length() >= 50_000, "it goes to and fro");
+        log.append(2, false, b"more").unwrap();
+        assert_eq!(numbers(&path), [2]);
+    }
+
+    #[test]
+    fn who_still_works_on_a_log_shows_it_and_sees_a_new_one_in_its_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.events");
+        assert!(!is_wanted(&path, true));
+        let mut old = EventLog::new(&path);
+        old.append(1, false, b"left").unwrap();
+        assert!(!is_wanted(&path, false) && is_wanted(&path, true));
+        old.stay().unwrap();
+        assert!(is_wanted(&path, false) && old.is_in_place());
+        let Seen::Present(kept) = read(&path) else {
+            panic!("unreadable")
+        };
+        let mut new = EventLog::new(&path);
+        new.take_over(&kept, 0).unwrap();
+        assert!(!old.is_in_place() && new.is_in_place());
+        old.acknowledge(1).unwrap();
+        assert_eq!(numbers(&path), [1]);
+        new.acknowledge(1).unwrap();
+        assert!(!is_wanted(&path, true));
     }
 
     #[test]

@@ -78,13 +78,21 @@ fn invoke(invocation: Invocation) -> Result<u8, Box<dyn Error>> {
         Invocation::Help => answer(args::HELP.as_bytes()),
         Invocation::Version => answer(info::VERSION.as_bytes()),
         Invocation::RuntimeInfo => answer(&info::runtime_info()),
+        #[cfg(feature = "failpoints")]
+        Invocation::Failpoints => {
+            let lines = recoverd_common::failpoint::names().join("\n") + "\n";
+            answer(lines.as_bytes())
+        }
         Invocation::Start(flags) => Ok(start::run(flags, &mut io::stdout().lock())?),
         Invocation::Delete(flags) => {
             let outcome = delete::run(&flags)?;
             for remark in &outcome.remarks {
                 say(remark);
             }
-            answer(&outcome.answer)
+            recoverd_common::failpoint!("delete.answer.before");
+            answer(&outcome.answer)?;
+            recoverd_common::failpoint!("delete.answer.after");
+            Ok(())
         }
         Invocation::Adopt(flags) => return Ok(adopt::run(&flags, &mut io::stdout().lock())?),
         Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),

@@ -34,16 +34,19 @@ use nix::{
     unistd::Pid,
 };
 use recoverd_common::{
-    cgroup::Roots, paths::Beside, read::read_text, record, seen::Seen, timestamp::Timestamp,
+    cgroup::Roots, failpoint, paths::Beside, read::read_text, record, seen::Seen,
+    timestamp::Timestamp,
 };
 
 use crate::{
     context, event_log,
     event_log::EventLog,
     journal::{Fixed, Journal},
+    lock::{self, Attempt},
     log::{Level, Log},
     oom::OomWatch,
-    reaper, remains,
+    reaper,
+    remains::{self, Unsent},
     serve_args::ServeArgs,
     service::Reply,
     state::{Input, LoopState, Output},
@@ -78,8 +81,8 @@ const EVENTS_OF_ONE: u64 = 512;
 /// No request takes more room than this in the record, bytes, but for one with giant mount options.
 const MAX_OWED: usize = 64 << 10;
 /// After so long without anything to do, milliseconds, memory is given back: most shims have
-/// nothing to do for days.
-const QUIET_MS: u64 = 1_000;
+/// nothing to do for days, and what is needed again costs some ten page faults.
+const QUIET_MS: u64 = 100;
 /// After a failed accept, milliseconds.
 const ACCEPT_PAUSE_MS: u64 = 500;
 /// Sub-groups below a container's cgroup that are looked through for pids.
@@ -129,6 +132,8 @@ struct Shim {
     accept_at: Option<u64>,
     /// Memory is given back then, when nothing happens until then.
     trim_at: Option<u64>,
+    /// Somebody else may be responsible for what is at our paths.
+    retired: bool,
     leave: bool,
 }
 
@@ -173,12 +178,14 @@ pub fn run(args: ServeArgs) -> Result<(), Box<dyn Error>> {
             return Err(error.into());
         }
     };
+    failpoint!("daemon.ready.before");
     if let Err(e) = readiness.ready() {
         // `start` was killed meanwhile: containerd has forgotten this task, without `delete`, and
         // nobody would ever tell this daemon to go.
-        remains::remove_group(&shim.socket);
+        remains::remove_group(&shim.socket, Unsent::Keep);
         return Err(failed::<io::Error>("tell start")(e).into());
     }
+    failpoint!("daemon.ready.after");
     shim.log.say(Level::Info, &format!("shim of {id} serves"));
     shim.run(&signals, lock)
 }
@@ -193,10 +200,13 @@ fn begin(
 ) -> Result<(Shim, SignalFd), StartError> {
     let (mut shim, signals) = prepare(namespace, group, grpc_address, socket, log)?;
     shim.listen(listener)?;
+    failpoint!("daemon.events.before");
     shim.take_over_events().map_err(failed("write events"))?;
+    failpoint!("daemon.events.after");
     shim.journal
         .write(&shim.state, &shim.stdio)
         .map_err(failed("write record"))?;
+    failpoint!("daemon.record.after");
     shim.state.tasks.take_dirty();
     Ok((shim, signals))
 }
@@ -287,6 +297,7 @@ fn prepare(
         beside,
         accept_at: None,
         trim_at: None,
+        retired: false,
         leave: false,
     };
     Ok((shim, signals))
@@ -337,8 +348,14 @@ impl Shim {
     fn serve(&mut self, signals: &SignalFd) -> Result<(), StartError> {
         self.handle(Input::Tick);
         let mut ready = [EpollEvent::empty(); 16];
+        let mut trim = false;
         while !self.leave {
-            let count = match self.epoll.wait(&mut ready, self.timeout()) {
+            let timeout = self.timeout();
+            if std::mem::take(&mut trim) {
+                // Right before the wait: whatever runs in between is mapped again.
+                sys::trim();
+            }
+            let count = match self.epoll.wait(&mut ready, timeout) {
                 Ok(count) => count,
                 Err(Errno::EINTR) => continue,
                 Err(errno) => return Err(failed("wait")(errno)),
@@ -347,17 +364,20 @@ impl Shim {
                 self.wake(event, signals);
             }
             let now = now().mono_ms;
-            if count > 0 {
-                self.trim_at = Some(now.saturating_add(QUIET_MS));
-            } else if self.trim_at.is_some_and(|at| at <= now) {
-                self.trim_at = None;
-                sys::trim();
-            }
+            let mut worked = count > 0;
             if self.stdio.deadline().is_some_and(|at| at <= now) {
                 self.stdio.tick(now);
+                worked = true;
             }
             if self.state.deadline().is_some_and(|at| at <= now) {
                 self.handle(Input::Tick);
+                worked = true;
+            }
+            if worked {
+                self.trim_at = Some(now.saturating_add(QUIET_MS));
+            } else if self.trim_at.is_some_and(|at| at <= now) {
+                self.trim_at = None;
+                trim = true;
             }
             if self.accept_at.is_some_and(|at| at <= now) {
                 self.accept_at = None;
@@ -422,6 +442,7 @@ impl Shim {
             self.make_room(&input);
             let now = now();
             let outputs = self.step(input, now);
+            failpoint!("serve.events.before");
             for output in &outputs {
                 if let Output::Log {
                     number,
@@ -433,18 +454,23 @@ impl Shim {
                     self.log.say(Level::Error, &format!("write events: {e}"));
                 }
             }
+            failpoint!("serve.record.before");
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
+            failpoint!("serve.effects.before");
             for output in outputs {
                 self.perform(output, now);
             }
+            failpoint!("serve.effects.after");
             // Children and loggers have their pids only now.
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
         }
+        failpoint!("serve.answer.before");
         self.flush();
+        failpoint!("serve.answer.after");
         // Writing may have ended a connection, and that may have been news.
         if !self.inbox.is_empty() {
             self.work_off();
@@ -467,14 +493,19 @@ impl Shim {
         }
         // What an exec's process takes is in a file of its own.
         let bytes = bytes.min(MAX_OWED);
-        let living = u64::try_from(self.state.tasks.living()).unwrap_or(u64::MAX);
+        let others = self.owed_events();
         let result = self.journal.reserve(bytes, &self.state).and_then(|()| {
             let bytes = u64::try_from(bytes).unwrap_or(u64::MAX).saturating_mul(2);
-            let others = living.saturating_mul(EVENTS_OF_ONE);
             self.event_log
                 .reserve(bytes.saturating_add(EVENT_ROOM).saturating_add(others))
         });
         self.state.no_room = result.err().map(|e| format!("make room for record: {e}"));
+    }
+
+    /// Bytes of the log of events that the tasks and execs there are still owed.
+    fn owed_events(&self) -> u64 {
+        let living = u64::try_from(self.state.tasks.living()).unwrap_or(u64::MAX);
+        living.saturating_mul(EVENTS_OF_ONE)
     }
 
     fn write_record(&mut self) {
@@ -509,12 +540,20 @@ impl Shim {
                 }
             }
             Output::Retire => self.retire(),
-            Output::Exit => self.leave = true,
+            Output::Exit => {
+                self.leave = true;
+                if self.retired && self.state.outbox.is_empty() {
+                    self.remove_sent_events();
+                }
+            }
         }
     }
 
-    /// Nobody finds us any more, and whoever begins anew under this name begins clean.
+    /// Nobody finds us any more, and whoever begins anew under this name begins clean, but for
+    /// events that are not acknowledged: we go on sending them, and should we die at it, or a new
+    /// shim of the group come, they are where it looks for them.
     fn retire(&mut self) {
+        self.retired = true;
         if let Some(listener) = self.listener.take() {
             let _ = self.epoll.delete(&listener);
         }
@@ -522,18 +561,39 @@ impl Shim {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
             _ => Ok(()),
         };
+        failpoint!("retire.events.before");
+        let events = if self.state.outbox.is_empty() {
+            self.event_log.remove()
+        } else {
+            self.event_log.stay()
+        };
         // The lock goes last: until then nobody else may touch the others.
-        let results = [
-            remove(&self.socket),
-            self.journal.remove(),
-            remove(&self.beside.requests),
-            self.event_log.remove(),
-            remove(&self.beside.lock),
-        ];
+        failpoint!("retire.socket.before");
+        let socket = remove(&self.socket);
+        failpoint!("retire.record.before");
+        let record = self.journal.remove();
+        failpoint!("retire.requests.before");
+        let requests = remove(&self.beside.requests);
+        failpoint!("retire.lock.before");
+        let lock = remove(&self.beside.lock);
+        failpoint!("retire.lock.after");
+        let results = [socket, record, requests, events, lock];
         for error in results.into_iter().filter_map(Result::err) {
             self.log
                 .say(Level::Warning, &format!("remove own files: {error}"));
         }
+    }
+
+    /// The last events of a shim that had retired are acknowledged: their log is of no use any more.
+    fn remove_sent_events(&self) {
+        // Held by a new shim of the group: it has taken the log over, empty or not.
+        let Ok(Attempt::Taken(_lock)) = lock::attempt(&self.beside.lock) else {
+            return;
+        };
+        if self.event_log.is_in_place() {
+            let _ = self.event_log.remove();
+        }
+        let _ = fs::remove_file(&self.beside.lock);
     }
 
     fn effect(&mut self, effect: Effect, now: Now) {

@@ -9,6 +9,7 @@ use prost_types::{Any, Timestamp as ProtoTimestamp};
 use recoverd_common::{
     ids::Id,
     pb::{task, ttrpc as envelope},
+    shim_client::JOIN,
     timestamp::Timestamp,
     ttrpc::code,
 };
@@ -180,6 +181,8 @@ pub enum Call {
     Stats(String),
     /// Answers with the shim's pid and the task's.
     Connect(String),
+    /// The same, of a task that will come: the shim stays until then.
+    Join(String),
     /// Asks the shim to leave when it has no task.
     Shutdown,
 }
@@ -249,7 +252,13 @@ pub fn parse(payload: &[u8]) -> Result<(Call, Option<u64>), Refusal> {
         ));
     }
     let timeout = u64::try_from(request.timeout_nano).ok().filter(|t| *t > 0);
-    Ok((call(&request.method, &request.payload)?, timeout))
+    let mut call = call(&request.method, &request.payload)?;
+    if let Call::Connect(id) = &call
+        && request.metadata.iter().any(|pair| pair.key == JOIN)
+    {
+        call = Call::Join(id.clone());
+    }
+    Ok((call, timeout))
 }
 
 /// The methods that change something and may need new room on disk: the only ones that a full

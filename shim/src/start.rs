@@ -38,6 +38,7 @@ use recoverd_common::{
     adoption::Adoption,
     bundle::Config,
     cgroup::Roots,
+    failpoint,
     paths::{self, Beside},
     read::{self, read_file},
     seen::Seen,
@@ -51,7 +52,7 @@ use crate::{
     context,
     lock::{self, Attempt},
     options::Options,
-    remains,
+    remains::{self, Unsent},
     serve_args::READY,
     socket, sys,
 };
@@ -164,6 +165,7 @@ pub fn run(mut flags: Flags, out: &mut impl Write) -> Result<(), StartError> {
     match claimed {
         Claim::Served(version) => {
             write_address(&bundle, &address, version)?;
+            failpoint!("start.served.before");
             say(out, &answer(&address, version))
         }
         Claim::Ours(lock) => {
@@ -238,6 +240,7 @@ fn claim(socket: &Path, flags: &Flags, group: &str) -> Result<Claim, StartError>
     loop {
         match lock::attempt(&beside.lock).map_err(failed("lock", &beside.lock))? {
             Attempt::Taken(lock) => {
+                failpoint!("start.lock.after");
                 let claim = claim_locked(socket, flags, lock);
                 if !matches!(claim, Ok(Claim::Ours(_))) {
                     // A stock shim's group, or no group at all: leave no file of ours.
@@ -276,16 +279,21 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
     if let Ok(version) = ask(socket, flags, Instant::now() + STRANGER_ANSWERS) {
         return Ok(Claim::Served(version));
     }
+    failpoint!("start.stale.before");
     match fs::remove_file(socket) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => Err(failed("remove", socket)(e)),
-        Ok(()) | Err(_) => Ok(Claim::Ours(lock)),
+        Ok(()) | Err(_) => {
+            failpoint!("start.stale.after");
+            Ok(Claim::Ours(lock))
+        }
     }
 }
 
-/// Asks whoever listens at `socket` for anything at all; what he says it in is the version of the
-/// task API that he has.
+/// Asks whoever listens at `socket` to take this task on; what he answers in is the version of the
+/// task API that he has. One of ours then stays until the task comes, even if he was about to
+/// leave, or refuses because he has left.
 fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<u8, CallError> {
-    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.api_version(flags.id.as_str())
+    ShimClient::connect(socket, flags.namespace.as_str(), deadline)?.join(flags.id.as_str())
 }
 
 // ---- what containerd reads later ----
@@ -296,6 +304,7 @@ fn ask(socket: &Path, flags: &Flags, deadline: Instant) -> Result<u8, CallError>
 /// dies before it has come to that.
 fn write_address(bundle: &Path, address: &str, version: u8) -> Result<(), StartError> {
     replace(bundle, "address", address.as_bytes())?;
+    failpoint!("start.address.between");
     replace(bundle, "bootstrap.json", json(address, version).as_bytes())
 }
 
@@ -327,7 +336,10 @@ fn replace(bundle: &Path, name: &str, bytes: &[u8]) -> Result<(), StartError> {
         .mode(0o644)
         .open(&temporary)
         .and_then(|mut file| file.write_all(bytes))
-        .and_then(|()| fs::rename(&temporary, &path));
+        .and_then(|()| {
+            failpoint!("start.address.written");
+            fs::rename(&temporary, &path)
+        });
     written.map_err(|cause| {
         let _ = fs::remove_file(&temporary);
         failed("write", &path)(cause)
@@ -353,9 +365,11 @@ struct Launch<'a> {
 impl Launch<'_> {
     fn run(&self, lock: File, input: &Input, out: &mut impl Write) -> Result<(), StartError> {
         let mut daemon = None;
-        let result = self
-            .try_run(&lock, input, &mut daemon)
-            .and_then(|()| say(out, self.address));
+        let result = self.try_run(&lock, input, &mut daemon).and_then(|()| {
+            failpoint!("start.answer.before");
+            say(out, self.address)
+        });
+        failpoint!("start.answer.after");
         if result.is_err() {
             if let Some(mut daemon) = daemon {
                 // It has no tasks yet, so nothing is lost. It is our child and not reaped: the
@@ -364,7 +378,7 @@ impl Launch<'_> {
                 let _ = daemon.wait();
             }
             remove_address(self.bundle);
-            remains::remove_group(self.socket);
+            remains::remove_group(self.socket, Unsent::Keep);
         }
         // After a success the daemon has the only other duplicate of the lock.
         drop(lock);
@@ -378,11 +392,15 @@ impl Launch<'_> {
         daemon: &mut Option<Child>,
     ) -> Result<(), StartError> {
         let options = Options::from_request(input.options.as_ref());
+        failpoint!("start.bind.before");
         let listener = socket::bind(self.socket).map_err(failed("bind", self.socket))?;
+        failpoint!("start.bind.after");
         write_address(self.bundle, self.address, 2)?;
         let (told, tells) = io::pipe().map_err(failed("make pipe for", self.socket))?;
+        failpoint!("start.spawn.before");
         let child = daemon.insert(self.spawn(listener, lock, tells.into(), input)?);
         let pid = child.id();
+        failpoint!("start.spawn.after");
         // Options that are no good will be refused by Create, in the words that its caller reads;
         // here they matter only if they say where the shim belongs.
         if let Ok(options) = options

@@ -15,6 +15,11 @@ use crate::{
 /// Shutdown waits this long for the last events; containerd gives up after three seconds.
 const FLUSH_MS: u64 = 2_000;
 
+/// A shim without tasks leaves after so long, milliseconds, unasked: whoever started it was killed
+/// before he could tell, or died before he could ask it to leave. And so long it waits for a task
+/// that `start` has announced. containerd's Create follows `start` at once.
+const EMPTY_MS: u64 = 60_000;
+
 /// `google.rpc.Code`: a full disk.
 const RESOURCE_EXHAUSTED: i32 = 8;
 
@@ -95,6 +100,10 @@ pub struct LoopState {
     pub outbox: Outbox,
     timers: Vec<(u64, Timer)>,
     leaving: Leaving,
+    /// Without tasks: when it leaves.
+    empty_until: Option<u64>,
+    /// Tasks that were announced and have not come, and until when they are waited for.
+    joining: Vec<(String, u64)>,
     /// Why nothing new can be taken on: no room on disk for what it would need.
     pub no_room: Option<String>,
 }
@@ -109,6 +118,8 @@ impl LoopState {
             outbox: Outbox::default(),
             timers: Vec::new(),
             leaving: Leaving::No,
+            empty_until: None,
+            joining: Vec::new(),
             no_room: None,
         }
     }
@@ -120,7 +131,8 @@ impl LoopState {
             Leaving::Flushing { until, .. } => Some(*until),
         };
         let timers = self.timers.iter().map(|(at, _)| *at);
-        timers.chain(self.outbox.deadline()).chain(leaving).min()
+        let due = timers.chain(self.outbox.deadline()).chain(leaving);
+        due.chain(self.empty_until).min()
     }
 
     /// Takes one input.
@@ -148,9 +160,37 @@ impl LoopState {
                 }
             }
         }
+        self.leave_when_empty(now);
         post(self.outbox.tick(now), &mut out);
         self.leave(now, &mut out);
         out
+    }
+
+    fn leave_when_empty(&mut self, now: Now) {
+        if !self.tasks.is_idle() || self.leaving != Leaving::No {
+            self.empty_until = None;
+            return;
+        }
+        let later = now.mono_ms.saturating_add(EMPTY_MS);
+        let until = *self.empty_until.get_or_insert(later);
+        if until <= now.mono_ms {
+            self.empty_until = None;
+            self.begin_to_leave(Vec::new(), now);
+        }
+    }
+
+    fn begin_to_leave(&mut self, callers: Vec<Caller>, now: Now) {
+        self.outbox.hurry();
+        self.leaving = Leaving::Flushing {
+            callers,
+            until: now.mono_ms.saturating_add(FLUSH_MS),
+        };
+    }
+
+    /// True while `start` has sent somebody here who has not come yet.
+    fn is_awaited(&mut self, now: Now) -> bool {
+        self.joining.retain(|(_, until)| *until > now.mono_ms);
+        !self.joining.is_empty()
     }
 
     fn bytes(&mut self, connection: u64, bytes: &[u8], now: Now, out: &mut Vec<Output>) {
@@ -187,7 +227,7 @@ impl LoopState {
             let refusal = Refusal::new(RESOURCE_EXHAUSTED, why.clone());
             return self.reply(from, &Err(refusal), now, out);
         }
-        if let Call::Create(_) = &call {
+        if let Call::Create(_) | Call::Join(_) = &call {
             match &mut self.leaving {
                 Leaving::No => {}
                 Leaving::Flushing { callers, .. } => {
@@ -204,6 +244,15 @@ impl LoopState {
                     return self.reply(from, &Err(refusal), now, out);
                 }
             }
+        }
+        match &call {
+            Call::Join(id) => {
+                let until = now.mono_ms.saturating_add(EMPTY_MS);
+                self.joining.push((id.clone(), until));
+                self.empty_until = None;
+            }
+            Call::Create(create) => self.joining.retain(|(id, _)| *id != create.id),
+            _ => {}
         }
         self.event(Event::Request { from, call, until }, now, out);
     }
@@ -224,17 +273,15 @@ impl LoopState {
                 Effect::Reply { to, reply } => self.reply(to, &reply, now, out),
                 Effect::Publish(notice) => self.publish(&notice, now, out),
                 Effect::Arm { at, timer } => self.timers.push((at, timer)),
+                // While others are announced, it says yes and stays: they are as good as here.
+                Effect::Leave { to } if self.leaving == Leaving::No && self.is_awaited(now) => {
+                    self.reply(to, &Ok(Reply::Empty), now, out);
+                }
                 Effect::Leave { to } => match &mut self.leaving {
                     Leaving::Flushing { callers, .. } => callers.push(to),
                     // It has happened; what is at our paths now may be somebody else's.
                     Leaving::Lingering => self.reply(to, &Ok(Reply::Empty), now, out),
-                    Leaving::No => {
-                        self.outbox.hurry();
-                        self.leaving = Leaving::Flushing {
-                            callers: vec![to],
-                            until: now.mono_ms.saturating_add(FLUSH_MS),
-                        };
-                    }
+                    Leaving::No => self.begin_to_leave(vec![to], now),
                 },
                 other => {
                     // The same id may be used again at once.
@@ -488,6 +535,68 @@ mod tests {
         let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
         assert_eq!(out, [Output::Retire, Output::Exit]);
         assert!(!state.connections.unsent(1).is_empty());
+    }
+
+    fn join(id: &str) -> Call {
+        Call::Join(id.to_owned())
+    }
+
+    #[test]
+    fn a_shim_that_nobody_uses_leaves_by_itself() {
+        let mut state = LoopState::new("ns", 1);
+        assert_eq!(state.step(Input::Tick, at(5)), []);
+        assert_eq!(state.deadline(), Some(5 + EMPTY_MS));
+        assert_eq!(state.step(Input::Tick, at(4 + EMPTY_MS)), []);
+        let out = state.step(Input::Tick, at(5 + EMPTY_MS));
+        assert_eq!(out, [Output::Retire, Output::Exit]);
+        // Being looked at is no use.
+        let mut state = LoopState::new("ns", 1);
+        state.step(Input::Accepted, at(0));
+        state.step(Input::Bytes(1, frame(1, "Connect")), at(EMPTY_MS - 1));
+        let out = state.step(Input::Tick, at(EMPTY_MS));
+        assert_eq!(out, [Output::Retire, Output::Exit]);
+    }
+
+    #[test]
+    fn a_shim_waits_for_a_task_that_start_has_announced() {
+        let to = Caller {
+            connection: 1,
+            stream: 9,
+        };
+        let mut state = LoopState::new("ns", 1);
+        state.step(Input::Accepted, at(0));
+        let mut out = Vec::new();
+        state.request(to, join("b"), None, at(10), &mut out);
+        let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(20));
+        assert_eq!(out, [], "it has promised to stay");
+        // Not for ever.
+        let out = state.step(Input::Tick, at(20 + EMPTY_MS));
+        assert_eq!(out, [Output::Retire, Output::Exit]);
+    }
+
+    #[test]
+    fn a_shim_that_is_leaving_stays_for_an_announced_task_or_refuses_it() {
+        let to = Caller {
+            connection: 1,
+            stream: 9,
+        };
+        let mut state = LoopState::new("ns", 1);
+        state.step(Input::Accepted, at(0));
+        state.outbox.push(&Notice::Oom("a".into()), "ns", at(0));
+        state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
+        assert!(matches!(state.leaving, Leaving::Flushing { .. }));
+        state.request(to, join("b"), None, at(1), &mut Vec::new());
+        assert_eq!(state.leaving, Leaving::No);
+        // Asked again when it has gone from its place on disk.
+        state.joining.clear();
+        state.step(Input::Bytes(1, frame(3, "Shutdown")), at(2));
+        state.step(Input::EventsLost("refused".into()), at(3));
+        state.step(Input::Tick, at(3 + FLUSH_MS));
+        assert_eq!(state.leaving, Leaving::Lingering);
+        state.connections.sent(1, state.connections.unsent(1).len());
+        state.request(to, join("c"), None, at(9_000), &mut Vec::new());
+        let said = String::from_utf8_lossy(state.connections.unsent(1)).into_owned();
+        assert!(said.contains("shut down"), "{said}");
     }
 
     #[test]

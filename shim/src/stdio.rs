@@ -7,6 +7,7 @@
 //! | any, `file://` or a file | the file | nothing |
 //! | any, `binary://` | a pipe to the logger, read-write | a read end, in case the logger dies |
 //! | any, terminal | a pty's slave | its master, spliced to and from the fifos |
+//! | terminal, `file://` or a file | a pty's slave | its master, spliced to a pipe of a copier |
 //! | any, stdin | a pipe of ours | its write end, and the client's fifo spliced to it |
 //!
 //! *Read-write*: the writer is its own reader, so neither a dead client nor a dead shim can raise
@@ -14,6 +15,7 @@
 
 mod adopted;
 mod console;
+mod logger;
 mod pipes;
 mod relay;
 mod target;
@@ -24,10 +26,7 @@ use std::{
     io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
-        unix::{
-            fs::{FileTypeExt, OpenOptionsExt},
-            net::UnixListener,
-        },
+        unix::{fs::FileTypeExt, net::UnixListener},
     },
     path::{Path, PathBuf},
 };
@@ -39,13 +38,13 @@ use nix::{
 };
 
 use crate::{
-    children::{self, ChildFile, Plan},
-    reaper,
+    children::ChildFile,
     service::{Key, StdioWish},
     sys,
 };
 pub use adopted::Living;
 use console::{Console, Progress};
+use logger::{start_copier, start_logger};
 use pipes::{
     Hold, has_ended, is_done, last_words, open_fifo, own, reopen, set_nonblocking, two_way_pipe,
 };
@@ -58,6 +57,8 @@ const FIFO_SIZE: u64 = 1 << 20;
 const LOOK_MS: (u64, u64) = (20, 1_000);
 /// A logger that was asked to end has this long, as with the stock shim.
 const LOGGER_END_MS: u64 = 12_000;
+/// Of a logger that is not killed, or was.
+const NEVER: u64 = u64::MAX;
 
 /// What is known before a process is started.
 #[derive(Debug)]
@@ -112,7 +113,7 @@ pub enum Heard {
     Warning(String),
 }
 
-/// A logger process.
+/// A logger process; one without `argv` is a copier of ours, which writes to a file.
 #[derive(Debug, Clone)]
 pub struct Logger {
     /// Its pid.
@@ -198,22 +199,17 @@ impl Stdio {
             // A terminal has one output; stderr is not used, as with the stock shim.
             held.output = match target {
                 Target::None => None,
-                Target::Path(path) => Some(open_output(&path, wanted.owner)?),
-                Target::File(path) => Some(
-                    File::options()
-                        .write(true)
-                        .create(true)
-                        .truncate(false)
-                        .mode(0o644)
-                        .custom_flags(OFlag::O_NONBLOCK.bits())
-                        .open(&path)
-                        .and_then(|mut file| {
-                            // Not O_APPEND: splice does not go to such a file.
-                            io::Seek::seek(&mut file, io::SeekFrom::End(0))?;
-                            Ok(file.into())
-                        })
+                // The client's own, or one that anybody may have put there: looked at either way.
+                Target::Path(path) if is_fifo(&path)? => Some(
+                    open_fifo(&path, wanted.owner)
                         .map_err(|e| format!("open {}: {e}", path.display()))?,
                 ),
+                Target::Path(path) => {
+                    Some(start_copier(&mut held, wanted, path, false, &mut opened)?)
+                }
+                Target::File(path) => {
+                    Some(start_copier(&mut held, wanted, path, true, &mut opened)?)
+                }
                 Target::Binary(argv) => {
                     let (write, _) = start_logger(&mut held, wanted, argv, &mut opened)?;
                     set_nonblocking(&write);
@@ -524,9 +520,14 @@ impl Stdio {
             let _ = fs::remove_file(path);
         }
         if let Some(logger) = held.logger {
-            // Its pipes have ended or end now; most loggers have gone before this.
-            let _ = nix::sys::signal::kill(logger.pid, nix::sys::signal::SIGTERM);
-            let at = now.saturating_add(LOGGER_END_MS);
+            // Its pipes have ended or end now; most loggers have gone before this. A copier ends
+            // by itself, when its device has taken everything.
+            let at = if logger.argv.is_empty() {
+                NEVER
+            } else {
+                let _ = nix::sys::signal::kill(logger.pid, nix::sys::signal::SIGTERM);
+                now.saturating_add(LOGGER_END_MS)
+            };
             self.dismissed.push((logger.pid, at));
         }
     }
@@ -577,7 +578,8 @@ impl Stdio {
     /// When [`Stdio::tick`] is due.
     pub fn deadline(&self) -> Option<u64> {
         let kills = self.dismissed.iter().map(|(_, at)| *at);
-        kills.chain(self.look_at.map(|(at, _)| at)).min()
+        let due = kills.chain(self.look_at.map(|(at, _)| at));
+        due.filter(|at| *at != NEVER).min()
     }
 
     /// Looks whether last words have found a reader, and ends loggers that did not end.
@@ -585,7 +587,7 @@ impl Stdio {
         for (pid, at) in &mut self.dismissed {
             if *at <= now {
                 let _ = nix::sys::signal::kill(*pid, nix::sys::signal::SIGKILL);
-                *at = u64::MAX;
+                *at = NEVER;
             }
         }
         let Some((at, pause)) = self.look_at else {
@@ -609,6 +611,14 @@ impl Stdio {
 fn set_file(opened: &mut Opened, at: usize, file: ChildFile) {
     if let Some(slot) = opened.files.get_mut(at) {
         *slot = file;
+    }
+}
+
+/// Whether what is at `path`, which must be there, is a fifo.
+fn is_fifo(path: &Path) -> Result<bool, String> {
+    match fs::metadata(path) {
+        Ok(meta) => Ok(meta.file_type().is_fifo()),
+        Err(e) => Err(format!("open {}: {e}", path.display())),
     }
 }
 
@@ -646,67 +656,4 @@ fn output(
         relays.push((read, Some(fifo), RelayKind::Output));
         Ok(ChildFile::Fd(write))
     }
-}
-
-/// A terminal's output: a fifo, or a file that is there.
-fn open_output(path: &Path, owner: (u32, u32)) -> Result<OwnedFd, String> {
-    let failed = |e: io::Error| format!("open {}: {e}", path.display());
-    let kind = fs::metadata(path).map_err(failed)?.file_type();
-    if kind.is_fifo() {
-        return open_fifo(path, owner).map_err(failed);
-    }
-    File::options()
-        .write(true)
-        .custom_flags(OFlag::O_NONBLOCK.bits())
-        .open(path)
-        .map(OwnedFd::from)
-        .map_err(failed)
-}
-
-/// Starts the logger; gives the write ends for stdout and stderr.
-fn start_logger(
-    held: &mut Held,
-    wanted: &Wanted<'_>,
-    argv: Vec<String>,
-    opened: &mut Opened,
-) -> Result<(OwnedFd, OwnedFd), String> {
-    let failed = |e: io::Error| format!("make pipe: {e}");
-    let (out, out_write) = two_way_pipe(wanted.owner).map_err(failed)?;
-    let (err, err_write) = two_way_pipe(wanted.owner).map_err(failed)?;
-    let (ready, ready_write) = pipe2(OFlag::O_CLOEXEC).map_err(|e| failed(e.into()))?;
-    // As the stock shim: an exec's logger gets the id of the exec.
-    let id = if wanted.key.is_init() {
-        &wanted.key.id
-    } else {
-        &wanted.key.exec_id
-    };
-    let plan = Plan {
-        files: vec![
-            ChildFile::Null,
-            ChildFile::Null,
-            ChildFile::Null,
-            ChildFile::Fd(out.try_clone().map_err(failed)?),
-            ChildFile::Fd(err.try_clone().map_err(failed)?),
-            ChildFile::Fd(ready_write),
-        ],
-        folder: "/".into(),
-        steps: Vec::new(),
-        to_the_end: false,
-        argv: argv.clone(),
-        env: Some(vec![
-            format!("CONTAINER_ID={id}"),
-            format!("CONTAINER_NAMESPACE={}", wanted.namespace),
-        ]),
-    };
-    let (pid, words) = children::spawn(plan).map_err(|e| format!("start logger: {e}"))?;
-    held.logger = Some(Logger {
-        pid,
-        start_time: reaper::start_time(pid),
-        argv,
-    });
-    held.logged = vec![out, err];
-    opened.wait_for_logger = true;
-    opened.files.push(ChildFile::Fd(ready));
-    opened.files.push(ChildFile::Fd(words));
-    Ok((out_write, err_write))
 }

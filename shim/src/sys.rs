@@ -337,30 +337,57 @@ pub fn become_stderr(fd: BorrowedFd<'_>) {
     unsafe { libc::dup2(fd.as_raw_fd(), 2) };
 }
 
-/// Unmaps our own code and gives free memory back to the kernel: what is needed comes back with
-/// the next page fault, from the page cache.
+/// Unmaps what is mapped from our executable and its libraries and was never written, and gives
+/// free memory back to the kernel: what is needed comes back with the next page fault, from the
+/// page cache.
 pub fn trim() {
-    unsafe extern "C" {
-        // Both are the linker's: the first byte of the program, and the end of its code.
-        static __executable_start: u8;
-        static etext: u8;
-    }
-    const PAGE: usize = 4096;
-    let start = (&raw const __executable_start)
-        .addr()
-        .next_multiple_of(PAGE);
-    let end = (&raw const etext).addr() / PAGE * PAGE;
-    // SAFETY: the range is mapped from our executable, read-only and private, and never written:
-    // dropping its pages loses nothing, they are read from the file again.
-    unsafe {
-        libc::madvise(
-            std::ptr::without_provenance_mut(start),
-            end.saturating_sub(start),
-            libc::MADV_DONTNEED,
-        )
-    };
     // SAFETY: gives back free pages of the heap; there is one thread.
     unsafe { libc::malloc_trim(0) };
+    // SAFETY: the callback is called with valid entries before this returns, and unwinds never.
+    unsafe { libc::dl_iterate_phdr(Some(unmap_unwritten), std::ptr::null_mut()) };
+}
+
+/// Drops the pages of one loaded object's segments that nobody can write: code and constants.
+/// Constants that relocation has written are in a writable segment (`PT_GNU_RELRO` protects a part
+/// of that only later), so they stay.
+unsafe extern "C" fn unmap_unwritten(
+    info: *mut libc::dl_phdr_info,
+    _size: libc::size_t,
+    _data: *mut libc::c_void,
+) -> libc::c_int {
+    const PAGE: usize = 4096;
+    // SAFETY: the linker gives a valid entry for the time of this call.
+    let info = unsafe { &*info };
+    if info.dlpi_phdr.is_null() {
+        return 0;
+    }
+    // SAFETY: so many headers are there, mapped as long as the object is, which is for ever.
+    let headers =
+        unsafe { std::slice::from_raw_parts(info.dlpi_phdr, usize::from(info.dlpi_phnum)) };
+    let base = usize::try_from(info.dlpi_addr).unwrap_or(0);
+    let number = |value| usize::try_from(value).unwrap_or(0);
+    for header in headers {
+        if header.p_type != libc::PT_LOAD || header.p_flags & libc::PF_W != 0 {
+            continue;
+        }
+        // Whole pages of this segment only, and at most the file's part of it.
+        let start = base.wrapping_add(number(header.p_vaddr));
+        let end = start.saturating_add(number(header.p_filesz)) / PAGE * PAGE;
+        let start = start.next_multiple_of(PAGE);
+        if start < end {
+            // SAFETY: the range is mapped from a file, privately and not writable, and was never
+            // written: dropping its pages loses nothing, they are read from the file again. Of the
+            // kernel's own page of code (vdso) the same holds, or the call fails.
+            unsafe {
+                libc::madvise(
+                    std::ptr::without_provenance_mut(start),
+                    end.saturating_sub(start),
+                    libc::MADV_DONTNEED,
+                )
+            };
+        }
+    }
+    0
 }
 
 // ---- end of serve ----

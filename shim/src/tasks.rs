@@ -754,7 +754,7 @@ impl Tasks {
         out: &mut Vec<Effect>,
     ) {
         let result = match call {
-            Call::Connect(id) => Ok(Some(Reply::Connected {
+            Call::Connect(id) | Call::Join(id) => Ok(Some(Reply::Connected {
                 shim_pid: self.shim_pid,
                 task_pid: self.tasks.get(&id).map_or(0, |task| task.init.pid()),
             })),
@@ -1206,6 +1206,7 @@ impl Tasks {
             | Call::Wait(_)
             | Call::Stats(_)
             | Call::Connect(_)
+            | Call::Join(_)
             | Call::Shutdown => return Err(Refusal::unknown("not queued")),
         };
         if matches!(request.call, Call::Delete(_)) && self.give_up_create(&id, out) {

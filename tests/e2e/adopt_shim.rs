@@ -8,7 +8,8 @@ use std::process::Stdio;
 
 use recoverd_common::adoption::{Adopted, Adoption};
 use recoverd_common::pb::task::Status;
-use recoverd_common::record;
+use recoverd_common::record::{self, Record};
+use recoverd_common::timestamp::Timestamp;
 use recoverd_tests::{
     Container, Containerd, Node, Reader, Release, ShimUnderTest, Task, Traces, numbers, wait_for,
 };
@@ -17,6 +18,8 @@ recoverd_tests::tests! {
     on_every_release: [
         tasks_of_a_dead_shim_outlive_the_start_of_containerd,
         a_stopped_shim_is_replaced_and_its_terminal_lives,
+        a_stock_shims_task_becomes_ours_dead_or_stopped,
+        a_stock_shims_terminal_lives_when_it_was_only_stopped,
     ],
 }
 
@@ -58,10 +61,92 @@ fn count_in(node: &Node, name: &str) -> u64 {
 /// Has `task`'s group adopted; the successor is its shim from then on.
 #[track_caller]
 fn adopt(containerd: &Containerd, task: &mut Task, stopped: bool) -> Adopted {
+    adopt_as(containerd, task, stopped, None)
+}
+
+/// The record that a stock shim of `task` would have had.
+fn stock_record(containerd: &Containerd, task: &Task, terminal: bool) -> Record {
     let node = containerd.node();
+    // As the node numbers and names it: it has a cgroup namespace of its own.
+    let cgroup = node.shell(&format!("cat /proc/{}/cgroup", task.init.pid));
+    let boot_id = node.shell("cat /proc/sys/kernel/random/boot_id");
+    let fifo = |name: &str| {
+        let found = node.output(
+            "sh",
+            ["-c", &format!("ls -d /run/containerd/fifo/*/{name}")],
+        );
+        String::from_utf8_lossy(&found.stdout).trim().to_owned()
+    };
+    let process = |process: &recoverd_tests::Process| record::Process {
+        pid: process.pid,
+        start_time: process.start_time,
+    };
+    Record {
+        written_at: Timestamp::now(),
+        boot_id: boot_id.trim().to_owned(),
+        shim: record::Shim {
+            version: String::new(),
+            process: process(&task.shim),
+            exe: String::new(),
+            containerd_address: containerd.address().display().to_string(),
+            namespace: task.namespace().to_owned(),
+            group_id: task.id().to_owned(),
+            socket: task.socket().display().to_string(),
+            api_versions: vec![2],
+        },
+        tasks: vec![record::Task {
+            id: task.id().to_owned(),
+            bundle: task.bundle().display().to_string(),
+            phase: record::Phase::Running,
+            init: Some(process(&task.init)),
+            runtime: record::Runtime {
+                binary: "runc".to_owned(),
+                root: format!("/run/containerd/runc/{}", task.namespace()),
+                systemd_cgroup: false,
+            },
+            rootfs: Vec::new(),
+            cgroup: cgroup.lines().map(str::to_owned).collect(),
+            stdio: record::Stdio {
+                stdin: fifo(&format!("{}-stdin", task.id())),
+                stdout: fifo(&format!("{}-stdout", task.id())),
+                stderr: match terminal {
+                    true => String::new(),
+                    false => fifo(&format!("{}-stderr", task.id())),
+                },
+                stdin_closed: false,
+                logger: None,
+            },
+            terminal,
+            created_at: Timestamp::now(),
+            exit: None,
+            oom: false,
+            execs: Vec::new(),
+        }],
+        context: record::Context {
+            umask: 0o22,
+            ..record::Context::default()
+        },
+        running: Vec::new(),
+        descriptors: Vec::new(),
+        unanswered: Vec::new(),
+    }
+}
+
+#[track_caller]
+fn adopt_as(
+    containerd: &Containerd,
+    task: &mut Task,
+    stopped: bool,
+    record: Option<Record>,
+) -> Adopted {
+    let node = containerd.node();
+    let group = match &record {
+        Some(record) => record.shim.group_id.clone(),
+        None => task.record().shim.group_id,
+    };
     let adoption = Adoption {
         socket: task.socket().to_owned(),
-        record: None,
+        record,
         predecessor: stopped.then_some(record::Process {
             pid: task.shim.pid,
             start_time: task.shim.start_time,
@@ -72,7 +157,7 @@ fn adopt(containerd: &Containerd, task: &mut Task, stopped: bool) -> Adopted {
         node.built("containerd-shim-recoverd-v1"),
         ["-namespace", task.namespace(), "-address", &address, "-id"],
     );
-    command.args([&task.record().shim.group_id, "adopt"]);
+    command.args([&group, "adopt"]);
     command.stdin(Stdio::piped()).stdout(Stdio::piped());
     command.stderr(Stdio::piped());
     let mut verb = command
@@ -203,7 +288,85 @@ fn a_stopped_shim_is_replaced_and_its_terminal_lives(release: &Release) {
     assert!(exec.wait().success(), "{}", exec.text());
     assert!(!node.folder().join("hup").exists());
     signal_file(&node, "end");
-    assert_eq!(task.wait("").exit_status, 5);
+    assert_eq!(task.wait("").exit_status, 5, "{:?}", task.recorded());
+    assert!(!node.folder().join("hup").exists());
+    let deleted = containerd.ctr("e2e", ["tasks", "delete", "shell"]).output();
+    deleted.unwrap_or_else(|e| panic!("{e}"));
+    containerd.ctr_ok("e2e", ["containers", "delete", "shell"]);
+    node.wait_gone(&task.shim);
+}
+
+fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    for (id, stopped) in [("dead", false), ("stopped", true)] {
+        let writer = numbers(
+            &format!("/mnt/{id}-go"),
+            &format!("/mnt/{id}-stop"),
+            &format!("/mnt/{id}.count"),
+        );
+        let writer =
+            format!("{writer}; while [ ! -e /mnt/{id}-end ]; do usleep 20000; done; exit 23");
+        let container = shared(Container::new(id), &node).command(["sh", "-c", &writer]);
+        let mut task = containerd.run(&container);
+        let stream = Reader::open(&stdout_of(&node, id));
+        let go = format!("{id}-go");
+        if stopped {
+            // Robbed before it is ended: no write of the init ever fails.
+            signal_file(&node, &go);
+            stream.wait_advance();
+        }
+        let record = stock_record(&containerd, &task, false);
+        containerd.kill();
+        stream.away();
+        match stopped {
+            true => node.freeze(&task.shim),
+            false => node.kill(&task.shim),
+        }
+        let adopted = adopt_as(&containerd, &mut task, stopped, Some(record));
+        assert_eq!(adopted.tasks[0].remarks, [""; 0]);
+        stream.back();
+        signal_file(&node, &go);
+        containerd.start();
+        stream.wait_advance();
+        task.assert_init_alive();
+        task.assert_shim_alive();
+        let row = containerd.task("e2e", id);
+        let row = row.map(|row| (row.pid, row.status));
+        assert_eq!(row, Some((task.init.pid, "RUNNING".to_owned())));
+        let mut exec = containerd.exec_attached(&task, "hello", &["echo", "hi"]);
+        assert!(exec.wait().success(), "{}", exec.text());
+        assert_eq!(exec.text(), "hi\n");
+        signal_file(&node, &format!("{id}-stop"));
+        let count = count_in(&node, &format!("{id}.count"));
+        signal_file(&node, &format!("{id}-end"));
+        assert_eq!(task.wait("").exit_status, 23);
+        stream.finish(count);
+        let deleted = containerd.ctr("e2e", ["tasks", "delete", id]).output();
+        deleted.unwrap_or_else(|e| panic!("{e}"));
+        containerd.ctr_ok("e2e", ["containers", "delete", id]);
+        node.wait_gone(&task.shim);
+    }
+}
+
+fn a_stock_shims_terminal_lives_when_it_was_only_stopped(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let mut task = containerd.run(&shared(Container::new("shell"), &node).terminal().command([
+        "sh",
+        "-c",
+        "trap 'touch /mnt/hup' HUP; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 5",
+    ]));
+    let record = stock_record(&containerd, &task, true);
+    containerd.kill();
+    node.freeze(&task.shim);
+    let adopted = adopt_as(&containerd, &mut task, true, Some(record));
+    assert_eq!(adopted.tasks[0].remarks, [""; 0]);
+    containerd.start();
+    task.assert_init_alive();
+    task.assert_shim_alive();
+    signal_file(&node, "end");
+    assert_eq!(task.wait("").exit_status, 5, "{:?}", task.recorded());
     assert!(!node.folder().join("hup").exists());
     let deleted = containerd.ctr("e2e", ["tasks", "delete", "shell"]).output();
     deleted.unwrap_or_else(|e| panic!("{e}"));

@@ -3,6 +3,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use prost::Message;
 use prost_types::Any;
@@ -10,9 +11,14 @@ use recoverd_common::paths::socket;
 use recoverd_common::pb::bootstrap::{BootstrapParams, Extension};
 use recoverd_common::pb::info::RuntimeInfo;
 use recoverd_common::pb::runc::Options;
-use recoverd_common::pb::task::{ConnectRequest, ConnectResponse, ShutdownRequest};
+use recoverd_common::pb::task::{
+    ConnectRequest, ConnectResponse, CreateTaskRequest, ShutdownRequest,
+};
 use recoverd_common::pb::type_url;
-use recoverd_tests::{Container, Node, Process, Release, ShimUnderTest, Traces, call, wait_for};
+use recoverd_common::ttrpc::code;
+use recoverd_tests::{
+    Container, Node, Process, Release, ShimUnderTest, Traces, call, refusal, wait_for,
+};
 
 recoverd_tests::tests! {
     on_every_release: [
@@ -22,6 +28,7 @@ recoverd_tests::tests! {
     once: [
         start_tells_both_forms_of_its_input_apart,
         many_starts_at_once_for_one_group_leave_one_shim,
+        start_never_sends_to_a_shim_that_leaves,
         version_and_info_are_told,
     ],
 }
@@ -157,6 +164,18 @@ fn shut_down(node: &Node, socket: &Path, shim: &Process) {
     node.wait_gone(shim);
 }
 
+/// What containerd sends after `start`: Create. Its bundle is none, and only a shim says so.
+#[track_caller]
+fn come(node: &Node, socket: &Path, id: &str) {
+    let create = CreateTaskRequest {
+        id: id.into(),
+        bundle: "/run/by-hand/none".into(),
+        ..Default::default()
+    };
+    let (code, text) = refusal(call::<()>(node, socket, "Create", &create));
+    assert_ne!(code, code::UNAVAILABLE, "{id}: {text}");
+}
+
 fn start_tells_both_forms_of_its_input_apart(_newest: &Release) {
     let node = Node::start();
     node.shell("mkdir -p /run/containerd/s");
@@ -246,8 +265,49 @@ fn many_starts_at_once_for_one_group_leave_one_shim(_newest: &Release) {
                 );
             }
         }
+        // It waits for all that it was announced.
+        for id in &ids {
+            come(&node, &expected, id);
+        }
         let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
         let shim = only_shim(&node, &ids);
+        shut_down(&node, &expected, &shim);
+        before.wait_restored(&node);
+    }
+}
+
+/// A shim that `start` gave for another container of the group, while the last one of it was just
+/// shutting it down, is there when that container comes.
+fn start_never_sends_to_a_shim_that_leaves(_newest: &Release) {
+    let node = Node::start();
+    node.shell("mkdir -p /run/containerd/s");
+    let before = Traces::of(&node);
+    let start = |id: &str, group: &str| {
+        let bundle = bundle(&node, id, Some(group));
+        let line = start_line(&node, &bundle, id, Path::new("/dev/null"));
+        let output = node.output("sh", ["-ec", &line]);
+        assert!(output.status.success(), "{output:?}");
+    };
+    for round in 0..60u64 {
+        let group = format!("group-{round}");
+        let expected = socket(Path::new("/run/containerd/s"), ADDRESS, "e2e", &group);
+        let (first, second) = (format!("first-{round}"), format!("second-{round}"));
+        start(&first, &group);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // At another moment of the other's start each time.
+                std::thread::sleep(Duration::from_millis(round % 20 * 3));
+                let shutdown = ShutdownRequest {
+                    id: first.clone(),
+                    now: false,
+                };
+                // It may be gone before it has answered; that is its right.
+                let _ = call::<()>(&node, &expected, "Shutdown", &shutdown);
+            });
+            start(&second, &group);
+        });
+        come(&node, &expected, &second);
+        let shim = only_shim(&node, &[&first, &second]);
         shut_down(&node, &expected, &shim);
         before.wait_restored(&node);
     }

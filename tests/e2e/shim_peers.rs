@@ -20,6 +20,7 @@ recoverd_tests::tests! {
     once: [
         stuck_umount_holds_up_no_neighbour,
         slow_runtime_holds_up_no_neighbour,
+        slow_log_of_a_terminal_holds_up_no_neighbour,
     ],
 }
 
@@ -295,13 +296,7 @@ fn stuck_umount_holds_up_no_neighbour(release: &Release) {
             "inject=umount2:delay_enter=12000000",
         ],
     );
-    wait_for("strace at the shim", || {
-        let status = std::fs::read_to_string(node.path(format!("/proc/{pid}/status"))).ok()?;
-        let tracer = status
-            .lines()
-            .find_map(|line| line.strip_prefix("TracerPid:"))?;
-        (tracer.trim() != "0").then_some(())
-    });
+    wait_traced(&node, &pid, true);
     let mut took = Duration::ZERO;
     let times = state_times(&node, &calm, || {
         let began = Instant::now();
@@ -318,6 +313,85 @@ fn stuck_umount_holds_up_no_neighbour(release: &Release) {
     calm.assert_shim_alive();
     calm.assert_init_alive();
     containerd.remove(&calm);
+}
+
+/// strace makes every opening of a terminal's log file, and every write to it, begin 3 s late.
+fn slow_log_of_a_terminal_holds_up_no_neighbour(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let calm = containerd.run(
+        &Container::new("calm")
+            .shim(ShimUnderTest::Recoverd)
+            .group("calm"),
+    );
+    let pid = calm.shim.pid.to_string();
+    for (id, scheme) in [("uri", "file://"), ("path", "")] {
+        let log = node.folder().join(format!("{id}.log"));
+        let log = log.display().to_string();
+        std::fs::write(&log, "before\n").expect("write a log");
+        let strace = node.spawn(
+            "strace",
+            [
+                "-f",
+                "-q",
+                "-p",
+                &pid,
+                "-P",
+                &log,
+                "-e",
+                "trace=openat,write,splice",
+                "-e",
+                "inject=openat,write,splice:delay_enter=3000000",
+            ],
+        );
+        wait_traced(&node, &pid, true);
+        let mut spec = oci_spec(id, &["sh", "-c", "echo one; echo two; exit 5"]);
+        spec["process"]["terminal"] = serde_json::json!(true);
+        spec["annotations"] = serde_json::json!({"io.containerd.runc.v2.group": "calm"});
+        let stdio = Stdio {
+            stdout: format!("{scheme}{log}"),
+            terminal: true,
+            ..Stdio::default()
+        };
+        api.container(id, &spec, ShimUnderTest::Recoverd, None);
+        let began = Instant::now();
+        let times = state_times(&node, &calm, || {
+            api.create(id, &stdio).expect("create");
+            assert!(
+                began.elapsed() >= Duration::from_secs(3),
+                "opening the log was not held"
+            );
+            api.start(id, "").expect("start");
+            assert_eq!(api.status(id, ""), 5);
+            // Waits until everything is written.
+            api.delete(id, "").expect("delete");
+        });
+        assert!(
+            began.elapsed() >= Duration::from_secs(6),
+            "writing the log was not held"
+        );
+        assert_prompt(times, 20);
+        drop(strace);
+        wait_traced(&node, &pid, false);
+        let text = std::fs::read_to_string(&log).expect("read a log");
+        assert_eq!(text, "before\none\r\ntwo\r\n", "{id}");
+    }
+    calm.assert_shim_alive();
+    containerd.remove(&calm);
+    node.wait_gone(&calm.shim);
+}
+
+/// Waits until a process of the node is traced, or no longer.
+#[track_caller]
+fn wait_traced(node: &Node, pid: &str, traced: bool) {
+    wait_for("strace at the shim", || {
+        let status = std::fs::read_to_string(node.path(format!("/proc/{pid}/status"))).ok()?;
+        let tracer = status
+            .lines()
+            .find_map(|line| line.strip_prefix("TracerPid:"))?;
+        ((tracer.trim() != "0") == traced).then_some(())
+    });
 }
 
 /// A runtime that takes 3 s for everything: State, Pids and exits of neighbours do not wait for it.

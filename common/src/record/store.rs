@@ -20,6 +20,7 @@ use nix::{
 
 use super::{Record, version};
 use crate::{
+    failpoint,
     read::{MAX_FILE, read_file},
     seen::Seen,
 };
@@ -86,7 +87,9 @@ impl Store {
             // Real bytes, not holes: posix_fallocate may be emulated, writing never lies.
             let missing = vec![b' '; room.saturating_sub(length)];
             file.write_all_at(&missing, length as u64)?;
+            failpoint!("record.reserve.between");
         }
+        failpoint!("record.reserve.after");
         self.room = room;
         Ok(())
     }
@@ -105,11 +108,14 @@ impl Store {
         let keep = keep.min(self.room).max(bytes.len());
         self.room = self.room.min(keep.next_multiple_of(GRAIN));
         bytes.resize(keep.next_multiple_of(GRAIN), b' ');
+        failpoint!("record.write.before");
         let mut file = open(&self.spare)?;
+        failpoint!("record.write.opened");
         file.write_all(&bytes)?;
         // A longer spare of before; never shorter than what is reserved.
         file.set_len(bytes.len() as u64)?;
         drop(file);
+        failpoint!("record.exchange.before");
         match renameat2(
             AT_FDCWD,
             &self.spare,
@@ -117,11 +123,16 @@ impl Store {
             &self.path,
             RenameFlags::RENAME_EXCHANGE,
         ) {
-            Ok(()) => Ok(()),
+            Ok(()) => {
+                failpoint!("record.exchange.after");
+                Ok(())
+            }
             // No record yet (the first write), or a file system that cannot exchange: the spare
             // is made anew by the next write.
             Err(Errno::ENOENT | Errno::EINVAL | Errno::ENOSYS) => {
-                fs::rename(&self.spare, &self.path)
+                fs::rename(&self.spare, &self.path)?;
+                failpoint!("record.rename.after");
+                Ok(())
             }
             Err(error) => Err(error.into()),
         }
@@ -129,7 +140,9 @@ impl Store {
 
     /// Removes both files; what is not there is no error.
     pub fn remove(&self) -> io::Result<()> {
-        remove(&self.spare).and(remove(&self.path))
+        let spare = remove(&self.spare);
+        failpoint!("record.remove.between");
+        spare.and(remove(&self.path))
     }
 }
 

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::{fcntl::OFlag, unistd::Pid};
-use recoverd_common::{cgroup::Cgroup, read::read_text, seen::Seen};
+use recoverd_common::{cgroup::Cgroup, failpoint, read::read_text, seen::Seen};
 
 use super::Shim;
 use crate::{
@@ -185,7 +185,9 @@ impl Shim {
             }
         }
         let program = task.options.binary().to_owned();
+        failpoint!("serve.spawn.before");
         let (pid, words) = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+        failpoint!("serve.spawn.after");
         Ok(Child {
             pid,
             words,
@@ -311,6 +313,7 @@ impl Shim {
         let Ok(pid) = i32::try_from(process.pid) else {
             return;
         };
+        failpoint!("serve.signal.before");
         let result = sys::pidfd_open(pid).and_then(|pidfd| {
             let found = reaper::start_time(Pid::from_raw(pid));
             if process.start_time != 0 && found != process.start_time {
@@ -318,6 +321,7 @@ impl Shim {
             }
             sys::pidfd_signal(pidfd.as_fd(), signal)
         });
+        failpoint!("serve.signal.after");
         if let Err(e) = result {
             self.log
                 .say(Level::Warning, &format!("signal {pid} with {signal}: {e}"));

@@ -6,6 +6,8 @@ use nix::{
     unistd::Pid,
 };
 
+use recoverd_common::failpoint;
+
 use super::{Shim, now};
 use crate::{
     log::Level,
@@ -56,7 +58,9 @@ impl Shim {
                 .collect();
             if !ended.is_empty() {
                 for (job, pid, status) in ended {
+                    failpoint!("serve.ended.before");
                     self.child_ended(job, status);
+                    failpoint!("serve.ended.after");
                     reaper::collect(pid);
                 }
                 continue;
@@ -128,10 +132,13 @@ impl Shim {
         if let Some(id) = id {
             self.look_for_oom(&id);
         }
+        failpoint!("serve.exit.before");
         self.handle(Input::Event(Event::Exited {
             pid,
             status: exited.status,
         }));
+        failpoint!("serve.exit.after");
         reaper::collect(exited.pid);
+        failpoint!("serve.reap.after");
     }
 }

@@ -15,7 +15,7 @@ use nix::{
     unistd::geteuid,
 };
 
-use super::{ACCEPT_PAUSE_MS, CONNECTION, EVENTS, READ, READS, Shim, now};
+use super::{ACCEPT_PAUSE_MS, CONNECTION, EVENT_ROOM, EVENTS, READ, READS, Shim, now};
 use crate::{events::Post, log::Level, state::Input};
 
 /// One connection's socket.
@@ -137,6 +137,14 @@ impl Shim {
     // ---- containerd's event service ----
 
     pub(super) fn post(&mut self, post: Post) {
+        if self.retired
+            && matches!(post, Post::Open | Post::Send(_))
+            && !self.event_log.is_in_place()
+        {
+            // A new shim of the group has them and sends them: nothing is left for us.
+            self.leave = true;
+            return;
+        }
         match post {
             Post::Open => {
                 let input = match self.connect_events() {
@@ -157,7 +165,13 @@ impl Shim {
             }
             Post::Close => self.events = None,
             Post::Acknowledged(number) => {
-                if let Err(e) = self.event_log.acknowledge(number) {
+                let mut result = self.event_log.acknowledge(number);
+                // What is being made was promised more than what is there is owed.
+                if result.is_ok() && self.state.tasks.jobs().is_empty() {
+                    let keep = self.owed_events().saturating_add(EVENT_ROOM);
+                    result = self.event_log.shrink(keep);
+                }
+                if let Err(e) = result {
                     self.log.say(Level::Error, &format!("write events: {e}"));
                 }
             }

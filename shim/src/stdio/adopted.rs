@@ -29,7 +29,8 @@ use nix::{
 };
 
 use super::{
-    Held, Hold, Logger, NewRelay, RelayKind, Stdio, Target, Wanted, open_fifo, open_output,
+    Held, Hold, Logger, NewRelay, Opened, RelayKind, Stdio, Target, Wanted, is_fifo,
+    logger::start_copier, open_fifo,
 };
 use crate::adopt::Loot;
 
@@ -218,11 +219,16 @@ impl Stdio {
             held.output = match Target::parse(&wish.stdout) {
                 Ok(Target::None) => None,
                 Ok(Target::Path(path)) => {
-                    let opened = open_output(&path, wanted.owner);
+                    let opened = match is_fifo(&path) {
+                        Ok(true) => open_fifo(&path, wanted.owner)
+                            .map_err(|e| format!("open {}: {e}", path.display())),
+                        Ok(false) => copier(&mut held, wanted, path, false),
+                        Err(why) => Err(why),
+                    };
                     opened.map_err(|why| remarks.push(why)).ok()
                 }
                 Ok(Target::File(path)) => {
-                    let opened = append(&path);
+                    let opened = copier(&mut held, wanted, path, true);
                     opened.map_err(|why| remarks.push(why)).ok()
                 }
                 Ok(Target::Binary(_)) => {
@@ -250,6 +256,22 @@ impl Stdio {
             }
         }
     }
+}
+
+/// A copier that nobody waits for: the process has long started. The predecessor's own ends when
+/// it has written what it was given.
+fn copier(
+    held: &mut Held,
+    wanted: &Wanted<'_>,
+    path: PathBuf,
+    create: bool,
+) -> Result<OwnedFd, String> {
+    let mut nobody = Opened {
+        files: Vec::new(),
+        wait_for_logger: false,
+        console: None,
+    };
+    start_copier(held, wanted, path, create, &mut nobody)
 }
 
 fn stdin(living: &Living<'_>, proc: &Path) -> Result<NewRelay, String> {

@@ -15,6 +15,7 @@ use std::{
 };
 
 use recoverd_common::{
+    failpoint,
     proc::{Proc, ProcessId},
     seen::Seen,
     shim_client::ShimClient,
@@ -113,7 +114,9 @@ pub fn apply(step: &Step, hands: &Hands<'_>, told: &mut dyn FnMut(NotWritten)) -
             return Outcome::Skipped(why);
         }
     }
+    failpoint!("repair.intent.before");
     tell(Event::Intended, &step.does.text(), code());
+    failpoint!("repair.intent.after");
     let outcome = match effects::act(step, hands) {
         Ok(what) => match kept(&step.promises, hands) {
             Ok(()) => Outcome::Done(what),
@@ -137,6 +140,7 @@ pub fn apply(step: &Step, hands: &Hands<'_>, told: &mut dyn FnMut(NotWritten)) -
         Outcome::Skipped(why) => tell(Event::Skipped, why, details),
         Outcome::Refused(missing) => tell(Event::Skipped, &missing.to_string(), details),
     }
+    failpoint!("repair.outcome.after");
     outcome
 }
 

@@ -17,7 +17,7 @@ use nix::{
     fcntl::{AtFlags, OFlag, RenameFlags, openat, renameat2},
     sys::stat::{Mode, fstatat},
 };
-use recoverd_common::{proc::FileId, timestamp::Timestamp};
+use recoverd_common::{failpoint, proc::FileId, timestamp::Timestamp};
 use serde_json::json;
 
 use crate::own_dir;
@@ -80,7 +80,9 @@ pub fn set_aside(state: &Path, thing: &Thing<'_>) -> Result<PathBuf, Kept> {
     let target = format!("{}-{}", compact(now), thing.name);
     let note = format!("{target}.note");
     // First the note: what is found there without one could be anybody's.
+    failpoint!("repair.note.before");
     write_note(&quarantine, &note, thing, now).map_err(failed("write", &dir.join(&note)))?;
+    failpoint!("repair.note.after");
     let moved = still(&folder, name, thing).and_then(|()| {
         renameat2(
             folder.as_fd(),
@@ -91,6 +93,7 @@ pub fn set_aside(state: &Path, thing: &Thing<'_>) -> Result<PathBuf, Kept> {
         )
         .map_err(|errno| failed("rename", thing.path)(errno.into()))
     });
+    failpoint!("repair.quarantine.after");
     if let Err(kept) = moved {
         // A note about nothing; that it stays does no harm.
         let _ = nix::unistd::unlinkat(

@@ -29,6 +29,7 @@ use nix::{
 };
 use prost::Message;
 use recoverd_common::{
+    failpoint,
     paths::Beside,
     pb::events,
     proc::{FileId, ProcessId},
@@ -202,7 +203,10 @@ fn end(id: ProcessId, hands: &Hands<'_>, _leave: &Kill) -> Result<String, NotDon
         Seen::Unknown(why) => return Err(changed(&why)),
     }
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        match sys::pidfd_send_signal(&pidfd, signal) {
+        failpoint!("repair.signal.before");
+        let sent = sys::pidfd_send_signal(&pidfd, signal);
+        failpoint!("repair.signal.after");
+        match sent {
             Ok(()) => {}
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
             Err(error) => {
@@ -259,8 +263,10 @@ fn publish(exited: &Exited) -> Result<String, NotDone> {
         }),
     };
     let until = Instant::now() + CALL;
+    failpoint!("repair.publish.before");
     let sent = ShimClient::connect(&exited.ttrpc, namespace, until)
         .and_then(|mut client| client.call::<()>(SERVICE, "Forward", &request));
+    failpoint!("repair.publish.after");
     match sent {
         Ok(()) => Ok(format!(
             "told containerd that {namespace}/{id} exited with {}",
@@ -350,8 +356,12 @@ fn remove_file(path: &Path, file: FileId, wanted: SFlag) -> Result<(), NotDone> 
     unlink(&folder, name, UnlinkatFlags::NoRemoveDir).map_err(failed_errno("remove", path))
 }
 
+/// Every file and folder that is removed, but cgroups, is removed here.
 fn unlink(folder: &OwnedFd, name: &std::ffi::OsStr, what: UnlinkatFlags) -> Result<(), Errno> {
-    match unlinkat(folder.as_fd(), name, what) {
+    failpoint!("repair.remove.before");
+    let removed = unlinkat(folder.as_fd(), name, what);
+    failpoint!("repair.remove.after");
+    match removed {
         Ok(()) | Err(Errno::ENOENT) => Ok(()),
         Err(errno) => Err(errno),
     }
@@ -436,7 +446,10 @@ fn remove_cgroup(folder: &Path, depth: u32) -> Result<(), NotDone> {
             remove_cgroup(&entry.path(), depth.saturating_add(1))?;
         }
     }
-    match fs::remove_dir(folder) {
+    failpoint!("repair.cgroup.before");
+    let removed = fs::remove_dir(folder);
+    failpoint!("repair.cgroup.after");
+    match removed {
         Ok(()) => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
@@ -487,13 +500,16 @@ fn unmount(point: &Path, id: u64, hands: &Hands<'_>) -> Result<(), NotDone> {
         Seen::Absent => return Ok(()),
         Seen::Unknown(why) => return Err(NotDone::Changed(why)),
     }
+    failpoint!("repair.unmount.before");
     let (done, result) = mpsc::channel();
     let place: PathBuf = point.to_owned();
     std::thread::spawn(move || {
         // Nobody may be waiting any more.
         let _ = done.send(umount2(&place, MntFlags::UMOUNT_NOFOLLOW));
     });
-    match result.recv_timeout(UNMOUNT) {
+    let ended = result.recv_timeout(UNMOUNT);
+    failpoint!("repair.unmount.after");
+    match ended {
         Ok(Ok(())) => Ok(()),
         Ok(Err(errno)) => Err(failed_errno("unmount", point)(errno)),
         Err(_) => Err(NotDone::Failed(format!(

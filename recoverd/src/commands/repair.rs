@@ -222,6 +222,13 @@ fn apply_all(
             }
             told.outcome = Some(outcome);
         }
+        let ended = |told: &Told| {
+            matches!(told.outcome, Some(Outcome::Done(_))) && !told.step.does.ends().is_empty()
+        };
+        if sheet.steps.iter().any(ended) {
+            // Its shim first clears up after an init that was ended, and is not leaked until then.
+            std::thread::sleep(config.scan.second_look);
+        }
         policy.max_actions = policy.max_actions.saturating_sub(done);
         all.append(&mut sheet.steps);
         sheet.steps = all;

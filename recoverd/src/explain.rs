@@ -31,6 +31,7 @@ pub fn text(code: Code) -> String {
         ("How it comes about", parts.origin),
         ("What containerd does", parts.containerd),
         ("What to do", parts.remedy),
+        ("What `recoverd repair` does", repair(code)),
         ("What not to do", parts.avoid),
     ] {
         out.push('\n');
@@ -39,6 +40,53 @@ pub fn text(code: Code) -> String {
         wrap(&mut out, paragraph);
     }
     out
+}
+
+/// What `repair --apply` makes of it.
+fn repair(code: Code) -> &'static str {
+    match code {
+        Code::OrphanedTask => "Starts our shim for it, as `recoverd adopt` does.",
+        Code::UnresponsiveShim | Code::SocketMissing => {
+            "With --allow kill, and only while its containerd does not run: ends the shim and \
+                starts ours for its tasks. Else nothing."
+        }
+        Code::TaskUnknownToContainerd => {
+            "With --allow kill: SIGTERM to its init, SIGKILL five seconds later; then what is \
+                left of it."
+        }
+        Code::LeakedShim => {
+            "With --allow kill, and only if nobody is connected to it: SIGTERM, SIGKILL five \
+                seconds later."
+        }
+        Code::StuckTask | Code::ExitUnreported => {
+            "Publishes the exit, if somebody observed it and a running containerd lists the task \
+                as running. Else nothing."
+        }
+        Code::StaleBundle => {
+            "With --allow delete: unmounts what is in it, removes what runc knows of it, removes \
+                it. Not while a record of our shim still needs it."
+        }
+        Code::StaleSocket => "Removes it, if it is known whose it was.",
+        Code::StaleRecord => {
+            "Removes it and the files beside it, unless events wait there that containerd has \
+                not acknowledged."
+        }
+        Code::UnreadableRecord => {
+            "Moves it into the folder recoverd-quarantine, unless its shim lives."
+        }
+        Code::LeakedMount => {
+            "Unmounts it, not lazily. What lives in memory only needs --allow delete."
+        }
+        Code::LeakedCgroup => "Removes it; the kernel refuses one that has a process.",
+        Code::LeakedFifo => "Removes the fifos, and their folder if nothing else is in it.",
+        Code::LeakedRuncState => "With --allow delete: removes the folder.",
+        Code::DuplicateWorkload
+        | Code::OutdatedShim
+        | Code::RunNearlyFull
+        | Code::LeakedExec
+        | Code::BloatedShim => "Nothing.",
+        Code::Foreign => "Nothing: what is foreign is never touched.",
+    }
 }
 
 /// The text of `recoverd explain`: every code, worst first.
@@ -409,6 +457,9 @@ What to do
   Harmless. It may be removed once nobody listens (`ss -xl`) and no bundle's
   `address` or `bootstrap.json` names it.
 
+What `recoverd repair` does
+  Removes it, if it is known whose it was.
+
 What not to do
   Do not clean the socket folder by age or by a wildcard: a file whose shim
   lives cannot be brought back, and its workload dies at containerd's next
@@ -424,7 +475,7 @@ What not to do
         for code in Code::ALL {
             let text = text(*code);
             let lines = text.lines().count();
-            assert!((13..=30).contains(&lines), "{}: {lines}", code.word());
+            assert!((13..=35).contains(&lines), "{}: {lines}", code.word());
             for line in text.lines() {
                 assert!(line.chars().count() <= WIDTH, "{line}");
             }

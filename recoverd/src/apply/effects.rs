@@ -519,3 +519,6 @@ fn unmount(point: &Path, id: u64, hands: &Hands<'_>) -> Result<(), NotDone> {
         ))),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -29,7 +29,7 @@ use nix::{
 };
 use prost::Message;
 use recoverd_common::{
-    cgroup, failpoint, mounts,
+    cgroup, failpoint,
     paths::Beside,
     pb::task::DeleteResponse,
     proc::{Proc, ProcessId},
@@ -42,7 +42,7 @@ use crate::{
     args::Flags,
     delete_look::{Observed, look_at, read_state},
     delete_rule::{CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
-    lock,
+    lock, mounts,
     remains::{self, Unsent},
     sys::{self, Hold},
 };
@@ -134,6 +134,12 @@ impl Deletion {
             && let Err(e) = end(init, self.until(KILL))
         {
             remark(format!("end init process {}: {e}", init.pid));
+        }
+        if let Some(stranger) = &self.task.stranger {
+            let other = stranger.bundle.display();
+            remark(format!(
+                "the runtime's container is of bundle {other}: it is left alone"
+            ));
         }
         failpoint!("delete.runtime.before");
         let deleted = match self.delete_container() {
@@ -232,8 +238,11 @@ impl Deletion {
 
     /// Whether the runtime knows the container; runc and crun have a folder of its name, others
     /// files that begin with it. A runtime is started only then: after a normal deletion there is
-    /// nothing for it to do.
+    /// nothing for it to do. A stranger's does not count.
     fn has_state(&self) -> bool {
+        if self.task.stranger.is_some() {
+            return false;
+        }
         let Ok(entries) = fs::read_dir(&self.task.root) else {
             return false;
         };
@@ -249,6 +258,7 @@ impl Deletion {
     /// Cgroups that another container of the runtime's, or of the record's, names as its own.
     fn shared_cgroups(&self) -> Vec<PathBuf> {
         let entries = fs::read_dir(&self.task.root).into_iter().flatten();
+        let stranger = self.task.stranger.iter().flat_map(|s| s.cgroups.clone());
         entries
             .flatten()
             .filter_map(|entry| entry.file_name().into_string().ok())
@@ -256,6 +266,7 @@ impl Deletion {
             .filter_map(|other| read_state(&self.task.root, &other))
             .flat_map(|state| state.cgroups.into_values())
             .chain(self.task.recorded_beside())
+            .chain(stranger)
             .collect()
     }
 
@@ -302,18 +313,7 @@ impl Deletion {
     /// Unmounts everything at and below `rootfs`, in a child: a dead device may hold it for ever.
     fn unmount(&self) -> Result<(), String> {
         let rootfs = self.task.bundle.join("rootfs");
-        let below = |mounts: Vec<mounts::Mount>| -> Vec<PathBuf> {
-            mounts
-                .into_iter()
-                .map(|m| m.point)
-                .filter(|point| point.starts_with(&rootfs))
-                .collect()
-        };
-        let points = match mounts::read(Path::new("/proc")) {
-            Seen::Present(mounts) => below(mounts),
-            Seen::Absent => return Err("unmount: /proc shows no mounts".into()),
-            Seen::Unknown(why) => return Err(format!("unmount: the mount table {why}")),
-        };
+        let points = mounts::points(&rootfs).map_err(|why| format!("unmount: {why}"))?;
         if points.is_empty() {
             return Ok(());
         }

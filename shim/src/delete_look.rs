@@ -4,6 +4,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Component, Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -59,6 +60,17 @@ pub struct Observed {
     pub systemd_cgroup: bool,
     /// Cgroup folders that are the task's alone.
     pub cgroups: Vec<PathBuf>,
+    /// What the runtime has under this id, if that is another bundle's: not ours to touch.
+    pub stranger: Option<Stranger>,
+}
+
+/// A container of the same id, made from another bundle.
+#[derive(Debug)]
+pub struct Stranger {
+    /// Its bundle.
+    pub bundle: PathBuf,
+    /// Its cgroup folders, which may have the names of ours.
+    pub cgroups: Vec<PathBuf>,
 }
 
 impl Observed {
@@ -90,7 +102,7 @@ impl Observed {
                 options.systemd_cgroup,
             ),
         };
-        let state = read_state(&root, id);
+        let (state, stranger) = whose(read_state(&root, id), &bundle);
         let init = task
             .and_then(|task| task.init)
             .and_then(|process| {
@@ -115,6 +127,7 @@ impl Observed {
             root,
             systemd_cgroup,
             cgroups,
+            stranger,
         }
     }
 
@@ -261,6 +274,35 @@ pub fn read_state(root: &Path, id: &str) -> Option<RuncState> {
         Seen::Present(bytes) => runc::parse(&bytes).ok(),
         Seen::Absent | Seen::Unknown(_) => None,
     }
+}
+
+/// Sorts the runtime's state by its bundle: ours, or a stranger's. A state that names no bundle is
+/// of the only container of this id, ours.
+fn whose(state: Option<RuncState>, bundle: &Path) -> (Option<RuncState>, Option<Stranger>) {
+    match state {
+        Some(RuncState {
+            bundle: Some(other),
+            cgroups,
+            ..
+        }) if !is_same(&other, bundle) => {
+            let cgroups = cgroups.into_values().collect();
+            let stranger = Stranger {
+                bundle: other,
+                cgroups,
+            };
+            (None, Some(stranger))
+        }
+        state => (state, None),
+    }
+}
+
+/// Two names of one folder, links resolved.
+fn is_same(one: &Path, other: &Path) -> bool {
+    let id = |path: &Path| {
+        let meta = fs::metadata(path).ok()?;
+        Some((meta.dev(), meta.ino()))
+    };
+    one == other || id(one).is_some_and(|found| id(other) == Some(found))
 }
 
 /// How `init` is now.

@@ -12,7 +12,7 @@ use nix::{
     errno::Errno,
     mount::{MntFlags, MsFlags, mount, umount2},
 };
-use recoverd_common::{read::read_text, seen::Seen};
+use recoverd_common::{mounts, seen::Seen};
 
 use crate::service::Mount;
 
@@ -176,11 +176,8 @@ fn mount_with(wanted: &Mount, target: &Path, parsed: &Parsed) -> Result<(), Errn
 /// Unmounts everything on and below `rootfs`, the last mounted first. What is not mounted is no
 /// error.
 pub fn undo(rootfs: &Path) -> Result<(), String> {
-    let mounted = match read_text(Path::new("/proc/self/mountinfo"), u64::MAX) {
-        Seen::Present(text) => below(&text, rootfs),
-        // Without the list the rootfs itself is tried, which is the usual case anyway.
-        Seen::Absent | Seen::Unknown(_) => vec![rootfs.to_path_buf()],
-    };
+    // Without the list the rootfs itself is tried, which is the usual case anyway.
+    let mounted = points(rootfs).unwrap_or_else(|_| vec![rootfs.to_path_buf()]);
     let mut failed = None;
     for target in mounted.iter().rev() {
         if let Err(errno) = unmount(target) {
@@ -203,30 +200,26 @@ fn unmount(target: &Path) -> Result<(), Errno> {
     Err(Errno::EBUSY)
 }
 
-/// Mount points of `mountinfo` on or below `rootfs`, in the order of mounting.
-fn below(mountinfo: &str, rootfs: &Path) -> Vec<PathBuf> {
-    mountinfo
-        .lines()
-        .filter_map(|line| line.split(' ').nth(4))
-        .map(|point| PathBuf::from(unescape(point)))
-        .filter(|point| point.starts_with(rootfs))
-        .collect()
+/// Mount points on or below `rootfs`, in the order of mounting.
+pub fn points(rootfs: &Path) -> Result<Vec<PathBuf>, String> {
+    let mounts = match mounts::read(Path::new("/proc")) {
+        Seen::Present(mounts) => mounts,
+        Seen::Absent => return Err("/proc shows no mounts".into()),
+        Seen::Unknown(why) => return Err(format!("the mount table {why}")),
+    };
+    // The kernel has resolved every link on the way. A rootfs that is itself a link is not
+    // followed: it may lead to mounts that are the host's.
+    let parent = rootfs
+        .parent()
+        .and_then(|parent| parent.canonicalize().ok());
+    let resolved = parent.zip(rootfs.file_name());
+    let resolved = resolved.map(|(parent, name)| parent.join(name));
+    Ok(below(mounts, resolved.as_deref().unwrap_or(rootfs)))
 }
 
-/// The kernel writes space, tab, new-line and backslash as `\ooo`.
-fn unescape(field: &str) -> String {
-    let mut out = field.to_owned();
-    for (code, plain) in [
-        ("\\040", " "),
-        ("\\011", "\t"),
-        ("\\012", "\n"),
-        ("\\134", "\\"),
-    ] {
-        if out.contains(code) {
-            out = out.replace(code, plain);
-        }
-    }
-    out
+fn below(mounts: Vec<mounts::Mount>, rootfs: &Path) -> Vec<PathBuf> {
+    let points = mounts.into_iter().map(|mount| mount.point);
+    points.filter(|point| point.starts_with(rootfs)).collect()
 }
 
 #[cfg(test)]
@@ -261,10 +254,11 @@ mod tests {
 
     #[test]
     fn only_mounts_of_this_rootfs_are_found() {
-        let text = "36 35 98:0 / /b/rootfs rw - overlay o rw\n37 36 0:1 / /b/rootfs/a\\040b rw - x\n\
-                    38 35 0:1 / /b/rootfs2 rw - x\nbroken\n";
+        let text =
+            b"36 35 98:0 / /b/rootfs rw - overlay o rw\n37 36 0:1 / /b/rootfs/a\\040b rw - x y z\n\
+                    38 35 0:1 / /b/rootfs2 rw - x y z\nbroken\n";
         assert_eq!(
-            below(text, Path::new("/b/rootfs")),
+            below(mounts::parse(text), Path::new("/b/rootfs")),
             [PathBuf::from("/b/rootfs"), "/b/rootfs/a b".into()]
         );
     }

@@ -7,10 +7,7 @@ use std::{
     io::{Read, Write},
     os::{
         fd::AsRawFd,
-        unix::{
-            fs::{FileTypeExt, PermissionsExt},
-            net::UnixListener,
-        },
+        unix::{fs::PermissionsExt, net::UnixListener},
     },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -1115,25 +1112,70 @@ fn a_runtime_that_hangs_does_not_hold_delete_or_its_pipes() {
 }
 
 #[test]
-fn delete_unmounts_the_root_file_system() {
-    let node = Node::new();
-    let bundle = node.deserted("c", "c", "rmdir \"$2/$5\"");
-    let rootfs = bundle.join("rootfs");
-    fs::create_dir(&rootfs).unwrap();
-    let mount = |to: &Path| {
-        Command::new("mount")
-            .args(["-t", "tmpfs", "tmpfs"])
-            .arg(to)
-            .status()
-    };
-    if !mount(&rootfs).is_ok_and(|status| status.success()) {
-        eprintln!("SKIPPED: this test has to mount a tmpfs");
-        return;
+fn delete_unmounts_the_root_file_system_below_a_link_too() {
+    for linked in [false, true] {
+        let node = Node::new();
+        let bundle = node.deserted("c", "c", "rmdir \"$2/$5\"");
+        if linked {
+            let elsewhere = node.dir.path().join("elsewhere");
+            fs::rename(&bundle, &elsewhere).unwrap();
+            std::os::unix::fs::symlink(&elsewhere, &bundle).unwrap();
+        }
+        let rootfs = fs::canonicalize(&bundle).unwrap().join("rootfs");
+        fs::create_dir(&rootfs).unwrap();
+        let mount = |to: &Path| {
+            Command::new("mount")
+                .args(["-t", "tmpfs", "tmpfs"])
+                .arg(to)
+                .status()
+        };
+        if !mount(&rootfs).is_ok_and(|status| status.success()) {
+            eprintln!("SKIPPED: this test has to mount a tmpfs");
+            return;
+        }
+        fs::create_dir(rootfs.join("below")).unwrap();
+        assert!(mount(&rootfs.join("below")).unwrap().success());
+        deleted(&node.delete("c"));
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
+        let left = mounts.contains(rootfs.to_str().unwrap());
+        // Nothing is left behind when it fails either.
+        for point in [rootfs.join("below"), rootfs.clone()] {
+            let _ = nix::mount::umount2(&point, nix::mount::MntFlags::MNT_DETACH);
+        }
+        assert!(!left, "linked: {linked}: {mounts}");
     }
-    fs::create_dir(rootfs.join("below")).unwrap();
-    assert!(mount(&rootfs.join("below")).unwrap().success());
-    deleted(&node.delete("c"));
-    let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap();
-    assert!(!mounts.contains(rootfs.to_str().unwrap()), "{mounts}");
-    assert!(!fs::metadata(&rootfs).unwrap().file_type().is_socket());
+}
+
+#[test]
+fn delete_leaves_a_container_of_the_same_id_and_another_bundle_alone() {
+    for (whose, ours) in [("other", false), ("link", true)] {
+        let node = Node::new();
+        // It says by this file that it was called.
+        let bundle = node.deserted("c", "c", "touch \"$2/called\"; rmdir \"$2/$5\"");
+        let (mut victim, init) = Victim::new();
+        let its_bundle = node.dir.path().join(whose);
+        if ours {
+            std::os::unix::fs::symlink(&bundle, &its_bundle).unwrap();
+        } else {
+            fs::create_dir(&its_bundle).unwrap();
+        }
+        let root = node.dir.path().join("runtime/ns");
+        let state = format!(
+            r#"{{"init_process_pid":{},"init_process_start":{},"config":{{"labels":["bundle={}"]}}}}"#,
+            init.pid,
+            init.start_time,
+            its_bundle.display()
+        );
+        fs::write(root.join("c/state.json"), state).unwrap();
+        let output = node.delete("c");
+        assert_eq!(deleted(&output).exit_status, 137);
+        assert_eq!(victim.ended(), ours, "{whose}");
+        assert_eq!(root.join("called").exists(), ours, "{whose}");
+        assert_eq!(
+            text(&output.stderr).contains("is of bundle"),
+            !ours,
+            "{whose}: {}",
+            text(&output.stderr)
+        );
+    }
 }

@@ -41,6 +41,8 @@ use crate::{
     children::ChildFile,
     service::{Key, StdioWish},
     sys,
+    tasks::Process,
+    witness,
 };
 pub use adopted::Living;
 use console::{Console, Progress};
@@ -48,6 +50,7 @@ use logger::{start_copier, start_logger};
 use pipes::{
     Hold, has_ended, is_done, last_words, open_fifo, own, reopen, set_nonblocking, two_way_pipe,
 };
+use recoverd_common::proc::Proc;
 use relay::{End, Relay, RelayKind, Turn};
 use target::Target;
 
@@ -124,6 +127,20 @@ pub struct Logger {
     pub argv: Vec<String>,
 }
 
+impl Logger {
+    /// One that we have adopted is not our child, and its number may be somebody else's by now.
+    fn signal(&self, signal: libc::c_int) {
+        let process = Process {
+            pid: u32::try_from(self.pid.as_raw()).unwrap_or(0),
+            start_time: self.start_time,
+        };
+        if let Ok(pidfd) = witness::open(&Proc::new("/proc"), process) {
+            // It may have ended meanwhile: that is what is wanted.
+            let _ = sys::pidfd_signal(pidfd.as_fd(), signal);
+        }
+    }
+}
+
 /// All of one process.
 #[derive(Debug, Default)]
 struct Held {
@@ -149,7 +166,7 @@ pub struct Stdio {
     relays: BTreeMap<u64, Relay>,
     last: u64,
     /// Loggers whose task has gone, and when they are killed.
-    dismissed: Vec<(Pid, u64)>,
+    dismissed: Vec<(Logger, u64)>,
     look_at: Option<(u64, u64)>,
 }
 
@@ -525,10 +542,10 @@ impl Stdio {
             let at = if logger.argv.is_empty() {
                 NEVER
             } else {
-                let _ = nix::sys::signal::kill(logger.pid, nix::sys::signal::SIGTERM);
+                logger.signal(libc::SIGTERM);
                 now.saturating_add(LOGGER_END_MS)
             };
-            self.dismissed.push((logger.pid, at));
+            self.dismissed.push((logger, at));
         }
     }
 
@@ -540,13 +557,14 @@ impl Stdio {
     /// Every logger that runs, those of deleted tasks too.
     pub fn loggers(&self) -> impl Iterator<Item = Pid> {
         let held = self.held.values().filter_map(|held| held.logger.as_ref());
-        let dismissed = self.dismissed.iter().map(|(pid, _)| *pid);
+        let dismissed = self.dismissed.iter().map(|(logger, _)| logger.pid);
         held.map(|logger| logger.pid).chain(dismissed)
     }
 
     /// A child has exited; true if it was a logger.
     pub fn logger_exited(&mut self, pid: Pid, epoll: &Epoll, heard: &mut Vec<Heard>) -> bool {
-        if let Some(at) = self.dismissed.iter().position(|(other, _)| *other == pid) {
+        let mut dismissed = self.dismissed.iter();
+        if let Some(at) = dismissed.position(|(other, _)| other.pid == pid) {
             self.dismissed.remove(at);
             return true;
         }
@@ -584,9 +602,9 @@ impl Stdio {
 
     /// Looks whether last words have found a reader, and ends loggers that did not end.
     pub fn tick(&mut self, now: u64) {
-        for (pid, at) in &mut self.dismissed {
+        for (logger, at) in &mut self.dismissed {
             if *at <= now {
-                let _ = nix::sys::signal::kill(*pid, nix::sys::signal::SIGKILL);
+                logger.signal(libc::SIGKILL);
                 *at = NEVER;
             }
         }
@@ -655,5 +673,48 @@ fn output(
         set_nonblocking(&read);
         relays.push((read, Some(fifo), RelayKind::Output));
         Ok(ChildFile::Fd(write))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reaper;
+
+    #[test]
+    fn a_logger_is_asked_to_end_and_the_owner_of_its_reused_pid_is_not() {
+        for reused in [false, true] {
+            let mut process = std::process::Command::new("sleep")
+                .arg("60")
+                .spawn()
+                .unwrap();
+            let pid = Pid::from_raw(process.id().try_into().unwrap());
+            let key = Key {
+                id: "c".into(),
+                exec_id: String::new(),
+            };
+            let logger = Logger {
+                pid,
+                start_time: reaper::start_time(pid) + u64::from(reused),
+                argv: vec!["sleep".into()],
+            };
+            let mut stdio = Stdio::new();
+            let held = Held {
+                logger: Some(logger),
+                ..Held::default()
+            };
+            stdio.held.insert(key.clone(), held);
+            stdio.close(&key, 0);
+            if reused {
+                stdio.tick(LOGGER_END_MS);
+                assert!(process.try_wait().unwrap().is_none());
+                process.kill().unwrap();
+            }
+            let ended = process.wait().unwrap();
+            let signal = std::os::unix::process::ExitStatusExt::signal(&ended);
+            // Of the stranger it is the test's own SIGKILL.
+            let expected = if reused { libc::SIGKILL } else { libc::SIGTERM };
+            assert_eq!(signal, Some(expected));
+        }
     }
 }

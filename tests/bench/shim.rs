@@ -20,6 +20,7 @@ use recoverd_common::pb::task::{
     WaitRequest, WaitResponse,
 };
 use recoverd_common::shim_client::{ShimClient, TASK_SERVICES};
+use recoverd_tests::wait_within;
 
 type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
@@ -558,23 +559,26 @@ impl Memory {
     }
 }
 
+/// A shim whose memory has been the same for so long is idle: several times what ours waits
+/// before it gives back what it does not need.
+const UNCHANGED: Duration = Duration::from_millis(500);
+
 /// The memory of a shim that has nothing to do: when it has not changed for a while. Ours gives
 /// back what it does not need some 100 ms after its last work, as it does all its life.
 fn idle(pid: u32) -> Result<Memory> {
-    let began = Instant::now();
     let mut last = Memory::of(pid)?;
-    let mut same = 0;
-    while same < 3 && began.elapsed() < Duration::from_secs(10) {
-        std::thread::sleep(Duration::from_millis(150));
-        let now = Memory::of(pid)?;
-        same = if now.pss <= last.pss && now.pss + 4.0 >= last.pss {
-            same + 1
-        } else {
-            0
+    let mut since = Instant::now();
+    wait_within(Duration::from_secs(10), "a shim to be idle", || {
+        let now = match Memory::of(pid) {
+            Ok(now) => now,
+            Err(error) => return Some(Err(error)),
         };
-        last = now;
-    }
-    Ok(last)
+        if (now.pss - last.pss).abs() > 4.0 {
+            last = now;
+            since = Instant::now();
+        }
+        (since.elapsed() >= UNCHANGED).then_some(Ok(now))
+    })
 }
 
 /// Shims that serve, by their command line.

@@ -1,9 +1,7 @@
 //! The verb `adopt` of our shim under real containerd and runc: SPEC's rows F3 and F5 for our own
 //! shims, without `recoverd`.
 
-use std::fs;
 use std::io::Write;
-use std::path::PathBuf;
 use std::process::Stdio;
 
 use recoverd_common::adoption::{Adopted, Adoption};
@@ -11,7 +9,7 @@ use recoverd_common::pb::task::Status;
 use recoverd_common::record::{self, Record};
 use recoverd_common::timestamp::Timestamp;
 use recoverd_tests::{
-    Container, Containerd, Node, Reader, Release, ShimUnderTest, Task, Traces, numbers, wait_for,
+    Container, Containerd, Node, Reader, Release, ShimUnderTest, Task, Traces, numbers,
 };
 
 recoverd_tests::tests! {
@@ -25,37 +23,6 @@ recoverd_tests::tests! {
 
 fn ours(id: &str) -> Container {
     Container::new(id).shim(ShimUnderTest::Recoverd)
-}
-
-/// A folder of this test that containers find at `/mnt`.
-fn shared(container: Container, node: &Node) -> Container {
-    let folder = node.folder().display();
-    container.option(&[
-        "--mount",
-        &format!("type=bind,src={folder},dst=/mnt,options=rbind:rw"),
-    ])
-}
-
-/// The fifo that `ctr` made for a process's stdout.
-#[track_caller]
-fn stdout_of(node: &Node, process: &str) -> PathBuf {
-    let found = node.shell(&format!("ls -d /run/containerd/fifo/*/{process}-stdout"));
-    node.path(found.trim())
-}
-
-/// Makes the file that containers wait for at `/mnt/NAME`.
-fn signal_file(node: &Node, name: &str) {
-    let path = node.folder().join(name);
-    fs::write(&path, "").unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
-}
-
-/// What a writer said in the end.
-#[track_caller]
-fn count_in(node: &Node, name: &str) -> u64 {
-    wait_for("a writer's count", || {
-        let text = fs::read_to_string(node.folder().join(name)).ok()?;
-        text.strip_suffix('\n')?.parse().ok()
-    })
 }
 
 /// Has `task`'s group adopted; the successor is its shim from then on.
@@ -183,13 +150,13 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
     let mut containerd = node.containerd(release);
     let before = Traces::of(&node);
     let writer = numbers("/mnt/go", "/mnt/stop", "/mnt/init.count");
-    let mut task = containerd.run(&shared(ours("pod"), &node).command([
+    let mut task = containerd.run(&ours("pod").shares(&node).command([
         "sh",
         "-c",
         &format!("{writer}; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 23"),
     ]));
     let mut members: Vec<Task> = (0..2)
-        .map(|n| containerd.run(&shared(ours(&format!("member-{n}")), &node).group("pod")))
+        .map(|n| containerd.run(&ours(&format!("member-{n}")).shares(&node).group("pod")))
         .collect();
     for member in &members {
         assert_eq!(member.shim, task.shim);
@@ -197,8 +164,8 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
     let of_exec = numbers("/mnt/exec-go", "/mnt/stop", "/mnt/exec.count");
     let of_exec = format!("{of_exec}; while [ ! -e /mnt/exec-end ]; do usleep 20000; done; exit 7");
     containerd.exec(&task, "session", &["sh", "-c", &of_exec, "session"]);
-    let init_stream = Reader::open(&stdout_of(&node, "pod"));
-    signal_file(&node, "go");
+    let init_stream = Reader::open(&node.stdout_of("pod"));
+    node.tell("go");
     init_stream.wait_advance();
 
     // Twice: an adopted task is adopted like any other.
@@ -235,16 +202,16 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
     }
 
     // The exec's bytes go through its shim: from now on through this one.
-    let exec_stream = Reader::open(&stdout_of(&node, "session"));
-    signal_file(&node, "exec-go");
+    let exec_stream = Reader::open(&node.stdout_of("session"));
+    node.tell("exec-go");
     exec_stream.wait_advance();
-    signal_file(&node, "stop");
-    let counts = [count_in(&node, "init.count"), count_in(&node, "exec.count")];
+    node.tell("stop");
+    let counts = [node.count_in("init.count"), node.count_in("exec.count")];
     init_stream.away();
     exec_stream.away();
-    signal_file(&node, "exec-end");
+    node.tell("exec-end");
     assert_eq!(task.wait("session").exit_status, 7);
-    signal_file(&node, "end");
+    node.tell("end");
     assert_eq!(task.wait("").exit_status, 23);
     let recorded = task.recorded().exit;
     assert!(
@@ -270,7 +237,7 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
 fn a_stopped_shim_is_replaced_and_its_terminal_lives(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    let mut task = containerd.run(&shared(ours("shell"), &node).terminal().command([
+    let mut task = containerd.run(&ours("shell").shares(&node).terminal().command([
         "sh",
         "-c",
         "trap 'touch /mnt/hup' HUP; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 5",
@@ -287,7 +254,7 @@ fn a_stopped_shim_is_replaced_and_its_terminal_lives(release: &Release) {
     let mut exec = containerd.exec_attached(&task, "look", &["sh", "-c", width]);
     assert!(exec.wait().success(), "{}", exec.text());
     assert!(!node.folder().join("hup").exists());
-    signal_file(&node, "end");
+    node.tell("end");
     assert_eq!(task.wait("").exit_status, 5, "{:?}", task.recorded());
     assert!(!node.folder().join("hup").exists());
     let deleted = containerd.ctr("e2e", ["tasks", "delete", "shell"]).output();
@@ -307,13 +274,15 @@ fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
         );
         let writer =
             format!("{writer}; while [ ! -e /mnt/{id}-end ]; do usleep 20000; done; exit 23");
-        let container = shared(Container::new(id), &node).command(["sh", "-c", &writer]);
+        let container = Container::new(id)
+            .shares(&node)
+            .command(["sh", "-c", &writer]);
         let mut task = containerd.run(&container);
-        let stream = Reader::open(&stdout_of(&node, id));
+        let stream = Reader::open(&node.stdout_of(id));
         let go = format!("{id}-go");
         if stopped {
             // Robbed before it is ended: no write of the init ever fails.
-            signal_file(&node, &go);
+            node.tell(&go);
             stream.wait_advance();
         }
         let record = stock_record(&containerd, &task, false);
@@ -326,7 +295,7 @@ fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
         let adopted = adopt_as(&containerd, &mut task, stopped, Some(record));
         assert_eq!(adopted.tasks[0].remarks, [""; 0]);
         stream.back();
-        signal_file(&node, &go);
+        node.tell(&go);
         containerd.start();
         stream.wait_advance();
         task.assert_init_alive();
@@ -337,9 +306,9 @@ fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
         let mut exec = containerd.exec_attached(&task, "hello", &["echo", "hi"]);
         assert!(exec.wait().success(), "{}", exec.text());
         assert_eq!(exec.text(), "hi\n");
-        signal_file(&node, &format!("{id}-stop"));
-        let count = count_in(&node, &format!("{id}.count"));
-        signal_file(&node, &format!("{id}-end"));
+        node.tell(&format!("{id}-stop"));
+        let count = node.count_in(&format!("{id}.count"));
+        node.tell(&format!("{id}-end"));
         assert_eq!(task.wait("").exit_status, 23);
         stream.finish(count);
         let deleted = containerd.ctr("e2e", ["tasks", "delete", id]).output();
@@ -352,7 +321,7 @@ fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
 fn a_stock_shims_terminal_lives_when_it_was_only_stopped(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    let mut task = containerd.run(&shared(Container::new("shell"), &node).terminal().command([
+    let mut task = containerd.run(&Container::new("shell").shares(&node).terminal().command([
         "sh",
         "-c",
         "trap 'touch /mnt/hup' HUP; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 5",
@@ -365,7 +334,7 @@ fn a_stock_shims_terminal_lives_when_it_was_only_stopped(release: &Release) {
     containerd.start();
     task.assert_init_alive();
     task.assert_shim_alive();
-    signal_file(&node, "end");
+    node.tell("end");
     assert_eq!(task.wait("").exit_status, 5, "{:?}", task.recorded());
     assert!(!node.folder().join("hup").exists());
     let deleted = containerd.ctr("e2e", ["tasks", "delete", "shell"]).output();

@@ -119,24 +119,6 @@ fn assert_running(containerd: &Containerd, task: &Task) {
     );
 }
 
-/// `ctr tasks delete` says the status, if it is another than 0.
-#[track_caller]
-fn delete(containerd: &Containerd, task: &Task, status: u32) {
-    let output = containerd
-        .ctr(task.namespace(), ["tasks", "delete", task.id()])
-        .output()
-        .unwrap_or_else(|error| panic!("start ctr: {error}"));
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    let said = text.trim_end().trim_end_matches('"').rsplit_once(" code ");
-    let said = said.map_or(Ok(0), |(_, code)| code.parse());
-    assert!(
-        output.status.success() && said == Ok(status),
-        "tasks delete {}: {output:?}",
-        task.name()
-    );
-    containerd.ctr_ok(task.namespace(), ["containers", "delete", task.id()]);
-}
-
 fn workloads_outlive(release: &Release, shim: ShimUnderTest, fault: Fault) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
@@ -224,7 +206,7 @@ fn workloads_outlive(release: &Release, shim: ShimUnderTest, fault: Fault) {
     assert_eq!(single.wait("").exit_status, 23);
     init_stream.finish(counts[0]);
     exec_stream.finish(counts[1]);
-    delete(&containerd, &single, 23);
+    containerd.delete(&single, 23);
 
     assert_endings(&containerd, &events, &endings);
     for task in pod.iter().rev() {
@@ -252,6 +234,6 @@ fn assert_endings(containerd: &Containerd, events: &Events, endings: &[Ending]) 
         if *oom {
             wait_for("the OOM event", || events.of_topic(id, "/tasks/oom").pop());
         }
-        delete(containerd, task, *status);
+        containerd.delete(task, *status);
     }
 }

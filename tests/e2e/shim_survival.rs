@@ -2,7 +2,7 @@
 //! while containerd is down).
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -30,66 +30,6 @@ fn ours(id: &str) -> Container {
     Container::new(id).shim(ShimUnderTest::Recoverd)
 }
 
-/// A folder of this test that containers find at `/mnt`.
-fn shared(container: Container, node: &Node) -> Container {
-    let folder = node.folder().display();
-    container.option(&[
-        "--mount",
-        &format!("type=bind,src={folder},dst=/mnt,options=rbind:rw"),
-    ])
-}
-
-/// The fifo that `ctr` made for a process's stdout.
-#[track_caller]
-fn stdout_of(node: &Node, process: &str) -> PathBuf {
-    let found = node.shell(&format!("ls -d /run/containerd/fifo/*/{process}-stdout"));
-    node.path(found.trim())
-}
-
-/// Makes the file that containers wait for at `/mnt/NAME`.
-fn signal_file(node: &Node, name: &str) {
-    let path = node.folder().join(name);
-    fs::write(&path, "").unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
-}
-
-/// What a writer said in the end.
-#[track_caller]
-fn count_in(node: &Node, name: &str) -> u64 {
-    wait_for("a writer's count", || {
-        let text = fs::read_to_string(node.folder().join(name)).ok()?;
-        text.strip_suffix('\n')?.parse().ok()
-    })
-}
-
-/// The process in the node with this word among its arguments.
-#[track_caller]
-fn process_with(node: &Node, word: &str) -> recoverd_tests::Process {
-    wait_for("a process in the container", || {
-        node.processes()
-            .into_iter()
-            .find(|process| process.program() == "sh" && process.argv.iter().any(|w| w == word))
-    })
-}
-
-/// Ends a task whose init has exited with `status`, as `ctr` and containerd see it.
-#[track_caller]
-fn assert_deleted_with(containerd: &Containerd, task: &Task, status: u32) {
-    let output = containerd
-        .ctr("e2e", ["tasks", "delete", task.id()])
-        .output()
-        .unwrap_or_else(|error| panic!("start ctr: {error}"));
-    // `ctr` itself succeeds and says the status, if it is another than 0.
-    let text = String::from_utf8_lossy(&output.stderr).into_owned();
-    let said = text.trim_end().trim_end_matches('"').rsplit_once(" code ");
-    let said = said.map_or(Ok(0), |(_, code)| code.parse());
-    assert!(
-        output.status.success() && said == Ok(status),
-        "tasks delete {}: {output:?}",
-        task.name()
-    );
-    containerd.ctr_ok("e2e", ["containers", "delete", task.id()]);
-}
-
 fn workload_exec_and_streams_outlive_every_switch_of_release(first: &Release) {
     // Every pair of releases in both directions over the three tests.
     let words: &[&'static str] = match first.name {
@@ -101,7 +41,7 @@ fn workload_exec_and_streams_outlive_every_switch_of_release(first: &Release) {
     let mut containerd = node.containerd(first);
     let before = Traces::of(&node);
     let writer = numbers("/mnt/go", "/mnt/stop", "/mnt/init.count");
-    let task = containerd.run(&shared(ours("survivor"), &node).command([
+    let task = containerd.run(&ours("survivor").shares(&node).command([
         "sh",
         "-c",
         &format!("{writer}; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 23"),
@@ -109,11 +49,11 @@ fn workload_exec_and_streams_outlive_every_switch_of_release(first: &Release) {
     let of_exec = numbers("/mnt/go", "/mnt/stop", "/mnt/exec.count");
     let of_exec = format!("{of_exec}; while [ ! -e /mnt/exec-end ]; do usleep 20000; done; exit 7");
     containerd.exec(&task, "session", &["sh", "-c", &of_exec, "session"]);
-    let session = process_with(&node, "session");
+    let session = node.shell_with("session");
     // `ctr` has gone, and with it the readers that it had.
-    let init_stream = Reader::open(&stdout_of(&node, "survivor"));
-    let exec_stream = Reader::open(&stdout_of(&node, "session"));
-    signal_file(&node, "go");
+    let init_stream = Reader::open(&node.stdout_of("survivor"));
+    let exec_stream = Reader::open(&node.stdout_of("session"));
+    node.tell("go");
 
     for (step, name) in words.iter().enumerate() {
         let Some(release) = first.other(name) else {
@@ -160,20 +100,20 @@ fn workload_exec_and_streams_outlive_every_switch_of_release(first: &Release) {
         task.assert_shim_alive();
     }
 
-    signal_file(&node, "stop");
-    let counts = [count_in(&node, "init.count"), count_in(&node, "exec.count")];
+    node.tell("stop");
+    let counts = [node.count_in("init.count"), node.count_in("exec.count")];
     // The last words wait for a reader that comes only when the writer has gone.
     init_stream.away();
     exec_stream.away();
-    signal_file(&node, "exec-end");
+    node.tell("exec-end");
     assert_eq!(task.wait("session").exit_status, 7);
-    signal_file(&node, "end");
+    node.tell("end");
     assert_eq!(task.wait("").exit_status, 23);
     init_stream.back();
     exec_stream.back();
     init_stream.finish(counts[0]);
     exec_stream.finish(counts[1]);
-    assert_deleted_with(&containerd, &task, 23);
+    containerd.delete(&task, 23);
     node.wait_gone(&task.shim);
     before.wait_restored(&node);
 }
@@ -194,7 +134,7 @@ fn start_endings(containerd: &Containerd, round: &str) -> Vec<Ending> {
     };
     let run = |kind: &str, status, oom, change: &dyn Fn(Container) -> Container| {
         let id = format!("{round}-{kind}");
-        let task = containerd.run(&change(shared(ours(&id), node)));
+        let task = containerd.run(&change(ours(&id).shares(node)));
         Ending {
             id,
             status,
@@ -219,7 +159,7 @@ fn start_endings(containerd: &Containerd, round: &str) -> Vec<Ending> {
 fn end_all(node: &Node, round: &str, endings: &[Ending]) {
     for ending in endings {
         match (ending.status, ending.oom) {
-            (_, true) => signal_file(node, &format!("{round}-eat")),
+            (_, true) => node.tell(&format!("{round}-eat")),
             (137, false) => node.signal(&ending.task.init, "KILL"),
             _ => node.signal(&ending.task.init, "TERM"),
         }
@@ -296,7 +236,7 @@ fn assert_told(containerd: &Containerd, events: &Events, endings: &[Ending]) {
     }
     for ending in endings {
         // True to the end, whoever asks.
-        assert_deleted_with(containerd, &ending.task, ending.status);
+        containerd.delete(&ending.task, ending.status);
     }
 }
 
@@ -328,10 +268,10 @@ fn exits_of_a_short_and_of_a_long_downtime_are_told_truly(first: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(first);
     let before = Traces::of(&node);
-    let lasting = containerd.run(&shared(ours("lasting"), &node));
+    let lasting = containerd.run(&ours("lasting").shares(&node));
     let until = "while [ ! -e /mnt/exec-end ]; do usleep 20000; done; exit 7";
     containerd.exec(&lasting, "session", &["sh", "-c", until, "session"]);
-    let session = process_with(&node, "session");
+    let session = node.shell_with("session");
     let short = start_endings(&containerd, "short");
     let long = start_endings(&containerd, "long");
     let release = |name| first.other(name).unwrap_or_else(|| first.clone());
@@ -349,7 +289,7 @@ fn exits_of_a_short_and_of_a_long_downtime_are_told_truly(first: &Release) {
         let down = Instant::now();
         end_all(&node, round, &endings);
         if downtime > Duration::ZERO {
-            signal_file(&node, "exec-end");
+            node.tell("exec-end");
             node.wait_gone(&session);
         }
         // The one place where time itself is the condition.
@@ -479,7 +419,7 @@ fn scan_and_show_know_our_shim(release: &Release) {
         "session",
         &["sh", "-c", "sleep 100000; :", "session"],
     );
-    let session = process_with(&node, "session");
+    let session = node.shell_with("session");
     let member = containerd.run(&ours("member").group("running"));
     let paused = containerd.run(&ours("paused"));
     containerd.ctr_ok("e2e", ["tasks", "pause", "paused"]);

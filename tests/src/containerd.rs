@@ -371,6 +371,26 @@ impl Containerd {
         self.ctr_ok(task.namespace(), ["containers", "delete", task.id()]);
     }
 
+    /// Deletes a task whose init has exited, and its container; it had ended with `status`, as
+    /// `ctr` and containerd see it.
+    #[track_caller]
+    pub fn delete(&self, task: &Task, status: u32) {
+        let output = self
+            .ctr(task.namespace(), ["tasks", "delete", task.id()])
+            .output()
+            .unwrap_or_else(|error| panic!("start ctr: {error}"));
+        // `ctr` itself succeeds and says the status, if it is another than 0.
+        let text = String::from_utf8_lossy(&output.stderr).into_owned();
+        let said = text.trim_end().trim_end_matches('"').rsplit_once(" code ");
+        let said = said.map_or(Ok(0), |(_, code)| code.parse());
+        assert!(
+            output.status.success() && said == Ok(status),
+            "tasks delete {}: {output:?}",
+            task.name()
+        );
+        self.ctr_ok(task.namespace(), ["containers", "delete", task.id()]);
+    }
+
     /// containerd's own list of tasks.
     #[track_caller]
     pub fn tasks(&self, namespace: &str) -> Vec<TaskRow> {

@@ -42,6 +42,7 @@ mod node;
 mod process;
 mod recoverd;
 mod releases;
+mod shared;
 mod stream;
 mod traces;
 mod wait;

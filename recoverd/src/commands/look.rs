@@ -20,7 +20,7 @@ use crate::{
 /// Where and how long to look.
 pub fn plan(global: &Global, config: &Config) -> Plan {
     let mut named = Vec::new();
-    if global.address.is_some() || global.state.is_some() || global.root.is_some() {
+    if names_one(global) {
         named.push(NamedInstance {
             address: global.address.clone(),
             state: global.state.clone(),
@@ -51,6 +51,27 @@ pub fn plan(global: &Global, config: &Config) -> Plan {
     }
 }
 
+/// The same for a command that acts on one containerd: the one that the flags name, or the default
+/// one. With its address.
+pub fn plan_of_one(global: &Global, config: &Config) -> (Plan, String) {
+    let mut plan = plan(global, config);
+    if !names_one(global) {
+        let default = NamedInstance {
+            source: "default".into(),
+            ..NamedInstance::default()
+        };
+        plan.named.insert(0, default);
+    }
+    let first = plan.named.first();
+    let address = first.map_or_else(String::new, NamedInstance::address_or_default);
+    (plan, address)
+}
+
+/// Whether the flags narrow everything to one containerd.
+fn names_one(global: &Global) -> bool {
+    global.address.is_some() || global.state.is_some() || global.root.is_some()
+}
+
 /// Ages and limits that decide.
 pub fn settings(config: &Config) -> Settings {
     Settings {
@@ -62,14 +83,13 @@ pub fn settings(config: &Config) -> Settings {
 
 /// What the flags narrow the report to.
 pub fn narrow(global: &Global, plan: &Plan) -> Narrow {
-    let instance = global.address.is_some() || global.state.is_some() || global.root.is_some();
     Narrow {
         // The command line's own instance is the first that is named.
         address: plan
             .named
             .first()
-            .filter(|_| instance)
-            .map(crate::observe::NamedInstance::address_or_default),
+            .filter(|_| names_one(global))
+            .map(NamedInstance::address_or_default),
         namespace: global.namespace.clone(),
     }
 }

@@ -16,7 +16,6 @@ use crate::{
         baseline,
         compare::{self, Became, Row},
     },
-    observe::NamedInstance,
     verify::Again,
 };
 
@@ -42,20 +41,7 @@ fn compared(
     global: &cli::Global,
     config: &Config,
 ) -> Result<Verdict, Failure> {
-    let mut plan = look::plan(global, config);
-    if global.address.is_none() && global.state.is_none() && global.root.is_none() {
-        plan.named.insert(
-            0,
-            NamedInstance {
-                source: "default".into(),
-                ..NamedInstance::default()
-            },
-        );
-    }
-    let address = plan
-        .named
-        .first()
-        .map_or_else(String::new, NamedInstance::address_or_default);
+    let (plan, address) = look::plan_of_one(global, config);
     let baseline = match baseline::read(&config.run_dir, &address) {
         Seen::Present(baseline) => baseline,
         Seen::Absent => {

@@ -29,9 +29,7 @@ use crate::{
         baseline::{self, Baseline, Did},
         batches, stoppers, twins,
     },
-    lock,
-    observe::NamedInstance,
-    quarantine,
+    lock, quarantine,
     report::Narrow,
     verify::{Again, Examined},
 };
@@ -126,21 +124,7 @@ impl<'a> Hook<'a> {
         let most = config.pre_start.deadline / LOOKING;
         config.scan.budget = config.scan.budget.min(most);
         config.scan.shim_deadline = config.scan.shim_deadline.min(config.scan.budget);
-        let mut plan = look::plan(global, &config);
-        // It acts on one containerd, named or not.
-        if global.address.is_none() && global.state.is_none() && global.root.is_none() {
-            plan.named.insert(
-                0,
-                NamedInstance {
-                    source: "default".into(),
-                    ..NamedInstance::default()
-                },
-            );
-        }
-        let address = plan
-            .named
-            .first()
-            .map_or_else(String::new, NamedInstance::address_or_default);
+        let (plan, address) = look::plan_of_one(global, &config);
         let narrow = Narrow {
             address: Some(address.clone()),
             namespace: global.namespace.clone(),

@@ -1,4 +1,7 @@
 //! A healthy node on plain data, for tests: they break one thing each and judge what is left.
+//!
+//! Compiled for tests only, so nothing from outside gets here. Where it panics, the test has asked
+//! for something that the node it made itself does not have: that is the test's failure.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

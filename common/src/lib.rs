@@ -16,5 +16,7 @@ pub mod record;
 pub mod runc;
 pub mod seen;
 pub mod shim_client;
+pub mod sys;
 pub mod timestamp;
 pub mod ttrpc;
+pub mod witness;

@@ -22,7 +22,6 @@ mod plan;
 mod preflight;
 mod quarantine;
 mod report;
-mod sys;
 mod verify;
 
 use std::{

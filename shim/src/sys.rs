@@ -12,6 +12,8 @@ use std::{
     process::Command,
 };
 
+pub use recoverd_common::sys::{pidfd_getfd, pidfd_open, pidfd_signal, terminal_number};
+
 /// Takes over a descriptor that this process was started with, and marks it close-on-exec.
 /// `None` when there is no such descriptor. Call it once per number, before anything is opened.
 pub fn inherited(number: RawFd) -> Option<OwnedFd> {
@@ -106,38 +108,6 @@ pub fn try_lock(file: &File, hold: Hold) -> io::Result<bool> {
     match io::Error::last_os_error() {
         error if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
         error => Err(error),
-    }
-}
-
-/// A descriptor of the process `pid`; it stays of that process when the number is reused.
-pub fn pidfd_open(pid: libc::pid_t) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_open takes two numbers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid, 0) };
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just opened it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// Sends `signal` to the process of `pidfd`.
-pub fn pidfd_signal(pidfd: BorrowedFd<'_>, signal: libc::c_int) -> io::Result<()> {
-    let no_info = std::ptr::null::<libc::siginfo_t>();
-    // SAFETY: the descriptor is open as long as it is borrowed, and a null siginfo is allowed.
-    let sent = unsafe {
-        libc::syscall(
-            libc::SYS_pidfd_send_signal,
-            pidfd.as_raw_fd(),
-            signal,
-            no_info,
-            0,
-        )
-    };
-    if sent == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
     }
 }
 
@@ -391,51 +361,3 @@ unsafe extern "C" fn unmap_unwritten(
 }
 
 // ---- end of serve ----
-
-// ---- adoption ----
-
-/// A duplicate of the descriptor `number` of the process of `pidfd`; close-on-exec.
-pub fn pidfd_getfd(pidfd: BorrowedFd<'_>, number: RawFd) -> io::Result<OwnedFd> {
-    // SAFETY: pidfd_getfd takes three numbers.
-    let fd = unsafe { libc::syscall(libc::SYS_pidfd_getfd, pidfd.as_raw_fd(), number, 0) };
-    let fd = RawFd::try_from(fd).map_err(io::Error::other)?;
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: the kernel has just opened it for us.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-/// The wait status of the process of `pidfd`, once its parent has collected it; none before, and
-/// none from a kernel older than 6.15.
-pub fn pidfd_wait_status(pidfd: BorrowedFd<'_>) -> Option<i32> {
-    /// `struct pidfd_info` of Linux 6.13, whose last field came with 6.15.
-    #[repr(C)]
-    #[derive(Default)]
-    struct Info {
-        mask: u64,
-        cgroup: u64,
-        ids: [u32; 11],
-        exit_code: i32,
-    }
-    const PIDFD_INFO_EXIT: u64 = 1 << 3;
-    /// `_IOWR(0xFF, 11, struct pidfd_info)`.
-    const PIDFD_GET_INFO: libc::Ioctl = 0xC040_FF0B;
-    let mut info = Info {
-        mask: PIDFD_INFO_EXIT,
-        ..Info::default()
-    };
-    // SAFETY: the request's number says the size of the structure that the kernel fills.
-    let asked = unsafe { libc::ioctl(pidfd.as_raw_fd(), PIDFD_GET_INFO, &raw mut info) };
-    (asked == 0 && info.mask & PIDFD_INFO_EXIT != 0).then_some(info.exit_code)
-}
-
-/// The number of the slave whose terminal's master is `fd`; none for anything else.
-pub fn terminal_number(fd: BorrowedFd<'_>) -> Option<u32> {
-    let mut number: libc::c_uint = 0;
-    // SAFETY: TIOCGPTN writes one unsigned int.
-    let asked = unsafe { libc::ioctl(fd.as_raw_fd(), libc::TIOCGPTN, &raw mut number) };
-    (asked == 0).then_some(number)
-}
-
-// ---- end of adoption ----

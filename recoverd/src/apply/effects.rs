@@ -35,6 +35,7 @@ use recoverd_common::{
     proc::{FileId, ProcessId},
     seen::Seen,
     shim_client::ShimClient,
+    sys,
     timestamp::Timestamp,
 };
 
@@ -45,7 +46,6 @@ use crate::{
     permit::{Delete, Kill, Missing},
     plan::{Act, Exited, PATIENCE, Step},
     quarantine::{self, Kept, Thing},
-    sys,
 };
 
 /// A bundle's folders are a few deep; what is deeper is none.
@@ -204,7 +204,7 @@ fn end(id: ProcessId, hands: &Hands<'_>, _leave: &Kill) -> Result<String, NotDon
     }
     for signal in [Signal::SIGTERM, Signal::SIGKILL] {
         failpoint!("repair.signal.before");
-        let sent = sys::pidfd_send_signal(&pidfd, signal);
+        let sent = sys::pidfd_signal(pidfd.as_fd(), signal as libc::c_int);
         failpoint!("repair.signal.after");
         match sent {
             Ok(()) => {}

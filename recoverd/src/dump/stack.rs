@@ -9,6 +9,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    os::fd::AsFd,
     os::unix::fs::{FileTypeExt, OpenOptionsExt},
     path::Path,
     thread,
@@ -20,9 +21,10 @@ use recoverd_common::{
     proc::{Proc, ProcessId},
     read::read_text,
     seen::Seen,
+    sys,
 };
 
-use crate::{correlate::Kind, facts::Shim, sys};
+use crate::{correlate::Kind, facts::Shim};
 
 /// How long a shim may take to begin; on a loaded node a second is nothing.
 const BEGIN: Duration = Duration::from_secs(3);
@@ -136,7 +138,7 @@ fn send(proc: &Proc, id: ProcessId) -> Result<(), String> {
         Seen::Absent => return Err("it has ended".into()),
         Seen::Unknown(why) => return Err(format!("read its start time: {why}")),
     }
-    sys::pidfd_send_signal(&pidfd, Signal::SIGUSR1)
+    sys::pidfd_signal(pidfd.as_fd(), Signal::SIGUSR1 as libc::c_int)
         .map_err(|error| format!("signal {}: {error}", id.pid))
 }
 

@@ -85,10 +85,17 @@ fn clean(parts: &[&str]) -> String {
 pub struct Beside {
     /// The record, `<socket>.record`.
     pub record: PathBuf,
+    /// The record's second file, `<socket>.record.spare`: the next one is written there.
+    pub spare: PathBuf,
     /// `flock`ed by whoever is responsible, `<socket>.lock`.
     pub lock: PathBuf,
+    /// `flock`ed by who is about to end the holder of the lock and to replace it,
+    /// `<socket>.lock.next`.
+    pub next_lock: PathBuf,
     /// Events not yet acknowledged, `<socket>.events`.
     pub events: PathBuf,
+    /// A log of events that will take the other's place when it is whole, `<socket>.events.new`.
+    pub begun_events: PathBuf,
     /// Read-only requests not yet answered, `<socket>.requests`.
     pub requests: PathBuf,
 }
@@ -103,10 +110,26 @@ impl Beside {
         };
         Self {
             record: with(".record"),
+            spare: with(".record.spare"),
             lock: with(".lock"),
+            next_lock: with(".lock.next"),
             events: with(".events"),
+            begun_events: with(".events.new"),
             requests: with(".requests"),
         }
+    }
+
+    /// All of them, the lock last: whoever removes them is responsible until nothing is left.
+    pub fn all(self) -> [PathBuf; 7] {
+        [
+            self.record,
+            self.spare,
+            self.events,
+            self.begun_events,
+            self.requests,
+            self.next_lock,
+            self.lock,
+        ]
     }
 }
 

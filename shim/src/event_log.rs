@@ -127,8 +127,9 @@ fn entry(reader: &mut impl Read) -> Option<(u64, u32, Vec<u8>)> {
     Some((number, u32::from_le_bytes(*flags), payload))
 }
 
-/// Where a log is that takes the place of the one at `path` when it is whole.
-pub fn begun(path: &Path) -> PathBuf {
+/// Where a log is that takes the place of the one at `path` when it is whole, as
+/// [`recoverd_common::paths::Beside`] has it.
+fn begun(path: &Path) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(".new");
     name.into()

@@ -9,8 +9,10 @@ use std::{
     fs::{self, File, OpenOptions},
     io,
     os::unix::fs::{MetadataExt, OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
+
+use nix::fcntl::OFlag;
 
 use crate::sys::{self, Hold};
 
@@ -25,12 +27,42 @@ pub enum Attempt {
 
 /// Tries once to take the lock at `path`, making the file if it is missing.
 pub fn attempt(path: &Path) -> io::Result<Attempt> {
-    attempt_as(path, Hold::Alone)
+    unless_replaced(path, attempt_as(path, Hold::Alone)?)
 }
 
 /// As [`attempt`], for `delete`: keeps away everybody but other `delete`s.
 pub fn attempt_shared(path: &Path) -> io::Result<Attempt> {
-    attempt_as(path, Hold::Shared)
+    unless_replaced(path, attempt_as(path, Hold::Shared)?)
+}
+
+/// Where the lock waits that will replace the one at `path`. One adopter at a time has it.
+pub fn next(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".next");
+    name.into()
+}
+
+/// Tries once to take the lock that will replace the one at `path`, whose holder is to be ended.
+pub fn attempt_next(path: &Path) -> io::Result<Attempt> {
+    attempt_as(&next(path), Hold::Alone)
+}
+
+/// Between the end of a holder and the rename of the lock that replaces his, his own is free for
+/// everybody, but the tasks are not.
+fn unless_replaced(path: &Path, attempt: Attempt) -> io::Result<Attempt> {
+    let waiting = OpenOptions::new()
+        .read(true)
+        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
+        .open(next(path));
+    match waiting {
+        Ok(waiting) if !sys::try_lock(&waiting, Hold::Shared)? => Ok(Attempt::Held),
+        // Left by an adopter that died.
+        Ok(_) => Ok(attempt),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(attempt),
+        // Nobody's lock.
+        Err(e) if e.raw_os_error() == Some(libc::ELOOP) => Ok(attempt),
+        Err(e) => Err(e),
+    }
 }
 
 fn attempt_as(path: &Path, hold: Hold) -> io::Result<Attempt> {
@@ -112,6 +144,25 @@ mod tests {
         let alone = attempt(&path).unwrap();
         assert!(matches!(alone, Attempt::Taken(_)));
         assert!(matches!(attempt_shared(&path).unwrap(), Attempt::Held));
+    }
+
+    #[test]
+    fn who_waits_for_the_end_of_a_holder_keeps_everybody_else_away() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.lock");
+        let Attempt::Taken(holder) = attempt(&path).unwrap() else {
+            panic!("held")
+        };
+        let Attempt::Taken(adopter) = attempt_next(&path).unwrap() else {
+            panic!("held")
+        };
+        assert!(matches!(attempt_next(&path).unwrap(), Attempt::Held));
+        drop(holder);
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Held));
+        assert!(matches!(attempt_shared(&path).unwrap(), Attempt::Held));
+        // Held, it waits; its holder dead, it says nothing.
+        drop(adopter);
+        assert!(matches!(attempt(&path).unwrap(), Attempt::Taken(_)));
     }
 
     #[test]

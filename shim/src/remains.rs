@@ -1,8 +1,11 @@
 //! Removes what a group leaves beside its socket.
 
-use std::{fs, path::Path};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+};
 
-use recoverd_common::{failpoint, paths::Beside, record::store};
+use recoverd_common::{failpoint, paths::Beside};
 
 use crate::event_log;
 
@@ -20,14 +23,13 @@ pub enum Unsent {
 /// removed stays: the next `start` of the group replaces it.
 pub fn remove_group(socket: &Path, unsent: Unsent) {
     let beside = Beside::of(socket);
-    let spare = store::spare(&beside.record);
-    let begun = event_log::begun(&beside.events);
-    let mut files = vec![socket, &beside.record, &spare, &begun, &beside.requests];
-    if !event_log::is_wanted(&beside.events, unsent == Unsent::Keep) {
-        files.push(&beside.events);
-    }
-    files.push(&beside.lock);
-    for path in files {
+    let events = beside.events.clone();
+    let wanted = event_log::is_wanted(&events, unsent == Unsent::Keep);
+    let files = beside.all();
+    for path in std::iter::once(socket).chain(files.iter().map(PathBuf::as_path)) {
+        if wanted && path == events {
+            continue;
+        }
         let _ = fs::remove_file(path);
         // Each time that a process comes by, one more of them is gone.
         failpoint!("remains.file.after");

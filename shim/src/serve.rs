@@ -575,9 +575,11 @@ impl Shim {
         failpoint!("retire.requests.before");
         let requests = remove(&self.beside.requests);
         failpoint!("retire.lock.before");
+        // Of adopters and takers-over that died half-way.
+        let left = remove(&self.beside.next_lock).and(remove(&self.beside.begun_events));
         let lock = remove(&self.beside.lock);
         failpoint!("retire.lock.after");
-        let results = [socket, record, requests, events, lock];
+        let results = [socket, record, requests, events, left, lock];
         for error in results.into_iter().filter_map(Result::err) {
             self.log
                 .say(Level::Warning, &format!("remove own files: {error}"));
@@ -586,6 +588,7 @@ impl Shim {
 
     /// The last events of a shim that had retired are acknowledged: their log is of no use any more.
     fn remove_sent_events(&self) {
+        failpoint!("retire.sent.before");
         // Held by a new shim of the group: it has taken the log over, empty or not.
         let Ok(Attempt::Taken(_lock)) = lock::attempt(&self.beside.lock) else {
             return;
@@ -593,6 +596,7 @@ impl Shim {
         if self.event_log.is_in_place() {
             let _ = self.event_log.remove();
         }
+        failpoint!("retire.sent.between");
         let _ = fs::remove_file(&self.beside.lock);
     }
 

@@ -35,8 +35,8 @@ pub fn read(path: &Path) -> Seen<Record> {
     })
 }
 
-/// The name of the second file.
-pub fn spare(record: &Path) -> PathBuf {
+/// The name of the second file, as [`crate::paths::Beside`] has it.
+fn spare(record: &Path) -> PathBuf {
     let mut name = record.as_os_str().to_owned();
     name.push(".spare");
     PathBuf::from(name)
@@ -112,6 +112,7 @@ impl Store {
         let mut file = open(&self.spare)?;
         failpoint!("record.write.opened");
         file.write_all(&bytes)?;
+        failpoint!("record.write.written");
         // A longer spare of before; never shorter than what is reserved.
         file.set_len(bytes.len() as u64)?;
         drop(file);

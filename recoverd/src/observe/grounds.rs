@@ -92,17 +92,8 @@ fn paths(examined: &Examined) -> Vec<PathBuf> {
 }
 
 /// The files of a group, the lock last.
-pub fn of_group(socket: &Path) -> [PathBuf; 5] {
-    let beside = Beside::of(socket);
-    let mut spare = beside.record.as_os_str().to_owned();
-    spare.push(".spare");
-    [
-        beside.record,
-        spare.into(),
-        beside.requests,
-        beside.events,
-        beside.lock,
-    ]
+pub fn of_group(socket: &Path) -> [PathBuf; 7] {
+    Beside::of(socket).all()
 }
 
 fn has_content(path: &Path) -> Seen<bool> {

@@ -3,21 +3,21 @@
 //! would be held for ever.
 
 use std::{
-    ffi::OsString,
     fs::{self, File},
     io,
     os::{
         fd::{AsFd, OwnedFd},
         unix::fs::MetadataExt,
     },
-    path::{Path, PathBuf},
+    path::Path,
     thread,
     time::{Duration, Instant},
 };
 
 use recoverd_common::{
+    failpoint,
     paths::Beside,
-    proc::Proc,
+    proc::{FileId, Proc},
     seen::Seen,
     shim_client::{CallError, ShimClient},
 };
@@ -50,9 +50,9 @@ pub enum Claimed {
 #[derive(Debug)]
 pub struct Claim {
     lock: File,
-    /// Where the lock is now, if not in its place yet.
-    waiting: Option<PathBuf>,
-    place: PathBuf,
+    /// It waits to replace the predecessor's.
+    waits: bool,
+    beside: Beside,
     predecessor: Option<(i32, OwnedFd)>,
 }
 
@@ -73,28 +73,30 @@ pub fn claim(
     });
     let until = Instant::now() + HOLDER;
     loop {
-        let (lock, waiting) = match lock::attempt(&beside.lock).map_err(failed)? {
-            Attempt::Taken(lock) => (Some(lock), None),
+        let (lock, waits) = match lock::attempt(&beside.lock).map_err(failed)? {
+            Attempt::Taken(lock) => (Some(lock), false),
             Attempt::Held => {
                 let holds = predecessor
                     .as_ref()
                     .is_some_and(|(pid, _)| holds(*pid, &beside.lock));
-                let next = next(&beside.lock);
                 match holds {
-                    false => (None, None),
-                    true => match lock::attempt(&next).map_err(failed)? {
-                        Attempt::Taken(lock) => (Some(lock), Some(next)),
-                        Attempt::Held => (None, None),
+                    false => (None, false),
+                    true => match lock::attempt_next(&beside.lock).map_err(failed)? {
+                        Attempt::Taken(lock) => (Some(lock), true),
+                        Attempt::Held => (None, false),
                     },
                 }
             }
         };
+        failpoint!("adopt.lock.after");
         let answer = ask(socket, namespace, id);
         let named = predecessor.as_ref().map(|(pid, _)| *pid);
         let by_name = |pid: u32| i32::try_from(pid).ok() == named;
         let listens = match answer {
             Ok(pid) if named.is_none() || !by_name(pid) => {
-                let _ = waiting.map(fs::remove_file);
+                if let Some(lock) = lock {
+                    leave(lock, waits, &beside);
+                }
                 return Ok(Claimed::StandBack(format!("shim {pid} answers")));
             }
             Ok(_) => false,
@@ -102,15 +104,16 @@ pub fn claim(
             Err(_) => named.is_none(),
         };
         match lock {
-            Some(_) if listens => {
+            Some(lock) if listens => {
                 // No lock, but a socket that accepts: a stock shim that does not answer.
+                leave(lock, waits, &beside);
                 return Err("a shim listens and does not answer, and is not named".to_owned());
             }
             Some(lock) => {
                 return Ok(Claimed::Ours(Claim {
                     lock,
-                    waiting,
-                    place: beside.lock,
+                    waits,
+                    beside,
                     predecessor,
                 }));
             }
@@ -135,13 +138,6 @@ fn ask(socket: &Path, namespace: &str, id: &str) -> Result<u32, CallError> {
     }
 }
 
-/// Where the lock waits that will replace the predecessor's. One adopter at a time has it.
-fn next(lock: &Path) -> PathBuf {
-    let mut name = OsString::from(lock);
-    name.push(".next");
-    name.into()
-}
-
 /// True if process `pid` has the file at `lock` open: nobody but its holder keeps it open.
 fn holds(pid: i32, lock: &Path) -> bool {
     let Ok(there) = fs::symlink_metadata(lock) else {
@@ -160,36 +156,61 @@ fn holds(pid: i32, lock: &Path) -> bool {
         })
 }
 
+/// Lets go of a lock, and removes its file unless that is a group's.
+fn leave(lock: File, waits: bool, beside: &Beside) {
+    let absent = |path: &Path| Seen::Absent == FileId::of_entry(path).map(drop);
+    if waits {
+        let _ = fs::remove_file(&beside.next_lock);
+    } else if absent(&beside.record) && absent(&beside.events) {
+        let _ = fs::remove_file(&beside.lock);
+    }
+    // Held until the file is gone: nobody else has it by now.
+    drop(lock);
+}
+
 impl Claim {
-    /// There is nothing to be responsible for; `alone`: nothing else of ours is beside the
-    /// lock.
-    pub fn give_up(self, alone: bool) {
-        let own = self.waiting.as_ref().or(alone.then_some(&self.place));
-        if let Some(own) = own {
-            let _ = fs::remove_file(own);
-        }
+    /// There is nothing to be responsible for, or it cannot be done.
+    pub fn give_up(self) {
+        leave(self.lock, self.waits, &self.beside);
     }
 
     /// Ends the predecessor, if there is one; gives what only it had, and the lock, which is in
     /// its place now.
     pub fn enforce(self) -> Result<(File, Loot, Vec<String>), String> {
+        match self.end_predecessor() {
+            Ok((loot, remarks)) => Ok((self.lock, loot, remarks)),
+            Err(why) => {
+                self.give_up();
+                Err(why)
+            }
+        }
+    }
+
+    fn end_predecessor(&self) -> Result<(Loot, Vec<String>), String> {
         let mut loot = Loot::default();
         let mut remarks = Vec::new();
         if let Some((pid, pidfd)) = &self.predecessor {
             let failed = |what: &str, e: io::Error| format!("{what} shim {pid}: {e}");
+            failpoint!("adopt.stop.before");
             sys::pidfd_signal(pidfd.as_fd(), libc::SIGSTOP).map_err(|e| failed("stop", e))?;
+            failpoint!("adopt.stop.after");
             await_stop(*pid);
             loot = loot::take(Path::new("/proc"), *pid, pidfd);
+            failpoint!("adopt.kill.before");
             sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL).map_err(|e| failed("end", e))?;
+            failpoint!("adopt.kill.after");
             if !witness::await_end(pidfd, ENDS) {
                 remarks.push(format!("shim {pid} was sent SIGKILL and is still there"));
             }
         }
-        if let Some(waiting) = &self.waiting {
-            fs::rename(waiting, &self.place)
-                .map_err(|e| format!("replace {}: {e}", self.place.display()))?;
+        if self.waits {
+            failpoint!("adopt.relock.before");
+            let place = &self.beside.lock;
+            fs::rename(&self.beside.next_lock, place)
+                .map_err(|e| format!("replace {}: {e}", place.display()))?;
+            failpoint!("adopt.relock.after");
         }
-        Ok((self.lock, loot, remarks))
+        Ok((loot, remarks))
     }
 }
 

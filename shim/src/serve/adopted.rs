@@ -17,6 +17,7 @@ use nix::{
 use recoverd_common::{
     adoption::{Adopted, AdoptedTask, Adoption},
     cgroup::Roots,
+    failpoint,
     proc::Proc,
     record::{self, Record},
 };
@@ -100,17 +101,26 @@ fn take_over(
         }
     };
     // Read under the lock: it does not change any more, but for what its stopped writer does.
-    let record = adopt::record_of(&adoption, flags)?;
+    let record = match adopt::record_of(&adoption, flags) {
+        Ok(record) => record,
+        Err(why) => {
+            claim.give_up();
+            return Err(why.into());
+        }
+    };
     if record.tasks.is_empty() {
-        claim.give_up(adoption.record.is_some());
+        claim.give_up();
         word.say(adopt::BACK, b"no task is left to adopt");
         return Ok(());
     }
     let roots = Roots::default();
     let mut look = adopt::look(&roots, &record);
     let (lock, loot, mut remarks) = claim.enforce()?;
+    failpoint!("adopt.running.before");
     look.await_running();
+    failpoint!("adopt.running.after");
     remarks.extend(context::restore(&roots, &record.context).0);
+    failpoint!("adopt.context.after");
 
     let log = Log::open(Path::new("."), flags.debug);
     let (mut shim, signals) =
@@ -119,13 +129,16 @@ fn take_over(
         shim.log.say(Level::Warning, remark);
     }
     let tasks = shim.take_over(&record, look, loot);
+    failpoint!("adopt.socket.before");
     match fs::remove_file(&place) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
             return Err(failed("remove stale socket")(e).into());
         }
         _ => {}
     }
+    failpoint!("adopt.socket.between");
     shim.listen(socket::bind(&place).map_err(failed("bind"))?)?;
+    failpoint!("adopt.socket.after");
     let exe = adopt::executable()?;
     let mut told: Vec<AdoptedTask> = Vec::new();
     for (id, mut said) in tasks {
@@ -145,7 +158,9 @@ fn take_over(
         tasks: told,
         remarks,
     };
+    failpoint!("adopt.word.before");
     word.say(adopt::ADOPTED, &adopted.encode());
+    failpoint!("adopt.word.after");
     let text = format!("shim of {} serves, adopted", flags.id);
     shim.log.say(Level::Info, &text);
     shim.run(&signals, lock)
@@ -171,17 +186,22 @@ impl Shim {
                 }
             }
         }
+        failpoint!("adopt.events.before");
         // A full disk costs the events that come, not the tasks.
         if let Err(e) = self.take_over_events() {
             self.log.say(Level::Error, &format!("write events: {e}"));
         }
+        failpoint!("adopt.events.after");
         self.journal.take_over();
+        failpoint!("adopt.stdio.before");
         for adoptee in &adoptees {
             let lines = self.reopen(adoptee, record, &mut look, &mut loot);
             said.insert(adoptee.id.clone(), lines);
         }
         let members = std::mem::take(&mut look.members);
+        failpoint!("adopt.record.before");
         self.handle(Input::Event(Event::Adopt(adoptees)));
+        failpoint!("adopt.record.after");
         for (key, (process, found)) in members {
             if let Ok(pidfd) = found {
                 self.witness(Whose::Member(key), process, pidfd);

@@ -21,10 +21,15 @@
 //! | `serve` | one input of the shim's loop: events, record, effects, answers |
 //! | `retire` | a shim that leaves removes its files |
 //! | `delete` | the `delete` verb |
+//! | `remains` | what a group leaves beside its socket is removed |
 //! | `adopt` | the shim's side of adoption |
-//! | `repair`, `prestart`, `poststart` | recoverd's plan at work, and its hooks |
+//! | `order` | recoverd starts a successor |
+//! | `repair`, `quarantine` | recoverd's plan at work |
+//! | `prestart`, `poststart` | its hooks |
+//! | `history` | what it writes about it |
 //!
-//! In the environment, which containerd, `start` and recoverd hand on to what they start:
+//! In the environment, which containerd, `start` and recoverd hand on to what they start. It is in
+//! no record: a successor dies only where those who start it want it to.
 //!
 //! | variable | means |
 //! | --- | --- |

@@ -17,6 +17,7 @@ use std::{
 
 use nix::fcntl::{Flock, FlockArg};
 use recoverd_common::{
+    failpoint,
     read::{MAX_FILE, read_file},
     seen::Seen,
     timestamp::Timestamp,
@@ -167,7 +168,10 @@ impl History {
         }
         serde_json::to_writer(&mut line, entry)?;
         line.push(b'\n');
-        file.write_all(&line)
+        failpoint!("history.append.before");
+        let written = file.write_all(&line);
+        failpoint!("history.append.after");
+        written
     }
 
     /// Sets the full file aside and opens a new one. Whoever else is at it just now writes on to
@@ -186,8 +190,10 @@ impl History {
                     Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                     Ok(()) | Err(_) => {}
                 }
+                failpoint!("history.rotate.between");
             }
             fs::rename(&self.path, numbered(&self.path, 1))?;
+            failpoint!("history.rotate.after");
         }
         open(&self.path)
     }

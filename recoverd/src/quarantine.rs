@@ -80,9 +80,9 @@ pub fn set_aside(state: &Path, thing: &Thing<'_>) -> Result<PathBuf, Kept> {
     let target = format!("{}-{}", compact(now), thing.name);
     let note = format!("{target}.note");
     // First the note: what is found there without one could be anybody's.
-    failpoint!("repair.note.before");
+    failpoint!("quarantine.note.before");
     write_note(&quarantine, &note, thing, now).map_err(failed("write", &dir.join(&note)))?;
-    failpoint!("repair.note.after");
+    failpoint!("quarantine.note.after");
     let moved = still(&folder, name, thing).and_then(|()| {
         renameat2(
             folder.as_fd(),
@@ -93,7 +93,7 @@ pub fn set_aside(state: &Path, thing: &Thing<'_>) -> Result<PathBuf, Kept> {
         )
         .map_err(|errno| failed("rename", thing.path)(errno.into()))
     });
-    failpoint!("repair.quarantine.after");
+    failpoint!("quarantine.move.after");
     if let Err(kept) = moved {
         // A note about nothing; that it stays does no harm.
         let _ = nix::unistd::unlinkat(

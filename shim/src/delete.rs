@@ -141,7 +141,7 @@ impl Deletion {
                 "the runtime's container is of bundle {other}: it is left alone"
             ));
         }
-        failpoint!("delete.runtime.before");
+        failpoint!("delete.end.after");
         let deleted = match self.delete_container() {
             Ok(deleted) => deleted,
             Err(why) => {
@@ -300,6 +300,7 @@ impl Deletion {
                 }
                 thread::sleep(Duration::from_millis(5));
             }
+            failpoint!("delete.sweep.killed");
             match fs::remove_dir(folder) {
                 Err(e) if e.kind() != io::ErrorKind::NotFound => {
                     failures.push(format!("remove cgroup {}: {e}", folder.display()));

@@ -159,7 +159,9 @@ pub fn run(mut flags: Flags, out: &mut impl Write) -> Result<(), StartError> {
         // The group's shim has died and its tasks have not: a shim that begins anew would forget
         // them. The lock goes to the one that takes them over.
         drop(claimed);
+        failpoint!("start.adopt.before");
         adopt_group(&socket, &flags, &group)?;
+        failpoint!("start.adopt.after");
         claimed = claim(&socket, &flags, &group)?;
     }
     match claimed {
@@ -409,6 +411,7 @@ impl Launch<'_> {
             context::join_shim_cgroup(&Roots::default(), pid, &options.shim_cgroup)?;
         }
         context::adjust_oom_score(&Roots::default(), nix::unistd::getppid().as_raw(), pid);
+        failpoint!("start.surroundings.after");
         await_ready(told.into(), child)
     }
 

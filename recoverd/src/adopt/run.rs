@@ -10,6 +10,7 @@ use std::{
 
 use recoverd_common::{
     adoption::{Adopted, Misunderstood, STOOD_BACK},
+    failpoint,
     pb::task::Status,
     proc::FileId,
     seen::Seen,
@@ -164,10 +165,12 @@ async fn one(order: &Order, how: &How) -> Verdict {
     }
     let deadline = how.deadline.min(left);
     clear(order, &how.run);
+    failpoint!("order.start.before");
     let done = match ask(order, how, deadline).await {
         Ok(done) => done,
         Err(failed) => return Verdict::Failed(failed),
     };
+    failpoint!("order.done.after");
     let said = last_line(&done.complaint);
     match done.code {
         Some(0) => {}
@@ -236,6 +239,7 @@ async fn ask(order: &Order, how: &How, deadline: Duration) -> Result<Done, Faile
             binary: how.binary.clone(),
             cause,
         })?;
+    failpoint!("order.start.after");
     match time::timeout(deadline, talk(&mut child, order)).await {
         Ok(done) => done,
         Err(_) => {
@@ -255,6 +259,7 @@ async fn talk(child: &mut Child, order: &Order) -> Result<Done, Failed> {
         if let Some(mut stdin) = stdin {
             // A verb that refuses its arguments does not read; what it says then counts.
             let _ = stdin.write_all(&message).await;
+            failpoint!("order.told.after");
         }
     };
     let (mut answer, mut complaint) = (Vec::new(), Vec::new());

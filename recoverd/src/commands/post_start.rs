@@ -2,7 +2,7 @@
 
 use std::io::{self, Write};
 
-use recoverd_common::seen::Seen;
+use recoverd_common::{failpoint, seen::Seen};
 use serde_json::{Map, json};
 
 use super::look;
@@ -71,9 +71,11 @@ fn compared(
         line = format!("containerd at {address} does not answer; {line}");
     }
     let history = History::new(&config.history, "post-start");
+    failpoint!("poststart.history.before");
     if let Err(error) = write_history(&history, &rows, &line) {
         crate::complain(&error.to_string());
     }
+    failpoint!("poststart.history.after");
     let text = match args.output {
         TableOrJson::Table => table(&rows, &line),
         TableOrJson::Json => {
@@ -91,6 +93,7 @@ fn compared(
     let mut out = io::stdout().lock();
     out.write_all(text.as_bytes())?;
     out.flush()?;
+    failpoint!("poststart.said.after");
     Ok(if rows.iter().any(|row| row.became == Became::Lost) {
         Verdict::Unkept
     } else if !up || compare::unseen(look) {

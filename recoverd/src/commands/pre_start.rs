@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use recoverd_common::proc::{FileId, ProcessId};
+use recoverd_common::{
+    failpoint,
+    proc::{FileId, ProcessId},
+};
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -60,6 +63,7 @@ pub fn run(
             );
             // A journal that is away does not keep containerd from starting.
             let written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+            failpoint!("prestart.said.after");
             match (args.strict, written) {
                 (true, Err(error)) => Err(error.into()),
                 (true, Ok(())) => Ok(done.verdict),
@@ -157,6 +161,7 @@ impl<'a> Hook<'a> {
                 None
             }
         };
+        failpoint!("prestart.lock.after");
         let runtime = look::runtime()?;
         let again = Again::Only(&[Code::UnresponsiveShim]);
         let examined = look::examine_again(&runtime, &self.plan, &self.config, again);
@@ -196,6 +201,7 @@ impl<'a> Hook<'a> {
             batches::at_once(shims.count()),
             &mut complaint,
         );
+        failpoint!("prestart.adopted.after");
         note(&mut baseline, &decision, &outcomes);
         let set_aside = self.set_aside(look, &cases, at, &hung, &outcomes, &mut complaint);
         for (name, why) in &set_aside {
@@ -204,6 +210,7 @@ impl<'a> Hook<'a> {
                 task.why.clone_from(why);
             }
         }
+        failpoint!("prestart.aside.after");
         remarks.extend(self.keep(&baseline));
         let tally = Tally::of(&baseline, &decision, twins);
         let done = Done {

@@ -11,6 +11,7 @@ use std::{
 };
 
 use recoverd_common::{
+    failpoint,
     proc::ProcessId,
     read::{MAX_FILE, read_file},
     record,
@@ -250,9 +251,13 @@ pub fn write(run_dir: &Path, address: &str, baseline: &Baseline) -> io::Result<(
         .create_new(true)
         .mode(0o600)
         .open(&spare)?;
+    failpoint!("prestart.baseline.opened");
     out.write_all(&serde_json::to_vec(&file)?)?;
     drop(out);
-    fs::rename(&spare, &path)
+    failpoint!("prestart.baseline.written");
+    fs::rename(&spare, &path)?;
+    failpoint!("prestart.baseline.after");
+    Ok(())
 }
 
 #[cfg(test)]

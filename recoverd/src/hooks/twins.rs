@@ -11,7 +11,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use recoverd_common::{bundle::Bundle, seen::Seen};
+use recoverd_common::{bundle::Bundle, failpoint, seen::Seen};
 
 use crate::{
     correlate::{Case, Init, Kind},
@@ -113,9 +113,13 @@ pub fn write(twin: &Twin) -> io::Result<()> {
         .mode(0o644)
         .custom_flags(libc::O_NOFOLLOW)
         .open(&beside)?;
+    failpoint!("prestart.twin.opened");
     file.write_all(twin.content.as_bytes())?;
     drop(file);
-    fs::rename(&beside, &twin.path)
+    failpoint!("prestart.twin.written");
+    fs::rename(&beside, &twin.path)?;
+    failpoint!("prestart.twin.after");
+    Ok(())
 }
 
 fn beside(path: &Path) -> PathBuf {

@@ -8,6 +8,8 @@ use std::{
     path::Path,
 };
 
+use recoverd_common::failpoint;
+
 use crate::start;
 
 /// Makes `bundle` name the shim at `socket` and the executable `exe`. Files that say so already
@@ -47,7 +49,11 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
         .mode(mode)
         .open(&temporary)
         .and_then(|mut file| file.write_all(bytes))
-        .and_then(|()| fs::rename(&temporary, path));
+        .and_then(|()| {
+            failpoint!("adopt.bundle.written");
+            fs::rename(&temporary, path)
+        });
+    failpoint!("adopt.bundle.after");
     let Err(error) = written else {
         return Ok(());
     };

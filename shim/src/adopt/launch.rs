@@ -15,6 +15,7 @@ use std::{
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use recoverd_common::{
     adoption::{Adopted, Adoption, STOOD_BACK},
+    failpoint,
     ids::Id,
     paths::Beside,
     read::MAX_FILE,
@@ -68,6 +69,7 @@ pub fn run(flags: &Flags, out: &mut impl Write) -> Result<u8, Refused> {
         Launched::Adopted(adopted) => {
             // The daemon serves whether or not anybody hears of it.
             let _ = out.write_all(&adopted.encode()).and_then(|()| out.flush());
+            failpoint!("adopt.told.after");
             Ok(0)
         }
         Launched::StoodBack(why) => {
@@ -134,11 +136,14 @@ pub fn launch(flags: &Flags, adoption: &Adoption) -> Result<Launched, Refused> {
         .stderr(Stdio::null());
     let tells = OwnedFd::from(tells);
     sys::give(&mut command, &[&message, &tells], false).map_err(|e| format!("prepare: {e}"))?;
+    failpoint!("adopt.spawn.before");
     let mut daemon = command
         .spawn()
         .map_err(|e| format!("execute {}: {e}", exe.display()))?;
+    failpoint!("adopt.spawn.after");
     drop((command, tells));
     let word = await_word(told.into(), &mut daemon);
+    failpoint!("adopt.heard.after");
     if word.is_err() {
         // It has not said that it serves. Our child, and not reaped: the number is its own.
         let _ = daemon.kill();

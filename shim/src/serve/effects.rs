@@ -127,7 +127,9 @@ impl Shim {
                     let config = Config::read(bundle)?;
                     private_pids = config.private_pids();
                     memory_limit = config.memory_limit();
+                    failpoint!("serve.options.before");
                     task.options.write(bundle).map_err(|e| e.to_string())?;
+                    failpoint!("serve.options.after");
                     if !task.rootfs.is_empty() {
                         plan.steps.push(Step::MakeFolder(rootfs.clone()));
                     }
@@ -147,7 +149,9 @@ impl Shim {
                     owner: (task.options.io_uid, task.options.io_gid),
                     memory_limit,
                 };
+                failpoint!("serve.stdio.before");
                 let opened = self.stdio.open(&wanted, &self.epoll)?;
+                failpoint!("serve.stdio.after");
                 if opened.wait_for_logger {
                     plan.steps.push(Step::LoggerReady(3));
                 }
@@ -277,6 +281,7 @@ impl Shim {
             options: &task.options,
         };
         let path = place.process_file(key);
+        failpoint!("serve.prepare.before");
         let result = File::options()
             .write(true)
             .create(true)
@@ -285,6 +290,7 @@ impl Shim {
             .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
             .open(&path)
             .and_then(|mut file| file.write_all(spec));
+        failpoint!("serve.prepare.after");
         result.map_err(|e| {
             let _ = fs::remove_file(&path);
             format!("write {}: {e}", path.display())
@@ -304,6 +310,7 @@ impl Shim {
             // Any of them may never have been there.
             for path in [place.process_file(key), place.pid_file(key), place.log(key)] {
                 let _ = fs::remove_file(path);
+                failpoint!("serve.forget.after");
             }
         }
     }

@@ -291,7 +291,7 @@ impl Task {
 }
 
 /// The socket that a bundle names, in any generation's file.
-fn shim_address(bundle: &Path) -> Option<String> {
+pub(crate) fn shim_address(bundle: &Path) -> Option<String> {
     let text = fs::read_to_string(bundle.join("bootstrap.json"))
         .or_else(|_| fs::read_to_string(bundle.join("address")))
         .ok()?;

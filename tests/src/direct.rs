@@ -12,7 +12,7 @@ use recoverd_common::shim_client::{CallError, ShimClient, TASK_SERVICES};
 use crate::container::Task;
 use crate::node::Node;
 
-const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Calls `method` of the task service (v2) at `socket`, a path of the node.
 pub fn call<R: Message + Default>(

@@ -6,6 +6,7 @@
 //!   └ Containerd ── a real one in it; start, kill, stop, switch to another release
 //!       ├ Task ──── a real container: its init, its shim, its bundle, its socket
 //!       └ Api ───── its gRPC API, for what ctr cannot bring about; Fifos are a client's ends
+//! SystemdBox  a host with real systemd and Debian's own containerd, for units and packages
 //! Recoverd ─ the binary under test, run in the node; its JSON report, parsed strictly
 //! ```
 //!
@@ -15,7 +16,7 @@
 //!
 //! A test file lists its tests with [`tests!`], which registers each once per release; one that
 //! takes a [`ShimUnderTest`] too is listed under `with_each_shim`, one that needs no particular
-//! release under `once`. Its `[[test]]` in `Cargo.toml` says `harness = false`.
+//! release under `once`; one that needs a [`SystemdBox`] under `in_a_box`, a vm `in_a_vm`. Its `[[test]]` in `Cargo.toml` says `harness = false`.
 //!
 //! ```no_run
 //! use recoverd_tests::{Container, Node, Release};
@@ -44,6 +45,7 @@ mod recoverd;
 mod releases;
 mod shared;
 mod stream;
+mod systemd_box;
 mod traces;
 mod wait;
 
@@ -61,5 +63,6 @@ pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
 pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim};
 pub use stream::{Reader, numbers};
+pub use systemd_box::{BoxKind, BoxTask, Instance, SystemdBox, run_in_vm};
 pub use traces::Traces;
 pub use wait::{beside, wait_for, wait_within};

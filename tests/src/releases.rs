@@ -6,6 +6,8 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 
+use crate::systemd_box::BoxKind;
+
 /// The releases that `tests/setup` provides.
 const RELEASES: [&str; 3] = ["1.6", "1.7", "2.1"];
 
@@ -153,6 +155,9 @@ pub type OnRelease = (&'static str, fn(&Release));
 /// A test that is told which shim to use.
 pub type WithShim = (&'static str, fn(&Release, ShimUnderTest));
 
+/// A test that needs a box of `tests/systemd-box`.
+pub type InBox = (&'static str, fn());
+
 /// The tests of one file.
 #[derive(Default)]
 pub struct Tests<'a> {
@@ -164,6 +169,10 @@ pub struct Tests<'a> {
     pub once: &'a [OnRelease],
     /// Run once per shim, on the newest release that is there.
     pub once_with_each_shim: &'a [WithShim],
+    /// Run once, each with a [`crate::SystemdBox`].
+    pub in_a_box: &'a [InBox],
+    /// Run once, each in a vm of its own.
+    pub in_a_vm: &'a [InBox],
 }
 
 impl Tests<'_> {
@@ -200,19 +209,29 @@ impl Tests<'_> {
                 trials.push(trial(title, newest(), move |release| run(release, shim)));
             }
         }
+        let boxed = |tests: &[InBox], kind: BoxKind| {
+            let boxed = |&(test, run): &InBox| {
+                let there = kind.unavailable().map_or(Ok(()), Err);
+                trial(test.to_owned(), there, move |&()| run())
+            };
+            tests.iter().map(boxed).collect::<Vec<Trial>>()
+        };
+        trials.extend(boxed(self.in_a_box, BoxKind::Container));
+        trials.extend(boxed(self.in_a_vm, BoxKind::Vm));
         libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
     }
 }
 
-fn trial(
+/// A test that needs something of the machine: what it is, or why it cannot be had.
+fn trial<T: Send + 'static>(
     name: String,
-    release: Result<Release, String>,
-    run: impl FnOnce(&Release) + Send + 'static,
+    needed: Result<T, String>,
+    run: impl FnOnce(&T) + Send + 'static,
 ) -> Trial {
-    let unavailable = release.is_err();
-    Trial::test(name, move || match release {
-        Ok(release) => {
-            run(&release);
+    let unavailable = needed.is_err();
+    Trial::test(name, move || match needed {
+        Ok(needed) => {
+            run(&needed);
             Ok(())
         }
         Err(why) => Err(why.into()),

@@ -96,7 +96,7 @@ pub struct Adopt {
 /// The `[pre-start]` table.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PreStart {
-    /// Unresponsive shims that are foreign may be ended.
+    /// Foreign shims that hang are ended: `hooks::foreign`.
     pub foreign: bool,
     /// For the whole hook.
     pub deadline: Duration,
@@ -332,7 +332,7 @@ const KEYS: &[Key] = &[
     Key {
         table: "pre-start",
         name: "foreign",
-        about: "unresponsive shims that are foreign may be ended",
+        about: "foreign shims that hang, stopped or idle, are ended before containerd starts",
         allowed: "true or false",
         set: |config, value| {
             config.pre_start.foreign = value.as_bool()?;

@@ -85,7 +85,7 @@ fn repair(code: Code) -> &'static str {
         | Code::RunNearlyFull
         | Code::LeakedExec
         | Code::BloatedShim => "Nothing.",
-        Code::Foreign => "Nothing: what is foreign is never touched.",
+        Code::Foreign => "Nothing: repair never touches what is foreign.",
     }
 }
 
@@ -178,11 +178,11 @@ fn explanation(code: Code) -> Explanation {
                 delete`, and that KILLS THE LIVING WORKLOAD; the exit status becomes a made-up \
                 137. Where the bundle is gone too, containerd does not know the workload at all \
                 and the CRI says it has exited (255).",
-            remedy: "Do not start containerd before you have decided. If the workload may end: \
-                drain it, then start containerd. If it must go on: with containerd stopped, move \
-                the bundle out of its namespace's folder, on the same file system; containerd \
-                then leaves the workload alone, but does not know it either, and nobody will \
-                learn its exit status. `recoverd dump NS/ID` keeps the facts for a bug report.",
+            remedy: "`recoverd adopt NS/ID`, before containerd starts: our shim takes the place \
+                of the dead one, for its whole pod, and containerd finds it where it looks. With \
+                the hooks installed `recoverd pre-start` does it by itself. What cannot be \
+                adopted (it says why) ends at that start: drain it first. `recoverd dump NS/ID` \
+                keeps the facts for a bug report.",
             avoid: "Do not restart containerd to see whether it helps: that is what kills it. Do \
                 not start a second container with this id: runc refuses or both write to the \
                 same volumes.",
@@ -196,10 +196,11 @@ fn explanation(code: Code) -> Explanation {
                 its next start it waits 5 s (each, one after another up to 2.1), then kills the \
                 workload and leaves shim and socket behind. A shim that answers the first call \
                 and hangs in the second (1.7 and later) stops containerd from ever starting.",
-            remedy: "If it is stopped: find who stopped it, then send SIGCONT to that pid. In \
-                state D: look at the storage below it first. Otherwise keep the facts \
-                (`recoverd dump --stack NS/ID` has a Go shim write its stacks), then move or \
-                drain the workload before containerd is restarted.",
+            remedy: "If it is stopped: find who stopped it, then send SIGCONT to that pid. Busy \
+                or in state D: look at the node and its storage first; it may answer yet. \
+                Otherwise keep the facts (`recoverd dump --stack NS/ID` has a Go shim write its \
+                stacks), stop containerd, `recoverd repair --apply --allow kill --only NS/ID`, \
+                start it. `recoverd pre-start` does that between the two by itself.",
             avoid: "Do not kill the shim while containerd is up: it takes that as the end of the \
                 container and kills the workload. Do not restart containerd with many of these: \
                 18 of them exceed systemd's 90 s start timeout.",
@@ -225,10 +226,11 @@ fn explanation(code: Code) -> Explanation {
             containerd: "A containerd that is connected goes on with the connection it has. At \
                 its next start it cannot reach the shim, runs `delete` and KILLS THE LIVING \
                 WORKLOAD, while the shim process stays behind.",
-            remedy: "Keep containerd running: the connection it has is the last one. Drain or \
-                move the workload, then end the task in the usual way. Find and stop what \
-                removes files below the socket folder before the next one goes.",
-            avoid: "Do not restart containerd. Do not make the file again by hand: a socket is \
+            remedy: "Find and stop what removes files below the socket folder before the next \
+                one goes. Then as for a shim that hangs: stop containerd, `recoverd repair \
+                --apply --allow kill --only NS/ID`, start it, or have `recoverd pre-start` do it \
+                in between. An address that is merely wrong in the bundle pre-start puts right.",
+            avoid: "Do not restart containerd without that. Do not make the file again by hand: a socket is \
                 bound by its listener, a new file of that name leads nowhere, and neither \
                 renaming nor linking brings the old one back.",
         },
@@ -241,9 +243,9 @@ fn explanation(code: Code) -> Explanation {
                 folder is removed. A new task with the same id fails (`container with given ID \
                 already exists`) as long as runc knows the old one.",
             remedy: "See with `recoverd show NS/ID` what still holds. When its work is \
-                elsewhere or no longer needed: end it with `runc --root /run/containerd/runc/NS \
-                kill ID KILL`, then `runc --root /run/containerd/runc/NS delete ID`, then end \
-                the shim by pid.",
+                elsewhere or no longer needed: `recoverd repair --apply --allow kill --allow \
+                delete --only NS/ID` ends it and then clears up after it. If it must go on, leave \
+                it alone: it runs, only nobody manages it.",
             avoid: "Do not end the shim first: its container goes on without anybody to collect \
                 it. Do not remove the bundle of a living task.",
         },
@@ -254,9 +256,9 @@ fn explanation(code: Code) -> Explanation {
             containerd: "Does not know it. 1.7 and later end one that still has a bundle at their \
                 next start; 1.6 keeps it for ever. While its socket stands, `start` of the same \
                 id answers with this shim's address, and Create may block in it.",
-            remedy: "Look twice, some seconds apart (`recoverd scan` does so within one run). \
-                Then end the shim with SIGTERM: it unlinks its socket itself. One that ignores \
-                SIGTERM is ended with SIGKILL; remove its socket file after that.",
+            remedy: "`recoverd repair --apply --allow kill --only NS/ID`: it looks twice, sees \
+                that nobody is connected, and ends it with SIGTERM, so that it unlinks its socket \
+                itself; with SIGKILL if it does not listen to that.",
             avoid: "Do not end a shim to which a living containerd holds a connection: containerd \
                 runs `delete` for its id then, which may by now belong to a new container.",
         },
@@ -307,9 +309,9 @@ fn explanation(code: Code) -> Explanation {
             containerd: "At its next start it runs `delete` for it and removes it; up to 1.7 it \
                 stays where `delete` fails and is tried again at every start. Until then a new \
                 task of the same id fails with `file exists`.",
-            remedy: "Let containerd's next start remove it. If the id is needed before: see that \
-                nothing is mounted at its `rootfs` (`findmnt`) and no process works in it, \
-                unmount, then remove the folder and the work folder that its `work` link names.",
+            remedy: "Let containerd's next start remove it. If the id is needed before, or that \
+                start does not remove it: `recoverd repair --apply --allow delete --only NS/ID` \
+                unmounts its `rootfs`, sees that nobody uses the bundle, and removes it.",
             avoid: "Do not remove it with `rm -r` while its rootfs is mounted: that deletes the \
                 container's files, and those of volumes mounted below.",
         },
@@ -427,7 +429,10 @@ fn explanation(code: Code) -> Explanation {
             containerd: "Whoever owns it treats it as its own. Another containerd never lists it, \
                 which is no sign of trouble: all of them share the socket folder.",
             remedy: "If it should be known, name its containerd by --address, --state and --root \
-                or in a [[containerd]] table of the configuration. Else use its owner's tools.",
+                or in a [[containerd]] table of the configuration. Else use its owner's tools. \
+                One that hangs costs containerd's start 5 s or, if it answers the first call \
+                only, all of it: with `pre-start.foreign = true` `recoverd pre-start` ends it \
+                before, if it is stopped or idle; its workload ends either way.",
             avoid: "Do not judge it by the list of a containerd that does not own it.",
         },
     }

@@ -9,6 +9,7 @@ mod commands;
 mod config;
 mod correlate;
 mod dump;
+mod ending;
 mod explain;
 mod facts;
 mod findings;

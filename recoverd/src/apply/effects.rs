@@ -13,14 +13,13 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::mpsc,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use nix::{
     errno::Errno,
     fcntl::{AtFlags, Flock, FlockArg, OFlag, openat},
     mount::{MntFlags, umount2},
-    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::{
         signal::Signal,
         stat::{FileStat, Mode, SFlag, fstatat},
@@ -35,13 +34,13 @@ use recoverd_common::{
     proc::{FileId, ProcessId},
     seen::Seen,
     shim_client::ShimClient,
-    sys,
     timestamp::Timestamp,
 };
 
 use super::{CALL, Hands, UNMOUNT, checks};
 use crate::{
     adopt::{self, Order, Verdict},
+    ending::{self, NotEnded},
     facts::one_line,
     permit::{Delete, Kill, Missing},
     plan::{Act, Exited, PATIENCE, Step},
@@ -186,57 +185,12 @@ fn adopt(order: &Order, hands: &Hands<'_>) -> Result<String, NotDone> {
     }
 }
 
-/// Ends exactly this process: the descriptor is opened first, and the start time looked at after,
-/// so that the number cannot come to mean another one in between.
-fn end(id: ProcessId, hands: &Hands<'_>, _leave: &Kill) -> Result<String, NotDone> {
-    let changed = |why: &str| NotDone::Changed(format!("{}: {why}", id.pid));
-    let pidfd = match sys::pidfd_open(id.pid) {
-        Ok(pidfd) => pidfd,
-        Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {
-            return Err(changed("it ended"));
-        }
-        Err(error) => return Err(NotDone::Failed(format!("open process {}: {error}", id.pid))),
-    };
-    match hands.proc.living(id) {
-        Seen::Present(_) => {}
-        Seen::Absent => return Err(changed("it ended, its number may be another one's")),
-        Seen::Unknown(why) => return Err(changed(&why)),
-    }
-    for signal in [Signal::SIGTERM, Signal::SIGKILL] {
-        failpoint!("repair.signal.before");
-        let sent = sys::pidfd_signal(pidfd.as_fd(), signal as libc::c_int);
-        failpoint!("repair.signal.after");
-        match sent {
-            Ok(()) => {}
-            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
-            Err(error) => {
-                let why = format!("send {signal:?} to {}: {error}", id.pid);
-                return Err(NotDone::Failed(why));
-            }
-        }
-        if ended(&pidfd, PATIENCE) {
-            return Ok(format!("{} ended by {signal:?}", id.pid));
-        }
-    }
-    Err(NotDone::Failed(format!(
-        "{} lives on after SIGKILL",
-        id.pid
-    )))
-}
-
-/// A pidfd becomes readable when its process has ended.
-fn ended(pidfd: &OwnedFd, patience: Duration) -> bool {
-    let until = Instant::now() + patience;
-    loop {
-        let left = until.saturating_duration_since(Instant::now());
-        let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::ZERO);
-        let mut polled = [PollFd::new(pidfd.as_fd(), PollFlags::POLLIN)];
-        match poll(&mut polled, timeout) {
-            Ok(0) => return false,
-            Ok(_) => return true,
-            Err(Errno::EINTR) => {}
-            Err(_) => return false,
-        }
+fn end(id: ProcessId, hands: &Hands<'_>, leave: &Kill) -> Result<String, NotDone> {
+    let signals = [Signal::SIGTERM, Signal::SIGKILL];
+    match ending::end(&hands.proc, id, &signals, PATIENCE, leave) {
+        Ok(signal) => Ok(format!("{} ended by {signal:?}", id.pid)),
+        Err(changed @ NotEnded::Changed { .. }) => Err(NotDone::Changed(changed.to_string())),
+        Err(NotEnded::Failed(why)) => Err(NotDone::Failed(why)),
     }
 }
 

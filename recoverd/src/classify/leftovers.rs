@@ -15,9 +15,10 @@ use crate::{
     correlate::{Case, Cases, Init, Kind, Known, ShimOf},
     facts::{Address, ApiFacts, Connection, FifoFolder, Filesystem, TaskName},
     findings::{Code, Subject},
+    permit::Word,
 };
 
-use super::{Context, Hold, Suspicion, evidence, path_subject};
+use super::{Context, Hold, Suspicion, action, evidence, path_subject};
 
 impl Context<'_> {
     pub(super) fn stale_bundle(&self, case: &Case<'_>) -> Option<Suspicion> {
@@ -41,17 +42,17 @@ impl Context<'_> {
             ),
         ];
         facts.push(self.said_by_containerd(case));
-        let action = if bundle.empty {
-            "remove it: an empty bundle makes a new task of this id fail"
-        } else {
-            "remove it, once nothing uses it"
+        let remove = action::repair_task(&case.name, Some(Word::Delete));
+        let remedy = match bundle.empty {
+            true => format!("{remove}: an empty bundle makes a new task of this id fail"),
+            false => remove,
         };
         Some(Suspicion::about(
             case,
             Code::StaleBundle,
             Hold::Twice,
             facts,
-            action,
+            remedy,
         ))
     }
 
@@ -100,14 +101,14 @@ impl Context<'_> {
             if starting {
                 continue;
             }
-            let (instance, fact, action) = match owner {
+            let (instance, fact, remedy) = match owner {
                 Some((instance, name)) => (
                     instance,
                     evidence(
                         "recoverd",
                         format!("its name is that of {}/{}", name.0, name.1),
                     ),
-                    "remove it",
+                    action::repair_all(Code::StaleSocket, None),
                 ),
                 None if self.old(file.changed_at) && !homeless => (
                     None,
@@ -115,7 +116,8 @@ impl Context<'_> {
                         "recoverd",
                         "no bundle or container that is known gives this name",
                     ),
-                    "remove it by hand if no containerd that recoverd does not see owns it",
+                    "remove it by hand if no containerd that recoverd does not see owns it"
+                        .to_owned(),
                 ),
                 None => continue,
             };
@@ -126,7 +128,7 @@ impl Context<'_> {
             let subject = path_subject(&file.path);
             found.push(Suspicion {
                 instance,
-                ..Suspicion::new(Code::StaleSocket, subject, Hold::Twice, facts, action)
+                ..Suspicion::new(Code::StaleSocket, subject, Hold::Twice, facts, remedy)
             });
         }
         found
@@ -172,7 +174,10 @@ impl Context<'_> {
                     subject,
                     Hold::Twice,
                     vec![evidence("record", format!("{} {why}", file.path.display()))],
-                    "set it aside: its tasks can be adopted from runc's state",
+                    format!(
+                        "{} sets it aside; its tasks can be adopted from runc's state",
+                        action::repair_all(Code::UnreadableRecord, None)
+                    ),
                 ),
                 Seen::Present(record) => {
                     let other_boot = self
@@ -205,7 +210,7 @@ impl Context<'_> {
                         subject,
                         Hold::Twice,
                         vec![evidence("record", why)],
-                        "remove it",
+                        action::repair_all(Code::StaleRecord, None),
                     )
                 }
             };
@@ -275,7 +280,10 @@ impl Context<'_> {
                         evidence("kernel", format!("{} is mounted there", mount.kind)),
                         evidence("recoverd", format!("task {}/{} is gone", name.0, name.1)),
                     ],
-                    "unmount it",
+                    action::repair_all(
+                        Code::LeakedMount,
+                        matches!(mount.kind.as_str(), "tmpfs" | "ramfs").then_some(Word::Delete),
+                    ),
                 )
             });
         }
@@ -335,7 +343,7 @@ impl Context<'_> {
                         ),
                         evidence("recoverd", format!("task {}/{} is gone", name.0, name.1)),
                     ],
-                    "remove it",
+                    action::repair_all(Code::LeakedCgroup, None),
                 )
             });
         }
@@ -389,7 +397,7 @@ impl Context<'_> {
                         evidence("kernel", format!("nobody has {} open", files.join(", "))),
                         evidence("recoverd", "no task of that name is there"),
                     ],
-                    "remove them",
+                    action::repair_all(Code::LeakedFifo, None),
                 )
             });
         }
@@ -431,7 +439,10 @@ impl Context<'_> {
                         evidence("kernel", format!("the init ended: {gone}")),
                         evidence("bundle", "there is none"),
                     ],
-                    "remove it: a new task of this id fails while it is there",
+                    format!(
+                        "{}: a new task of this id fails while it is there",
+                        action::repair_all(Code::LeakedRuncState, Some(Word::Delete))
+                    ),
                 )
             });
         }

@@ -6,6 +6,7 @@
 //! and not yet its task) must be told from what stays: by age, by a verb that runs right now, or
 //! by [`Hold`], which asks for another look.
 
+mod action;
 mod leftovers;
 mod shims;
 mod tasks;

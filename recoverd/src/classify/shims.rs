@@ -4,12 +4,14 @@
 use recoverd_common::seen::Seen;
 
 use crate::{
+    adopt::decide::{Stillness, stillness},
     correlate::{Case, Cases, Init, Kind, Known, ShimOf, kind},
-    facts::{Answer, Connection, Reply, Shim, TaskName},
+    facts::{Answer, Api, Connection, Reply, Shim, TaskName},
     findings::{Code, Evidence, Subject},
+    permit::Word,
 };
 
-use super::{Context, Hold, Suspicion, evidence, task_subject};
+use super::{Context, Hold, Suspicion, action, evidence, task_subject};
 
 /// A shim that uses more than this is bloated. Stock shims measured: 5 MiB private, 12 threads,
 /// 32 descriptors with one container; several more of each for every exec under way.
@@ -44,7 +46,8 @@ impl Context<'_> {
                 Code::Foreign,
                 hold,
                 facts,
-                "look at it with its own runtime's tools: it is not a runc shim",
+                "look at it with its own runtime's tools; pre-start.foreign = true lets \
+                 recoverd pre-start end one that hangs",
             ));
         }
         if let Some(init) = case.init.alive() {
@@ -56,7 +59,7 @@ impl Context<'_> {
             Code::UnresponsiveShim,
             hold,
             facts,
-            "do not restart containerd while it hangs: that start ends the workload",
+            self.replace(case),
         ))
     }
 
@@ -88,7 +91,7 @@ impl Context<'_> {
                 evidence("kernel", format!("{address}: {gone}")),
                 self.said_by_containerd(case),
             ],
-            "do not restart containerd: it cannot reach the shim, and its start ends the workload",
+            self.replace(case),
         ))
     }
 
@@ -118,8 +121,28 @@ impl Context<'_> {
                 evidence("bundle", says),
                 self.said_by_containerd(case),
             ],
-            "do not restart containerd: it looks for the shim elsewhere, and its start ends the workload",
+            "recoverd pre-start between containerd's stop and start, as its hook does: it writes the \
+             right address; else containerd's start ends the workload",
         ))
+    }
+
+    /// What to do about a shim that containerd cannot talk to, and whose task lives.
+    fn replace(&self, case: &Case<'_>) -> String {
+        const ENDS: &str = "containerd's start ends the workload";
+        let Some(shim) = case.shim.process() else {
+            return format!("do not restart containerd while it hangs: {ENDS}");
+        };
+        if matches!(stillness(shim), Stillness::Busy | Stillness::Device) {
+            return format!("wait until it answers, and do not restart containerd before: {ENDS}");
+        }
+        let replace = action::repair_task(&case.name, Some(Word::Kill));
+        let down = self
+            .instance(case)
+            .is_some_and(|i| matches!(i.api, Api::Down) && i.daemon.is_none());
+        match down {
+            true => format!("{replace}, before containerd starts: {ENDS}"),
+            false => format!("stop containerd, {replace}, start it; without that, {ENDS}"),
+        }
     }
 
     pub(super) fn leaked_shim(&self, case: &Case<'_>, cases: &Cases<'_>) -> Option<Suspicion> {
@@ -203,8 +226,12 @@ impl Context<'_> {
             Some(case) => task_subject(&case.name),
             None => Subject::Shim { shim: shim.id.pid },
         };
-        let action = "end the shim: nothing depends on it";
-        let mut suspicion = Suspicion::new(Code::LeakedShim, subject, Hold::Twice, facts, action);
+        let end = match case {
+            Some(case) => action::repair_task(&case.name, Some(Word::Kill)),
+            None => action::repair_all(Code::LeakedShim, Some(Word::Kill)),
+        };
+        let remedy = format!("{end}: nothing depends on it");
+        let mut suspicion = Suspicion::new(Code::LeakedShim, subject, Hold::Twice, facts, remedy);
         suspicion.address = case.and_then(|case| case.address.clone());
         suspicion.instance = case.and_then(|case| case.instance);
         Some(suspicion)

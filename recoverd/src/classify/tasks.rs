@@ -12,9 +12,10 @@ use crate::{
     correlate::{Case, Cases, Init, Kind, Known, Pod, ShimOf},
     facts::{Api, Phase},
     findings::{Code, Evidence},
+    permit::Word,
 };
 
-use super::{Context, Hold, Suspicion, evidence, shims::unanswered};
+use super::{Context, Hold, Suspicion, action, evidence, shims::unanswered};
 
 /// A created task that nobody starts for this long is stuck.
 const CREATED_TOO_LONG: Duration = Duration::from_secs(600);
@@ -40,7 +41,15 @@ impl Context<'_> {
             Code::OrphanedTask,
             Hold::Twice,
             facts,
-            "adopt it before containerd starts: that start ends the workload",
+            match case.bundle {
+                Some(_) => format!(
+                    "{}, before containerd starts: that start ends the workload",
+                    action::adopt(&case.name)
+                ),
+                // containerd would never look for a shim of it.
+                None => "end it by hand if it is not wanted: without a bundle no shim can serve it"
+                    .to_owned(),
+            },
         ))
     }
 
@@ -168,7 +177,10 @@ impl Context<'_> {
                 },
                 self.said_by_containerd(case),
             ],
-            "nobody can stop it through containerd; end it by hand if it is not wanted",
+            format!(
+                "if it is not wanted: {}; nobody can end it through containerd",
+                action::repair_task(&case.name, Some(Word::Kill))
+            ),
         ))
     }
 
@@ -178,14 +190,15 @@ impl Context<'_> {
         }
         let state = case.state()?;
         let shim_says = evidence("shim", format!("the task is {}", state.phase.word()));
-        let (facts, hold, action) = match (state.phase, &case.init, case.containerd) {
+        let publish = || action::repair_task(&case.name, None);
+        let (facts, hold, remedy) = match (state.phase, &case.init, case.containerd) {
             (Phase::Running, Init::Dead(_, why), Known::Yes(task))
                 if task.phase == Phase::Running =>
             {
                 (
                     vec![evidence("kernel", format!("the init ended: {why}"))],
                     Hold::Settle,
-                    "publish the exit, if it was observed",
+                    format!("{}: publishes the exit, if it was observed", publish()),
                 )
             }
             (Phase::Stopped, Init::Dead(_, why), Known::Yes(task))
@@ -194,7 +207,7 @@ impl Context<'_> {
                 (
                     vec![evidence("kernel", format!("the init ended: {why}"))],
                     Hold::Twice,
-                    "publish the exit that the shim observed",
+                    format!("{}: publishes the exit", publish()),
                 )
             }
             (Phase::Stopped, Init::Dead(..), Known::Yes(task)) if task.phase == Phase::Stopped => {
@@ -217,7 +230,7 @@ impl Context<'_> {
                         ),
                     )],
                     Hold::Twice,
-                    "delete the task; what is left in its cgroup is named here",
+                    "delete the task; what is left in its cgroup is named here".to_owned(),
                 )
             }
             (Phase::Created, Init::Alive(init), Known::Yes(_) | Known::CannotSay)
@@ -226,13 +239,13 @@ impl Context<'_> {
                 (
                     vec![self.process("init", *init)],
                     Hold::Once,
-                    "start or delete the task: its client went away",
+                    "start or delete the task: its client went away".to_owned(),
                 )
             }
             (Phase::Paused | Phase::Pausing, Init::Dead(_, why), _) => (
                 vec![evidence("kernel", format!("the init ended: {why}"))],
                 Hold::Twice,
-                "resume the task: its exit waits for that",
+                "resume the task: its exit waits for that".to_owned(),
             ),
             (
                 Phase::Running
@@ -248,7 +261,7 @@ impl Context<'_> {
         let mut all = vec![shim_says];
         all.extend(facts);
         all.push(self.said_by_containerd(case));
-        Some(Suspicion::about(case, Code::StuckTask, hold, all, action))
+        Some(Suspicion::about(case, Code::StuckTask, hold, all, remedy))
     }
 
     pub(super) fn exit_unreported(&self, case: &Case<'_>) -> Option<Suspicion> {

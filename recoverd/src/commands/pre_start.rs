@@ -9,9 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
+use nix::sys::signal::Signal;
 use recoverd_common::{
     failpoint,
-    proc::{FileId, ProcessId},
+    proc::{FileId, Proc, ProcessId},
 };
 use serde_json::{Map, Value, json};
 
@@ -25,14 +26,19 @@ use crate::{
     cli,
     config::Config,
     correlate::{Case, Cases},
+    ending::{self, NotEnded},
     facts::{Api, Instance, Look, TaskName},
     findings::{Code, Subject},
     history::{Event, History},
     hooks::{
         baseline::{self, Baseline, Did},
-        batches, stoppers, twins,
+        batches,
+        foreign::{self, Foreigner},
+        stoppers, twins,
     },
-    lock, quarantine,
+    lock,
+    permit::{Permits, Word},
+    quarantine,
     report::Narrow,
     verify::{Again, Examined},
 };
@@ -43,6 +49,11 @@ const PATIENCE: u32 = 4;
 const LOOKING: u32 = 3;
 /// Work ends this long before the deadline: the baseline and the history are written then.
 const LAST_WORDS: Duration = Duration::from_millis(500);
+
+/// Why containerd cannot talk to a shim that lives.
+const UNREACHABLE: [Code; 3] = [Code::UnresponsiveShim, Code::SocketMissing, Code::Foreign];
+/// A process that was sent SIGKILL has this long to be gone.
+const GONE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs the hook. What it prints is one line, for the journal.
 pub fn run(
@@ -163,7 +174,7 @@ impl<'a> Hook<'a> {
         };
         failpoint!("prestart.lock.after");
         let runtime = look::runtime()?;
-        let again = Again::Only(&[Code::UnresponsiveShim]);
+        let again = Again::Only(&UNREACHABLE);
         let examined = look::examine_again(&runtime, &self.plan, &self.config, again);
         let look = &examined.look;
         if !look.host.root {
@@ -195,14 +206,12 @@ impl<'a> Hook<'a> {
         let twins = self.write_twins(&cases, at, &mut complaint);
         let shims = look.shims.iter();
         let shims = shims.filter(|s| look.instances.get(at).is_some_and(|i| i.is(&s.address)));
-        let outcomes = self.adopt(
-            &runtime,
-            &decision,
-            batches::at_once(shims.count()),
-            &mut complaint,
-        );
+        let at_once = batches::at_once(shims.count());
+        let outcomes = self.adopt(&runtime, &decision, at_once, &mut complaint);
         failpoint!("prestart.adopted.after");
         note(&mut baseline, &decision, &outcomes);
+        let foreign = self.foreign(look, &cases, at, &hung, at_once);
+        let ended = self.end_foreign(&foreign, &mut baseline, &mut complaint);
         let set_aside = self.set_aside(look, &cases, at, &hung, &outcomes, &mut complaint);
         for (name, why) in &set_aside {
             if let Some(task) = baseline.task_mut(name) {
@@ -212,7 +221,7 @@ impl<'a> Hook<'a> {
         }
         failpoint!("prestart.aside.after");
         remarks.extend(self.keep(&baseline));
-        let tally = Tally::of(&baseline, &decision, twins);
+        let tally = Tally::of(&baseline, &decision, twins, ended);
         let done = Done {
             verdict: tally.verdict(),
             line: tally.line(&remarks),
@@ -323,6 +332,85 @@ impl<'a> Hook<'a> {
         outcomes
     }
 
+    /// Foreign shims that hang, and whether they are to be ended.
+    fn foreign(
+        &self,
+        look: &Look,
+        cases: &Cases<'_>,
+        at: usize,
+        hung: &BTreeSet<ProcessId>,
+        at_once: usize,
+    ) -> Vec<Foreigner> {
+        let Some(instance) = look.instances.get(at) else {
+            return Vec::new();
+        };
+        let of_instance = cases.cases.iter().filter(|case| case.instance == Some(at));
+        let allowed = self.config.pre_start.foreign;
+        foreign::foreigners(instance, of_instance, hung, allowed, at_once)
+    }
+
+    /// Ends those; how many. What becomes of their tasks is containerd's and their runtime's.
+    fn end_foreign(
+        &self,
+        foreigners: &[Foreigner],
+        baseline: &mut Baseline,
+        complaint: &mut Complaint,
+    ) -> usize {
+        let allowed: &[Word] = match self.config.pre_start.foreign {
+            true => &[Word::Kill],
+            false => &[],
+        };
+        let permits = Permits::of(allowed);
+        let proc = Proc::new(&self.plan.roots.proc);
+        let mut ended = 0_usize;
+        for one in foreigners {
+            let pid = one.shim.pid;
+            let names: Vec<String> = one
+                .tasks
+                .iter()
+                .map(|t| format!("{}/{}", t.0, t.1))
+                .collect();
+            let subject = names.join(" ");
+            let mut tell = |event, text: &str| {
+                complaint.of(self.history.tell(event, &subject, text, Map::new()));
+            };
+            let why = match (&one.left, permits.kill()) {
+                (Some(why), _) => why.clone(),
+                // `left` says so as well.
+                (None, Err(missing)) => missing.to_string(),
+                (None, Ok(_)) if Instant::now() >= self.until() => {
+                    format!("foreign shim {pid} does not answer, and no time was left to end it")
+                }
+                (None, Ok(leave)) => {
+                    let what = format!("{} {pid}, which does not answer", one.runtime);
+                    tell(Event::Intended, &format!("send SIGKILL to {what}"));
+                    let kill = [Signal::SIGKILL];
+                    match ending::end(&proc, one.shim, &kill, GONE_WITHIN, leave) {
+                        Ok(_) => {
+                            ended = ended.saturating_add(1);
+                            tell(Event::Done, &format!("ended {what}"));
+                            format!("its foreign shim {pid} did not answer, and was ended")
+                        }
+                        Err(why @ NotEnded::Changed { .. }) => {
+                            tell(Event::Skipped, &why.to_string());
+                            why.to_string()
+                        }
+                        Err(why @ NotEnded::Failed(_)) => {
+                            tell(Event::Failed, &why.to_string());
+                            why.to_string()
+                        }
+                    }
+                }
+            };
+            for name in &one.tasks {
+                if let Some(task) = baseline.task_mut(name) {
+                    task.why.clone_from(&why);
+                }
+            }
+        }
+        ended
+    }
+
     fn set_aside(
         &self,
         look: &Look,
@@ -395,25 +483,30 @@ fn runs(instance: &Instance) -> Option<String> {
     }
 }
 
-/// Shims of that containerd that did not answer in two looks.
+/// Shims of that containerd that did not answer, or had no socket, in two looks. One that answers
+/// elsewhere than its bundle says is well: the bundle gets the right address.
 fn unresponsive(examined: &Examined, cases: &Cases<'_>, at: usize) -> BTreeSet<ProcessId> {
-    let subjects: BTreeSet<&Subject> = examined
+    let found: BTreeSet<(Code, &Subject)> = examined
         .suspicions
         .iter()
-        .filter(|s| s.finding.code == Code::UnresponsiveShim && s.instance == Some(at))
-        .map(|s| &s.finding.subject)
+        .filter(|s| s.instance == Some(at))
+        .map(|s| (s.finding.code, &s.finding.subject))
         .collect();
-    let about = |case: &&Case<'_>| {
-        subjects.contains(&Subject::Task {
+    let ill = |case: &&Case<'_>| {
+        let subject = Subject::Task {
             namespace: case.name.0.clone(),
             id: case.name.1.clone(),
+        };
+        UNREACHABLE.iter().any(|code| {
+            let elsewhere = *code == Code::SocketMissing && case.answered();
+            found.contains(&(*code, &subject)) && !elsewhere
         })
     };
     cases
         .cases
         .iter()
         .filter(|case| case.instance == Some(at))
-        .filter(about)
+        .filter(ill)
         .filter_map(|case| Some(case.shim.process()?.id))
         .collect()
 }
@@ -454,13 +547,14 @@ struct Tally {
     adopted: usize,
     replaced: usize,
     set_aside: usize,
+    foreign: usize,
     lost: usize,
     twins: usize,
     not_adopted: Vec<(TaskName, String)>,
 }
 
 impl Tally {
-    fn of(baseline: &Baseline, decision: &Decision, twins: usize) -> Self {
+    fn of(baseline: &Baseline, decision: &Decision, twins: usize, foreign: usize) -> Self {
         let did = |did| baseline.tasks.iter().filter(|task| task.did == did).count();
         let mut not_adopted: Vec<(TaskName, String)> = baseline
             .tasks
@@ -468,14 +562,21 @@ impl Tally {
             .filter(|task| task.did == Did::Failed)
             .map(|task| ((task.namespace.clone(), task.id.clone()), task.why.clone()))
             .collect();
-        let refused = decision.refused.iter();
-        not_adopted.extend(refused.map(|r| (r.name.clone(), r.why.clone())));
+        // The baseline knows more of it, where something was done about it.
+        not_adopted.extend(decision.refused.iter().map(|refused| {
+            let task = baseline.task(&refused.name);
+            let why = task
+                .map(|task| task.why.as_str())
+                .filter(|why| !why.is_empty());
+            (refused.name.clone(), why.unwrap_or(&refused.why).to_owned())
+        }));
         Self {
             tasks: baseline.tasks.len(),
             adopted: did(Did::Adopted),
             replaced: did(Did::Replaced),
             set_aside: did(Did::SetAside),
             lost: decision.refused.iter().filter(|r| r.lost).count(),
+            foreign,
             twins,
             not_adopted,
         }
@@ -498,6 +599,7 @@ impl Tally {
             (self.replaced, "replaced"),
             (self.twins, "address files written"),
             (self.set_aside, "bundles set aside"),
+            (self.foreign, "foreign shims ended"),
             (self.lost, "lost before"),
             (others, "not adopted"),
         ] {

@@ -205,6 +205,12 @@ impl Baseline {
     }
 
     /// A task of it.
+    pub fn task(&self, name: &TaskName) -> Option<&Task> {
+        let mut tasks = self.tasks.iter();
+        tasks.find(|task| task.namespace == name.0 && task.id == name.1)
+    }
+
+    /// A task of it, to be changed.
     pub fn task_mut(&mut self, name: &TaskName) -> Option<&mut Task> {
         let mut tasks = self.tasks.iter_mut();
         tasks.find(|task| task.namespace == name.0 && task.id == name.1)

@@ -2,11 +2,13 @@
 
 use std::fmt::Debug;
 
+use clap::Parser as _;
 use proptest::prelude::*;
 use recoverd_common::proc::FileId;
 
 use super::*;
 use crate::{
+    cli::Cli,
     correlate::Kind,
     facts::{
         CgroupProcess, Exec, FifoFolder, Phase, RecordFile, Reply,
@@ -215,7 +217,33 @@ fn none(what: Option<impl Debug>) -> Result<(), TestCaseError> {
     }
 }
 
+/// The command that an action names, as far as it is one: up to a sign, or what it narrows to.
+fn command(action: &str) -> Option<Vec<&str>> {
+    let (_, rest) = action.split_once("recoverd ")?;
+    let line = rest.split([',', ':', ';']).next()?;
+    let words: Vec<&str> = line.split(' ').collect();
+    let length = match *words.first()? {
+        "adopt" => 2,
+        "repair" => words.iter().position(|word| *word == "--only")? + 2,
+        _ => 1,
+    };
+    Some(words.into_iter().take(length).collect())
+}
+
 proptest! {
+    #[test]
+    fn the_command_that_an_action_names_is_one(broken in broken()) {
+        for suspicion in judge(&broken.look()) {
+            let action = &suspicion.finding.action;
+            prop_assert_eq!(action.contains("recoverd "), command(action).is_some(), "{}", action);
+            if let Some(words) = command(action) {
+                let line = ["recoverd"].into_iter().chain(words);
+                let parsed = Cli::try_parse_from(line);
+                prop_assert!(parsed.is_ok(), "{}: {:?}", action, parsed.err());
+            }
+        }
+    }
+
     #[test]
     fn findings_are_sorted_and_as_bad_as_their_code(broken in broken()) {
         let found = judge(&broken.look());

@@ -451,3 +451,27 @@ fn what_a_shim_is_blamed_for_names_the_task_that_it_was_started_for() {
         .collect();
     assert_eq!(subjects, ["default/a"]);
 }
+
+#[test]
+fn a_hung_shim_is_told_the_command_that_replaces_it_and_a_busy_one_to_wait() {
+    let mut look = healthy();
+    look.answer_of(&C1).greeting = Reply::Silent;
+    let shim = look.shim_of(&C1);
+    shim.cpu_ticks_after = Some(shim.cpu_ticks);
+    let replace = "recoverd repair --apply --allow kill --only default/c1";
+    let action = only(&look).finding.action;
+    assert!(
+        action.starts_with(&format!("stop containerd, {replace}, start it")),
+        "{action}"
+    );
+    look.instances[0].api = Api::Down;
+    look.instances[0].daemon = None;
+    let action = only(&look).finding.action;
+    assert!(
+        action.starts_with(&format!("{replace}, before")),
+        "{action}"
+    );
+    look.shim_of(&C1).cpu_ticks_after = Some(1000);
+    let action = only(&look).finding.action;
+    assert!(action.starts_with("wait until it answers"), "{action}");
+}

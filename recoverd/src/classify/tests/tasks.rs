@@ -445,3 +445,16 @@ fn an_exit_while_containerd_is_down_is_unreported() {
         "{shown}"
     );
 }
+
+#[test]
+fn an_orphan_is_told_the_command_that_adopts_it_and_one_without_bundle_that_there_is_none() {
+    let mut look = healthy();
+    look.end_shim(&C1);
+    let action = only(&look).finding.action;
+    assert!(action.starts_with("recoverd adopt default/c1,"), "{action}");
+    look.remove_bundle(&C1);
+    let found = judge(&look);
+    let orphan = found.iter().find(|s| s.finding.code == Code::OrphanedTask);
+    let action = &orphan.unwrap().finding.action;
+    assert!(!action.contains("recoverd"), "{action}");
+}

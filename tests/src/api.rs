@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::time::Duration;
 
 use containerd_client::services::v1 as pb;
 use containerd_client::services::v1::containers_client::ContainersClient;
@@ -14,31 +13,19 @@ use prost::Message;
 use prost_types::Any;
 use recoverd_common::pb::runc;
 use serde_json::Value;
-use tokio::runtime::Runtime;
 
+use crate::client::{Client, Refused};
 use crate::containerd::Containerd;
 use crate::releases::ShimUnderTest;
 
-/// Generous, yet a call that hangs fails its test and not the whole run.
-const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
 const PROCESS: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
 const RESOURCES: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
 /// A client of one containerd namespace. May be shared between threads.
 pub struct Api {
-    runtime: Runtime,
-    channel: Channel,
+    client: Client,
     namespace: String,
-}
-
-/// What containerd answers instead of what was asked for.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Refused {
-    /// The status code.
-    pub code: Code,
-    /// The text.
-    pub message: String,
 }
 
 /// A task's or exec's stdio: paths, URIs, or empty.
@@ -69,18 +56,8 @@ impl Containerd {
     /// A client of its API.
     #[track_caller]
     pub fn api(&self, namespace: &str) -> Api {
-        let runtime = tokio::runtime::Builder::new_multi_thread()
-            .worker_threads(1)
-            .enable_all()
-            .build()
-            .unwrap_or_else(|error| panic!("start a client's runtime: {error}"));
-        let socket = self.node().path(self.address());
-        let channel = runtime
-            .block_on(containerd_client::connect(&socket))
-            .unwrap_or_else(|error| panic!("connect to {}: {error}", socket.display()));
         Api {
-            runtime,
-            channel,
+            client: Client::of(self),
             namespace: namespace.into(),
         }
     }
@@ -103,17 +80,7 @@ impl Api {
         request
             .metadata_mut()
             .insert("containerd-namespace", namespace);
-        let answer = async {
-            tokio::time::timeout(ANSWERS_WITHIN, call(self.channel.clone(), request)).await
-        };
-        match self.runtime.block_on(answer) {
-            Ok(Ok(response)) => Ok(response.into_inner()),
-            Ok(Err(status)) => Err(Refused {
-                code: status.code(),
-                message: status.message().to_owned(),
-            }),
-            Err(_) => panic!("containerd did not answer within {ANSWERS_WITHIN:?}"),
-        }
+        self.client.call(request, call)
     }
 
     /// Makes a container: no task yet.

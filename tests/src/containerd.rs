@@ -12,11 +12,14 @@ use crate::recoverd::{Scan, scan};
 use crate::releases::{Release, built, image_archive};
 use crate::wait::{wait_for, wait_within};
 
-/// Plugins that no test here needs and that look for things of the machine.
-const DISABLED: [&str; 8] = [
+/// Kubernetes' interface: only [`Node::kubernetes`] wants it.
+const CRI: [&str; 3] = [
     "io.containerd.grpc.v1.cri",
     "io.containerd.cri.v1.images",
     "io.containerd.cri.v1.runtime",
+];
+/// Plugins that no test here needs and that look for things of the machine.
+const DISABLED: [&str; 5] = [
     "io.containerd.snapshotter.v1.aufs",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
@@ -35,6 +38,8 @@ pub struct Containerd {
     config: PathBuf,
     log: PathBuf,
     log_level: &'static str,
+    /// The part of its configuration that says how Kubernetes' pods are run; none without them.
+    pods: Option<String>,
     running: Option<Running>,
 }
 
@@ -68,6 +73,7 @@ impl Containerd {
             state,
             root,
             log_level: "info",
+            pods: None,
             running: None,
         };
         containerd.write_config();
@@ -76,21 +82,33 @@ impl Containerd {
 
     /// Version 2 is the format that every release reads.
     fn write_config(&self) {
-        let disabled: Vec<String> = DISABLED.iter().map(|name| format!("{name:?}")).collect();
+        let cri = CRI.iter().filter(|_| self.pods.is_none());
+        let disabled: Vec<String> = DISABLED
+            .iter()
+            .chain(cri)
+            .map(|name| format!("{name:?}"))
+            .collect();
         let text = format!(
             "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
              [grpc]\n  address = {address:?}\n\
              [ttrpc]\n  address = {ttrpc:?}\n\
-             [debug]\n  level = {level:?}\n",
+             [debug]\n  level = {level:?}\n{pods}",
             root = self.root,
             state = self.state,
             disabled = disabled.join(", "),
             address = self.address,
             level = self.log_level,
+            pods = self.pods.as_deref().unwrap_or_default(),
             ttrpc = format!("{}.ttrpc", self.address.display()),
         );
         fs::write(&self.config, text)
             .unwrap_or_else(|e| panic!("write {}: {e}", self.config.display()));
+    }
+
+    /// How it runs Kubernetes' pods from the next start on: TOML of a configuration of version 2.
+    pub(crate) fn pods(&mut self, config: String) {
+        self.pods = Some(config);
+        self.write_config();
     }
 
     /// The node it runs in.
@@ -423,11 +441,14 @@ impl Containerd {
     /// Makes the image `localhost/busybox:latest` known, for [`Container::image`].
     #[track_caller]
     pub fn import_image(&self, namespace: &str) {
-        let archive = image_archive();
-        let archive = archive
-            .to_str()
-            .unwrap_or_else(|| panic!("path of the cache is not UTF-8"));
-        self.ctr_ok(namespace, ["images", "import", archive]);
+        self.import_archive(namespace, "busybox");
+    }
+
+    /// Makes the image `localhost/NAME:latest` of `tests/setup` known.
+    #[track_caller]
+    pub(crate) fn import_archive(&self, namespace: &str, name: &str) {
+        let archive = image_archive(name).display().to_string();
+        self.ctr_ok(namespace, ["images", "import", &archive]);
     }
 
     /// `recoverd scan -o json`, told of this containerd only.

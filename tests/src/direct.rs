@@ -12,6 +12,7 @@ use recoverd_common::shim_client::{CallError, ShimClient, TASK_SERVICES};
 use crate::container::Task;
 use crate::node::Node;
 
+/// Generous, yet a call that hangs fails its test and not the whole run.
 pub(crate) const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
 /// Calls `method` of the task service (v2) at `socket`, a path of the node.

@@ -33,8 +33,11 @@
 //! ```
 
 mod api;
+mod client;
 mod container;
 mod containerd;
+mod cri;
+mod cri_stream;
 mod direct;
 mod events;
 mod fifo;
@@ -49,11 +52,14 @@ mod systemd_box;
 mod traces;
 mod wait;
 
-pub use api::{Api, Ended, Refused, Stdio, assert_refused, oci_process, oci_spec, runc_options};
+pub use api::{Api, Ended, Stdio, assert_refused, oci_process, oci_spec, runc_options};
+pub use client::Refused;
 pub use container::{Container, Task};
 pub use containerd::{Containerd, TaskRow};
 pub use containerd_client::tonic::Code;
 pub use containerd_client::types::v1::Status;
+pub use cri::{ContainerSpec, Cri, Handler, Pod};
+pub use cri_stream::Session;
 pub use direct::{call, record_at, refusal};
 pub use events::{Event, Events};
 pub use fifo::{Fifos, Input, Output, make_fifo};

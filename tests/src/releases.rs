@@ -100,9 +100,9 @@ pub(crate) fn rootfs() -> PathBuf {
     cache().join("rootfs")
 }
 
-/// The same as an image archive, `localhost/busybox:latest`.
-pub(crate) fn image_archive() -> PathBuf {
-    cache().join("busybox.tar")
+/// The same as an image archive, `localhost/NAME:latest`: `busybox`, or `pause` that sleeps.
+pub(crate) fn image_archive(name: &str) -> PathBuf {
+    cache().join(format!("{name}.tar"))
 }
 
 /// A binary of this workspace: beside the test's own `deps` folder, as cargo lays them out.

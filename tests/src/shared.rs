@@ -43,6 +43,18 @@ impl Node {
         })
     }
 
+    /// The folder of a process's cgroup (v1) of that controller, as the node names it.
+    #[track_caller]
+    pub fn cgroup(&self, pid: u32, controller: &str) -> PathBuf {
+        let folder = self.shell(&format!(
+            "of=',{controller},'
+             mount=$(awk -v of=$of '$3 == \"cgroup\" && index(\",\" $4 \",\", of) {{ print $2; exit }}' /proc/mounts)
+             path=$(awk -F: -v of=$of 'index(\",\" $2 \",\", of) {{ print $3; exit }}' /proc/{pid}/cgroup)
+             echo $mount$path"
+        ));
+        folder.trim().into()
+    }
+
     /// The shell in the node with this word among its arguments.
     #[track_caller]
     pub fn shell_with(&self, word: &str) -> Process {

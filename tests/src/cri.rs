@@ -1,0 +1,548 @@
+//! Kubernetes' own interface to containerd, as kubelet uses it: pods, their containers, logs.
+//!
+//! Pods have the host's network (a node has no other) and no seccomp or AppArmor profile: these are
+//! containerd's affair and not the shim's.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use containerd_client::tonic::Request;
+use k8s_cri::v1 as pb;
+use k8s_cri::v1::image_service_client::ImageServiceClient;
+use k8s_cri::v1::runtime_service_client::RuntimeServiceClient;
+
+use crate::client::{Client, Refused};
+use crate::container::{Container, Task};
+use crate::containerd::Containerd;
+use crate::cri_stream::Session;
+use crate::node::Node;
+use crate::releases::{Release, ShimUnderTest, built};
+use crate::wait::wait_for;
+
+/// containerd's namespace of all that the CRI makes.
+const NAMESPACE: &str = "k8s.io";
+/// The CRI's table in a configuration of version 2.
+const CRI: &str = "plugins.\"io.containerd.grpc.v1.cri\"";
+const IMAGE: &str = "localhost/busybox:latest";
+
+/// A runtime of containerd's CRI configuration, by its name there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handler {
+    /// The release's own shim.
+    Stock,
+    /// Ours by `runtime_type`.
+    ByType,
+    /// Ours by `runtime_path`, with the stock `runtime_type`.
+    ByPath,
+}
+
+impl Handler {
+    /// All that [`crate::Node::kubernetes`] configures.
+    pub const ALL: [Handler; 3] = [Handler::Stock, Handler::ByType, Handler::ByPath];
+
+    /// The name, as a RuntimeClass has it in `handler`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Handler::Stock => "stock",
+            Handler::ByType => "recoverd",
+            Handler::ByPath => "recoverd-path",
+        }
+    }
+}
+
+impl From<ShimUnderTest> for Handler {
+    fn from(shim: ShimUnderTest) -> Handler {
+        match shim {
+            ShimUnderTest::Stock => Handler::Stock,
+            ShimUnderTest::Recoverd => Handler::ByType,
+        }
+    }
+}
+
+impl Node {
+    /// The containerd at the usual places with its CRI on and every [`Handler`] configured,
+    /// started, and the images there.
+    #[track_caller]
+    pub fn kubernetes(self: &Arc<Node>, release: &Release) -> Containerd {
+        let mut containerd = Containerd::new(self, release, None);
+        containerd.pods(config());
+        containerd.start();
+        for image in ["pause", "busybox"] {
+            containerd.import_archive(NAMESPACE, image);
+        }
+        containerd.cri().wait_for_images();
+        containerd
+    }
+}
+
+/// In the form that every release reads; 2.x takes it over into its own tables.
+fn config() -> String {
+    let runtime = |handler: Handler, rest: String| {
+        let table = format!("{CRI}.containerd.runtimes.{}", handler.name());
+        format!("[{table}]\n{rest}\n")
+    };
+    let ours = built("containerd-shim-recoverd-v1");
+    [
+        format!("[{CRI}]\nsandbox_image = \"localhost/pause:latest\"\ndisable_apparmor = true"),
+        // An exec whose output somebody else holds is given up; the default is to wait for ever.
+        "drain_exec_sync_io_timeout = \"3s\"".into(),
+        // The tests' root may not give a process a better score than its own.
+        "restrict_oom_score_adj = true".into(),
+        format!(
+            "[{CRI}.containerd]\ndefault_runtime_name = \"{}\"",
+            Handler::Stock.name()
+        ),
+        runtime(
+            Handler::Stock,
+            "runtime_type = \"io.containerd.runc.v2\"".into(),
+        ),
+        runtime(
+            Handler::ByType,
+            "runtime_type = \"io.containerd.recoverd.v1\"".into(),
+        ),
+        runtime(
+            Handler::ByPath,
+            format!("runtime_type = \"io.containerd.runc.v2\"\nruntime_path = {ours:?}"),
+        ),
+    ]
+    .join("\n")
+}
+
+/// A client of containerd's CRI. May be shared between threads.
+pub struct Cri {
+    client: Client,
+    node: Arc<Node>,
+}
+
+/// A pod that was started.
+#[derive(Clone)]
+pub struct Pod {
+    /// Its id, the pause container's as well.
+    pub id: String,
+    /// Its name.
+    pub name: String,
+    config: pb::PodSandboxConfig,
+}
+
+/// A container to make: busybox with the node's folder at `/mnt`.
+#[derive(Clone)]
+pub struct ContainerSpec(pb::ContainerConfig);
+
+impl ContainerSpec {
+    /// This line of shell.
+    pub fn shell(name: &str, line: &str) -> ContainerSpec {
+        ContainerSpec(pb::ContainerConfig {
+            metadata: Some(pb::ContainerMetadata {
+                name: name.into(),
+                attempt: 0,
+            }),
+            image: Some(pb::ImageSpec {
+                image: IMAGE.into(),
+                ..pb::ImageSpec::default()
+            }),
+            command: vec!["/bin/sh".into(), "-c".into(), line.into()],
+            log_path: format!("{name}.log"),
+            linux: Some(pb::LinuxContainerConfig {
+                resources: Some(pb::LinuxContainerResources::default()),
+                security_context: Some(pb::LinuxContainerSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    seccomp: Some(unconfined()),
+                    ..pb::LinuxContainerSecurityContext::default()
+                }),
+            }),
+            ..pb::ContainerConfig::default()
+        })
+    }
+
+    /// Runs until it is told to end, then exits with `status`.
+    pub fn until_term(name: &str, status: u8) -> ContainerSpec {
+        ContainerSpec::shell(
+            name,
+            &format!("trap 'exit {status}' TERM; while :; do sleep 1000 & wait $!; done"),
+        )
+    }
+
+    /// With other resources.
+    pub fn resources(mut self, resources: pb::LinuxContainerResources) -> ContainerSpec {
+        if let Some(linux) = &mut self.0.linux {
+            linux.resources = Some(resources);
+        }
+        self
+    }
+
+    /// With a memory limit.
+    pub fn memory_limit(self, bytes: i64) -> ContainerSpec {
+        self.resources(pb::LinuxContainerResources {
+            memory_limit_in_bytes: bytes,
+            ..pb::LinuxContainerResources::default()
+        })
+    }
+
+    /// As this user.
+    pub fn user(mut self, uid: i64) -> ContainerSpec {
+        if let Some(security) = self
+            .0
+            .linux
+            .as_mut()
+            .and_then(|l| l.security_context.as_mut())
+        {
+            security.run_as_user = Some(pb::Int64Value { value: uid });
+        }
+        self
+    }
+
+    /// With a stdin to attach to.
+    pub fn stdin(mut self) -> ContainerSpec {
+        self.0.stdin = true;
+        self
+    }
+
+    /// With a terminal.
+    pub fn terminal(mut self) -> ContainerSpec {
+        self.0.tty = true;
+        self
+    }
+}
+
+fn namespaces() -> pb::NamespaceOption {
+    pb::NamespaceOption {
+        network: pb::NamespaceMode::Node.into(),
+        pid: pb::NamespaceMode::Container.into(),
+        ..pb::NamespaceOption::default()
+    }
+}
+
+fn unconfined() -> pb::SecurityProfile {
+    pb::SecurityProfile {
+        profile_type: pb::security_profile::ProfileType::Unconfined.into(),
+        ..pb::SecurityProfile::default()
+    }
+}
+
+impl Containerd {
+    /// A client of its CRI, which [`crate::Node::kubernetes`] has turned on.
+    #[track_caller]
+    pub fn cri(&self) -> Cri {
+        Cri {
+            client: Client::of(self),
+            node: Arc::clone(self.node()),
+        }
+    }
+
+    /// A container of a pod, with its processes as they are now; the pod's own id names its pause.
+    #[track_caller]
+    pub fn member(&self, pod: &Pod, id: &str) -> Task {
+        let container = Container::new(id).namespaced(NAMESPACE).group(&pod.id);
+        Task::new(self, &container)
+    }
+}
+
+/// One method: its name, what it is asked with and what it answers.
+macro_rules! rpc {
+    ($cri:expr, $method:ident, $request:expr) => {
+        $cri.client
+            .call(Request::new($request), |channel, request| async move {
+                RuntimeServiceClient::new(channel).$method(request).await
+            })
+    };
+}
+
+impl Cri {
+    /// The CRI learns of imported images by containerd's events.
+    #[track_caller]
+    fn wait_for_images(&self) {
+        for image in ["localhost/pause:latest", IMAGE] {
+            wait_for(&format!("image {image}"), || {
+                let request = pb::ImageStatusRequest {
+                    image: Some(pb::ImageSpec {
+                        image: image.into(),
+                        ..pb::ImageSpec::default()
+                    }),
+                    verbose: false,
+                };
+                let call = |channel, request| async move {
+                    ImageServiceClient::new(channel).image_status(request).await
+                };
+                self.client.call(Request::new(request), call).ok()?.image
+            });
+        }
+    }
+
+    /// RunPodSandbox.
+    pub fn try_run_pod(&self, name: &str, handler: &str) -> Result<Pod, Refused> {
+        let logs = self.node.folder().join("pods").join(name);
+        let config = pb::PodSandboxConfig {
+            metadata: Some(pb::PodSandboxMetadata {
+                name: name.into(),
+                uid: format!("uid-{name}"),
+                namespace: "prod".into(),
+                attempt: 0,
+            }),
+            log_directory: logs.display().to_string(),
+            linux: Some(pb::LinuxPodSandboxConfig {
+                security_context: Some(pb::LinuxSandboxSecurityContext {
+                    namespace_options: Some(namespaces()),
+                    seccomp: Some(unconfined()),
+                    ..pb::LinuxSandboxSecurityContext::default()
+                }),
+                ..pb::LinuxPodSandboxConfig::default()
+            }),
+            ..pb::PodSandboxConfig::default()
+        };
+        let request = pb::RunPodSandboxRequest {
+            config: Some(config.clone()),
+            runtime_handler: handler.into(),
+        };
+        let id = rpc!(self, run_pod_sandbox, request)?.pod_sandbox_id;
+        Ok(Pod {
+            id,
+            name: name.into(),
+            config,
+        })
+    }
+
+    /// RunPodSandbox, which must succeed.
+    #[track_caller]
+    pub fn run_pod(&self, name: &str, handler: Handler) -> Pod {
+        self.try_run_pod(name, handler.name())
+            .unwrap_or_else(|refused| panic!("run pod {name}: {refused:?}"))
+    }
+
+    /// PodSandboxStatus: whether it is ready; `None` when there is no such pod.
+    #[track_caller]
+    pub fn pod_ready(&self, pod: &Pod) -> Option<bool> {
+        let request = pb::ListPodSandboxRequest {
+            filter: Some(pb::PodSandboxFilter {
+                id: pod.id.clone(),
+                ..pb::PodSandboxFilter::default()
+            }),
+        };
+        let listed = rpc!(self, list_pod_sandbox, request)
+            .unwrap_or_else(|refused| panic!("list pod {}: {refused:?}", pod.name));
+        let row = listed.items.into_iter().next()?;
+        Some(row.state() == pb::PodSandboxState::SandboxReady)
+    }
+
+    /// StopPodSandbox.
+    #[track_caller]
+    pub fn stop_pod(&self, pod: &Pod) {
+        let request = pb::StopPodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        rpc!(self, stop_pod_sandbox, request)
+            .unwrap_or_else(|refused| panic!("stop pod {}: {refused:?}", pod.name));
+    }
+
+    /// RemovePodSandbox.
+    #[track_caller]
+    pub fn remove_pod(&self, pod: &Pod) {
+        let request = pb::RemovePodSandboxRequest {
+            pod_sandbox_id: pod.id.clone(),
+        };
+        rpc!(self, remove_pod_sandbox, request)
+            .unwrap_or_else(|refused| panic!("remove pod {}: {refused:?}", pod.name));
+    }
+
+    /// CreateContainer; its id.
+    #[track_caller]
+    pub fn create(&self, pod: &Pod, container: &ContainerSpec) -> String {
+        let mut config = container.0.clone();
+        let folder = self.node.folder().display().to_string();
+        config.mounts.push(pb::Mount {
+            container_path: "/mnt".into(),
+            host_path: folder,
+            ..pb::Mount::default()
+        });
+        let request = pb::CreateContainerRequest {
+            pod_sandbox_id: pod.id.clone(),
+            config: Some(config),
+            sandbox_config: Some(pod.config.clone()),
+        };
+        rpc!(self, create_container, request)
+            .unwrap_or_else(|refused| panic!("create container in {}: {refused:?}", pod.name))
+            .container_id
+    }
+
+    /// StartContainer.
+    #[track_caller]
+    pub fn start(&self, id: &str) {
+        let request = pb::StartContainerRequest {
+            container_id: id.into(),
+        };
+        rpc!(self, start_container, request)
+            .unwrap_or_else(|refused| panic!("start container {id}: {refused:?}"));
+    }
+
+    /// Creates and starts; the id.
+    #[track_caller]
+    pub fn run(&self, pod: &Pod, container: &ContainerSpec) -> String {
+        let id = self.create(pod, container);
+        self.start(&id);
+        id
+    }
+
+    /// ContainerStatus.
+    pub fn status(&self, id: &str) -> Result<pb::ContainerStatus, Refused> {
+        let request = pb::ContainerStatusRequest {
+            container_id: id.into(),
+            verbose: false,
+        };
+        Ok(rpc!(self, container_status, request)?
+            .status
+            .unwrap_or_default())
+    }
+
+    /// Waits until it has exited: its exit code and the reason.
+    #[track_caller]
+    pub fn exited(&self, id: &str) -> (i32, String) {
+        wait_for(&format!("{id} to exit"), || {
+            let status = self
+                .status(id)
+                .unwrap_or_else(|refused| panic!("status of {id}: {refused:?}"));
+            (status.state() == pb::ContainerState::ContainerExited)
+                .then_some((status.exit_code, status.reason))
+        })
+    }
+
+    /// Fails unless it is running.
+    #[track_caller]
+    pub fn assert_running(&self, id: &str) {
+        let status = self.status(id).map(|status| status.state());
+        assert_eq!(status, Ok(pb::ContainerState::ContainerRunning), "{id}");
+    }
+
+    /// StopContainer with this grace period, seconds.
+    #[track_caller]
+    pub fn stop(&self, id: &str, timeout: i64) {
+        let request = pb::StopContainerRequest {
+            container_id: id.into(),
+            timeout,
+        };
+        rpc!(self, stop_container, request)
+            .unwrap_or_else(|refused| panic!("stop container {id}: {refused:?}"));
+    }
+
+    /// RemoveContainer.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        let request = pb::RemoveContainerRequest {
+            container_id: id.into(),
+        };
+        rpc!(self, remove_container, request)
+            .unwrap_or_else(|refused| panic!("remove container {id}: {refused:?}"));
+    }
+
+    /// ExecSync of a line of shell, `timeout` in seconds (0: none).
+    pub fn exec_sync(
+        &self,
+        id: &str,
+        line: &str,
+        timeout: i64,
+    ) -> Result<pb::ExecSyncResponse, Refused> {
+        let request = pb::ExecSyncRequest {
+            container_id: id.into(),
+            cmd: vec!["sh".into(), "-c".into(), line.into()],
+            timeout,
+        };
+        rpc!(self, exec_sync, request)
+    }
+
+    /// ExecSync that must answer: exit code and stdout.
+    #[track_caller]
+    pub fn sh(&self, id: &str, line: &str) -> (i32, String) {
+        let answer = self
+            .exec_sync(id, line, 30)
+            .unwrap_or_else(|refused| panic!("exec {line:?} in {id}: {refused:?}"));
+        (
+            answer.exit_code,
+            String::from_utf8_lossy(&answer.stdout).into_owned(),
+        )
+    }
+
+    /// Exec over the streaming server.
+    #[track_caller]
+    pub fn exec(&self, id: &str, line: &str, stdin: bool, tty: bool) -> Session {
+        let request = pb::ExecRequest {
+            container_id: id.into(),
+            cmd: vec!["sh".into(), "-c".into(), line.into()],
+            tty,
+            stdin,
+            stdout: true,
+            stderr: !tty,
+        };
+        let answer = rpc!(self, exec, request)
+            .unwrap_or_else(|refused| panic!("exec {line:?} in {id}: {refused:?}"));
+        Session::open(&self.node, &answer.url)
+    }
+
+    /// Attach over the streaming server.
+    #[track_caller]
+    pub fn attach(&self, id: &str, stdin: bool, tty: bool) -> Session {
+        let request = pb::AttachRequest {
+            container_id: id.into(),
+            stdin,
+            tty,
+            stdout: true,
+            stderr: !tty,
+        };
+        let answer = rpc!(self, attach, request)
+            .unwrap_or_else(|refused| panic!("attach to {id}: {refused:?}"));
+        Session::open(&self.node, &answer.url)
+    }
+
+    /// ContainerStats.
+    #[track_caller]
+    pub fn stats(&self, id: &str) -> pb::ContainerStats {
+        let request = pb::ContainerStatsRequest {
+            container_id: id.into(),
+        };
+        rpc!(self, container_stats, request)
+            .unwrap_or_else(|refused| panic!("stats of {id}: {refused:?}"))
+            .stats
+            .unwrap_or_default()
+    }
+
+    /// UpdateContainerResources.
+    #[track_caller]
+    pub fn update(&self, id: &str, resources: pb::LinuxContainerResources) {
+        let request = pb::UpdateContainerResourcesRequest {
+            container_id: id.into(),
+            linux: Some(resources),
+            annotations: HashMap::new(),
+            ..pb::UpdateContainerResourcesRequest::default()
+        };
+        rpc!(self, update_container_resources, request)
+            .unwrap_or_else(|refused| panic!("update {id}: {refused:?}"));
+    }
+
+    /// Where containerd writes what this container says.
+    pub fn log_file(&self, pod: &Pod, name: &str) -> PathBuf {
+        let folder = self.node.folder().join("pods").join(&pod.name);
+        folder.join(format!("{name}.log"))
+    }
+
+    /// The lines in its log file so far, without what the CRI puts before each, of one stream.
+    #[track_caller]
+    pub fn log(&self, pod: &Pod, name: &str, stream: &str) -> Vec<String> {
+        let path = self.log_file(pod, name);
+        let text = fs::read_to_string(&path)
+            .unwrap_or_else(|error| panic!("read {}: {error}", path.display()));
+        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+        let mut lines = Vec::new();
+        for line in whole.lines() {
+            // TIME STREAM TAG TEXT
+            let mut words = line.splitn(4, ' ');
+            let (of, tag, text) = (words.nth(1), words.next(), words.next());
+            assert!(
+                of.is_some() && tag == Some("F") && text.is_some(),
+                "log line {line:?}"
+            );
+            if of == Some(stream) {
+                lines.extend(text.map(str::to_owned));
+            }
+        }
+        lines
+    }
+}

@@ -243,6 +243,26 @@ impl Proc {
         })
     }
 
+    /// The children of every thread of `pid`; none from a kernel that does not list them, or of a
+    /// process that has gone.
+    pub fn children(&self, pid: i32) -> Vec<i32> {
+        let threads = fs::read_dir(self.path(pid, "task"));
+        let lists = threads
+            .into_iter()
+            .flatten()
+            .flatten()
+            .filter_map(|thread| {
+                let list = read_text(&thread.path().join("children"), SMALL);
+                list.present().cloned()
+            });
+        lists
+            .flat_map(|list| {
+                let pids = list.split_ascii_whitespace().flat_map(str::parse);
+                pids.collect::<Vec<i32>>()
+            })
+            .collect()
+    }
+
     /// Is this very process still alive? *Absent*: it ended (a zombie counts as ended), or its
     /// number belongs to another one now.
     pub fn living(&self, id: ProcessId) -> Seen<Stat> {

@@ -605,7 +605,7 @@ impl Shim {
             Effect::Spawn { job, key, work } => self.spawn(job, &key, &work),
             Effect::EndJob(job) => {
                 if let Some(child) = self.children.get(&job) {
-                    sys::kill_group(child.pid);
+                    self.end_child(child.pid);
                 }
             }
             Effect::PrepareExec { key, spec } => {

@@ -296,9 +296,9 @@ pub fn received(number: RawFd) -> OwnedFd {
 }
 
 /// Signals a process group that our child leads; the child is not reaped yet.
-pub fn kill_group(leader: Pid) {
+pub fn signal_group(leader: Pid, signal: libc::c_int) {
     // SAFETY: kill takes two numbers. The group exists as long as its leader is not reaped.
-    unsafe { libc::kill(-leader.as_raw(), libc::SIGKILL) };
+    unsafe { libc::kill(-leader.as_raw(), signal) };
 }
 
 /// Makes descriptor 2 a duplicate of `fd`: where the message of a panic goes.

@@ -723,7 +723,7 @@ impl Tasks {
             Event::Adopt(adoptees) => self.adopt(adoptees, now, &mut out),
             Event::Oom { id } => self.oom(id, &mut out),
             Event::Drained { key } => self.drained(&key, now, &mut out),
-            Event::Disconnected { connection } => self.disconnected(connection),
+            Event::Disconnected { connection } => self.disconnected(connection, now, &mut out),
             Event::Timer(timer) => self.timer(timer, now, &mut out),
         }
         self.shut_down(&mut out);
@@ -1637,6 +1637,10 @@ impl Tasks {
                 self.spawn(key.clone(), work, None, None, out);
             }
             self.thaw_if_exited(&key.id, out);
+            // They cannot succeed any more, and the exit is told after them.
+            let held_by =
+                |job: &Job| job.key.id == key.id && matches!(job.work, Work::Start | Work::Exec);
+            self.limit_jobs(held_by, now, out);
             self.tell_init(&key.id, now, out);
         } else if let Some(exec) = task.execs.get_mut(&key.exec_id) {
             exec.member.exit = Some(exit);
@@ -1724,13 +1728,29 @@ impl Tasks {
         let _ = now;
     }
 
-    fn disconnected(&mut self, connection: u64) {
+    fn disconnected(&mut self, connection: u64, now: Now, out: &mut Vec<Effect>) {
+        // Nobody will ever hear of a Create whose caller has gone, and a task that is being made
+        // cannot be used by anybody else: a runtime that hangs must not keep its id for ever.
+        let forsaken = |job: &Job| {
+            job.work == Work::Create && job.caller.is_some_and(|c| c.connection == connection)
+        };
+        self.limit_jobs(forsaken, now, out);
         let keep = |caller: &Caller| caller.connection != connection;
         for task in self.tasks.values_mut() {
             task.init.waiters.retain(keep);
             for exec in task.execs.values_mut() {
                 exec.member.waiters.retain(keep);
             }
+        }
+    }
+
+    /// Gives jobs that may have been promised any time a deadline from now.
+    fn limit_jobs(&self, which: impl Fn(&Job) -> bool, now: Now, out: &mut Vec<Effect>) {
+        for (number, _) in self.jobs.iter().filter(|(_, job)| which(job)) {
+            out.push(Effect::Arm {
+                at: now.mono_ms.saturating_add(OWN_MS),
+                timer: Timer::Job(*number),
+            });
         }
     }
 

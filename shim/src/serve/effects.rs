@@ -11,7 +11,13 @@ use std::{
 };
 
 use nix::{fcntl::OFlag, unistd::Pid};
-use recoverd_common::{cgroup::Cgroup, failpoint, read::read_text, seen::Seen};
+use recoverd_common::{
+    cgroup::Cgroup,
+    failpoint,
+    proc::{Proc, ProcessId},
+    read::read_text,
+    seen::Seen,
+};
 
 use super::Shim;
 use crate::{
@@ -42,6 +48,11 @@ pub(super) struct Child {
 
 /// Longest `/proc/<pid>/cgroup` that is kept, bytes; real ones are below two KiB.
 const MAX_CGROUP: u64 = 64 << 10;
+
+/// How often what an ended child has started is looked for.
+const LOOKS: usize = 8;
+/// No runtime starts more processes than this for one command.
+const MOST_DESCENDANTS: usize = 256;
 
 /// Why a child was not started.
 pub(super) enum NotStarted {
@@ -213,6 +224,7 @@ impl Shim {
         let outcome = if status == 0 {
             Outcome::Done(self.report(&child))
         } else {
+            self.end_leftover(&child);
             let logged = runc::last_error(&child.log, child.log_offset);
             Outcome::Failed(children::failure(
                 child.words,
@@ -230,6 +242,53 @@ impl Shim {
             self.hear(heard);
         }
         self.handle(Input::Event(Event::JobEnded { job, outcome }));
+    }
+
+    /// Ends a short-lived child with all that it has started. A runtime's own child leads a session
+    /// of its own, so that the group's signal does not reach it: it would live on in the container,
+    /// and nobody would know of it.
+    pub(super) fn end_child(&self, leader: Pid) {
+        // Stopped, it starts nothing more while we look.
+        sys::signal_group(leader, libc::SIGSTOP);
+        let proc = Proc::new(&self.roots.proc);
+        // Each look may find what was started during the one before; what was killed stays there
+        // as a zombie, because its parent is stopped.
+        for _ in 0..LOOKS {
+            let living: Vec<ProcessId> = descendants(&proc, leader.as_raw());
+            if living.is_empty() {
+                break;
+            }
+            for process in living {
+                self.signal(
+                    Process {
+                        pid: u32::try_from(process.pid).unwrap_or(0),
+                        start_time: process.start_time,
+                    },
+                    libc::SIGKILL,
+                );
+            }
+        }
+        sys::signal_group(leader, libc::SIGKILL);
+    }
+
+    /// A runtime that failed, or was ended, after it had started an exec's process: nobody was told
+    /// of that process, so it must not be there. Only if it is ours to end, as its child.
+    fn end_leftover(&self, child: &Child) {
+        if child.work != Work::Exec {
+            return;
+        }
+        let Some(process) = self.report(child).process else {
+            return;
+        };
+        let proc = Proc::new(&self.roots.proc);
+        let stat = i32::try_from(process.pid).map_or(Seen::Absent, |pid| proc.stat(pid));
+        let ours = i32::try_from(std::process::id()).ok();
+        if let Seen::Present(stat) = stat
+            && stat.id.start_time == process.start_time
+            && Some(stat.ppid) == ours
+        {
+            self.signal(process, libc::SIGKILL);
+        }
     }
 
     pub(super) fn report(&self, child: &Child) -> Report {
@@ -334,6 +393,25 @@ impl Shim {
                 .say(Level::Warning, &format!("signal {pid} with {signal}: {e}"));
         }
     }
+}
+
+/// Those below `parent` that have not ended.
+fn descendants(proc: &Proc, parent: i32) -> Vec<ProcessId> {
+    let mut found = Vec::new();
+    let mut parents = vec![parent];
+    while let Some(parent) = parents.pop() {
+        for child in proc.children(parent) {
+            if let Seen::Present(stat) = proc.stat(child)
+                && found.len() < MOST_DESCENDANTS
+            {
+                parents.push(child);
+                if stat.alive() {
+                    found.push(stat.id);
+                }
+            }
+        }
+    }
+    found
 }
 
 fn process_of(pid: Pid) -> Process {

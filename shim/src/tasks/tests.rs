@@ -459,6 +459,51 @@ fn a_runtime_that_hangs_is_ended_when_its_caller_has_given_up() {
 }
 
 #[test]
+fn a_create_whose_caller_has_gone_does_not_hang_for_ever() {
+    let mut driver = Driver::new();
+    driver.call(create());
+    assert_eq!(driver.event(Event::Disconnected { connection: 2 }), []);
+    let out = driver.event(Event::Disconnected { connection: 1 });
+    let limit = Effect::Arm {
+        at: OWN_MS,
+        timer: Timer::Job(1),
+    };
+    assert_eq!(out, [limit]);
+    assert_eq!(
+        driver.event(Event::Timer(Timer::Job(1))),
+        [Effect::EndJob(1)]
+    );
+    driver.fail("create");
+    driver.done("cleanup");
+    assert!(driver.tasks.is_idle());
+    // One that is quick enough stays: containerd finds it when it is back.
+    let mut driver = Driver::new();
+    driver.call(create());
+    driver.event(Event::Disconnected { connection: 1 });
+    driver.done("create");
+    assert_eq!(driver.ask(Call::State(init())), "state 1");
+}
+
+#[test]
+fn a_runtime_that_hangs_does_not_keep_an_exit_back_for_ever() {
+    let limit = |job| Effect::Arm {
+        at: OWN_MS,
+        timer: Timer::Job(job),
+    };
+    let mut driver = Driver::running().with_exec();
+    driver.call(Call::Start(exec()));
+    driver.take();
+    assert!(driver.exit(INIT, 7).contains(&limit(3)));
+    assert_eq!(driver.take(), [""; 0]);
+    driver.event(Event::Timer(Timer::Job(3)));
+    driver.fail("exec");
+    assert_eq!(driver.take().last().map(String::as_str), Some("exit"));
+    let mut driver = Driver::created();
+    driver.call(Call::Start(init()));
+    assert!(driver.exit(INIT, 7).contains(&limit(2)));
+}
+
+#[test]
 fn a_shared_pid_namespace_is_emptied_when_its_init_exits() {
     let mut driver = Driver::running();
     driver.tasks.tasks.get_mut("c").unwrap().private_pids = false;

@@ -72,7 +72,17 @@ impl Api {
     where
         F: Future<Output = Result<tonic::Response<R>, tonic::Status>>,
     {
-        let mut request = tonic::Request::new(request);
+        self.send(tonic::Request::new(request), call)
+    }
+
+    fn send<Q, R, F>(
+        &self,
+        mut request: tonic::Request<Q>,
+        call: impl FnOnce(Channel, tonic::Request<Q>) -> F,
+    ) -> Result<R, Refused>
+    where
+        F: Future<Output = Result<tonic::Response<R>, tonic::Status>>,
+    {
         let namespace = self
             .namespace
             .parse()
@@ -92,11 +102,23 @@ impl Api {
         shim: ShimUnderTest,
         options: Option<&runc::Options>,
     ) {
+        self.container_with(id, spec, shim, options.map(runc_options));
+    }
+
+    /// The same with runtime options of any type.
+    #[track_caller]
+    pub fn container_with(
+        &self,
+        id: &str,
+        spec: &Value,
+        shim: ShimUnderTest,
+        options: Option<Any>,
+    ) {
         let container = pb::Container {
             id: id.into(),
             runtime: Some(pb::container::Runtime {
                 name: shim.runtime().display().to_string(),
-                options: options.map(runc_options),
+                options,
             }),
             spec: Some(Any {
                 type_url: SPEC.into(),
@@ -136,6 +158,20 @@ impl Api {
             exec_id: exec_id.into(),
         };
         self.call(request, |channel, request| async {
+            TasksClient::new(channel).start(request).await
+        })
+        .map(|answer| answer.pid)
+    }
+
+    /// Start of an exec by a client that waits so long and no longer.
+    pub fn start_within(&self, limit: Duration, id: &str, exec_id: &str) -> Result<u32, Refused> {
+        let mut request = tonic::Request::new(pb::StartRequest {
+            container_id: id.into(),
+            exec_id: exec_id.into(),
+        });
+        // Told to containerd, which tells the shim.
+        request.set_timeout(limit);
+        self.send(request, |channel, request| async {
             TasksClient::new(channel).start(request).await
         })
         .map(|answer| answer.pid)

@@ -16,6 +16,7 @@ pub mod record;
 pub mod runc;
 pub mod seen;
 pub mod shim_client;
+pub mod supervision;
 pub mod sys;
 pub mod timestamp;
 pub mod ttrpc;

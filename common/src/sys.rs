@@ -82,6 +82,16 @@ pub fn terminal_number(fd: BorrowedFd<'_>) -> Option<u32> {
     (asked == 0).then_some(number)
 }
 
+/// Descriptors that the kernel has just made for us, out of a message or an accept: nobody else
+/// knows their numbers, and they are taken once.
+pub fn received(numbers: &[RawFd]) -> Vec<OwnedFd> {
+    let own = |number: &RawFd| {
+        // SAFETY: see above; the callers give what recvmsg and accept gave them, once.
+        unsafe { OwnedFd::from_raw_fd(*number) }
+    };
+    numbers.iter().map(own).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -48,6 +48,7 @@ mod start;
 mod state;
 mod stats;
 mod stdio;
+mod supervised;
 mod sys;
 mod tasks;
 mod witness;

@@ -16,7 +16,7 @@ use std::{
     fs, io,
     net::Shutdown,
     os::{
-        fd::AsFd,
+        fd::{AsFd, AsRawFd},
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
@@ -51,6 +51,7 @@ use crate::{
     service::Reply,
     state::{Input, LoopState, Output},
     stdio::{self, Heard, Stdio},
+    supervised::Supervised,
     sys,
     tasks::{Effect, Event, JobId, Now},
 };
@@ -119,6 +120,7 @@ struct Shim {
     journal_broken: bool,
     children: BTreeMap<JobId, Child>,
     stdio: Stdio,
+    supervised: Supervised,
     oom: BTreeMap<String, (u64, OomWatch)>,
     last_oom: u64,
     witnesses: BTreeMap<u64, Witness>,
@@ -272,6 +274,7 @@ fn prepare(
         .strip_prefix("unix://")
         .map(str::to_owned)
         .unwrap_or(events_address);
+    let supervised = Supervised::new(&socket, fixed.shim.process);
     let shim = Shim {
         state: LoopState::new(namespace, pid),
         inbox: VecDeque::new(),
@@ -286,6 +289,7 @@ fn prepare(
         journal_broken: false,
         children: BTreeMap::new(),
         stdio: Stdio::new(),
+        supervised,
         oom: BTreeMap::new(),
         last_oom: OOM,
         witnesses: BTreeMap::new(),
@@ -323,6 +327,9 @@ impl Shim {
         // them.
         for socket in self.sockets.values() {
             let _ = socket.stream.shutdown(Shutdown::Both);
+        }
+        if let Some(listener) = &self.listener {
+            announce_end(listener);
         }
         // Held to the very end.
         drop(lock);
@@ -468,6 +475,7 @@ impl Shim {
                 self.write_record();
             }
         }
+        self.tell_supervisor();
         failpoint!("serve.answer.before");
         self.flush();
         failpoint!("serve.answer.after");
@@ -556,6 +564,7 @@ impl Shim {
         self.retired = true;
         if let Some(listener) = self.listener.take() {
             let _ = self.epoll.delete(&listener);
+            announce_end(&listener);
         }
         let remove = |path: &Path| match fs::remove_file(path) {
             Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
@@ -661,6 +670,13 @@ impl Shim {
             }
         }
     }
+}
+
+/// Nobody may connect to a listener that has no process behind it any more, whoever else keeps it.
+fn announce_end(listener: &UnixListener) {
+    let both = nix::sys::socket::Shutdown::Both;
+    // Fails on nothing that is a socket.
+    let _ = nix::sys::socket::shutdown(listener.as_raw_fd(), both);
 }
 
 /// See the feature in Cargo.toml.

@@ -40,6 +40,7 @@ use nix::{
 use crate::{
     children::ChildFile,
     service::{Key, StdioWish},
+    supervised::Tell,
     sys,
     tasks::Process,
     witness,
@@ -168,6 +169,8 @@ pub struct Stdio {
     /// Loggers whose task has gone, and when they are killed.
     dismissed: Vec<(Logger, u64)>,
     look_at: Option<(u64, u64)>,
+    /// What a supervisor is to be told, before the next answer.
+    tell: Vec<Tell>,
 }
 
 /// Tokens that this file gives to epoll carry this bit.
@@ -182,6 +185,7 @@ impl Stdio {
             last: TOKEN,
             dismissed: Vec::new(),
             look_at: None,
+            tell: Vec::new(),
         }
     }
 
@@ -304,6 +308,7 @@ impl Stdio {
         epoll: &Epoll,
     ) -> io::Result<()> {
         let number = self.next();
+        self.tell_ends(key, &from, to.as_ref(), kind);
         let mut relay = Relay {
             key: key.clone(),
             from,
@@ -318,6 +323,53 @@ impl Stdio {
             held.relays.push(number);
         }
         Ok(())
+    }
+
+    /// What only we hold of a relay: the client's fifos, whose other end would see us die, and the
+    /// write end of a stdin. Not the pipe of a logger or copier: it gets a new one.
+    fn tell_ends(&mut self, key: &Key, from: &OwnedFd, to: Option<&OwnedFd>, kind: RelayKind) {
+        let key = handoff_key(key);
+        let mut keep = |what: &str, fd: &OwnedFd| {
+            // Out of descriptors: then it is caught up by looking.
+            if let Ok(fd) = fd.try_clone() {
+                self.tell.push(Tell::Keep(format!("{what}:{key}"), fd));
+            }
+        };
+        match kind {
+            RelayKind::Input(true) => {}
+            RelayKind::Input(false) => {
+                keep("stdin-fifo", from);
+                if let Some(to) = to.filter(|to| sys::terminal_number(to.as_fd()).is_none()) {
+                    keep("stdin", to);
+                }
+            }
+            RelayKind::Output => {
+                if let Some(to) = to.filter(|to| is_named_fifo(to))
+                    && let Ok(fd) = to.try_clone()
+                {
+                    self.tell.push(Tell::Keep(output_name(&key, to), fd));
+                }
+            }
+        }
+    }
+
+    fn tell_end_of(&mut self, relay: &Relay) {
+        let key = handoff_key(&relay.key);
+        match relay.kind {
+            RelayKind::Output => {
+                let name = relay.to.as_ref().map(|to| output_name(&key, to));
+                self.tell.extend(name.map(Tell::Drop));
+            }
+            RelayKind::Input(_) => {
+                let ends = ["stdin", "stdin-fifo"].map(|what| format!("{what}:{key}"));
+                self.tell.extend(ends.map(Tell::Drop));
+            }
+        }
+    }
+
+    /// What a supervisor has to be told before the next answer.
+    pub fn take_tell(&mut self) -> Vec<Tell> {
+        std::mem::take(&mut self.tell)
     }
 
     /// A socket in the bundle, by a name that has no length limit for us (`/proc/self/fd`) and
@@ -391,6 +443,8 @@ impl Stdio {
         };
         let (output, input) = (held.output.take(), held.input.take());
         let (reader, writer) = (master.try_clone()?, master.try_clone()?);
+        let name = format!("master:{}", handoff_key(key));
+        self.tell.push(Tell::Keep(name, master.try_clone()?));
         held.master = Some(master);
         // Without an output it still has to be read, or the terminal fills up and stops.
         self.relay(key, reader, output, RelayKind::Output, epoll)?;
@@ -422,6 +476,7 @@ impl Stdio {
             return;
         };
         let _ = relay.watch(None, number, epoll);
+        self.tell_end_of(&relay);
         let Some(held) = self.held.get_mut(&relay.key) else {
             return;
         };
@@ -509,6 +564,10 @@ impl Stdio {
                 && matches!(relay.kind, RelayKind::Input(_))
             {
                 relay.kind = RelayKind::Input(true);
+                // A spare write end would keep the process from reading the end.
+                let key = handoff_key(key);
+                let ends = ["stdin", "stdin-fifo"].map(|what| format!("{what}:{key}"));
+                self.tell.extend(ends.map(Tell::DropFirst));
                 self.copy(number, epoll, &mut heard);
             }
         }
@@ -528,10 +587,16 @@ impl Stdio {
         let Some(held) = self.held.remove(key) else {
             return;
         };
+        if held.master.is_some() {
+            let name = format!("master:{}", handoff_key(key));
+            self.tell.push(Tell::Drop(name));
+        }
         for number in held.relays {
             // Closing a descriptor that nobody else holds takes it out of epoll; the clones of a
             // terminal's master are watched by their own numbers and closed here as well.
-            self.relays.remove(&number);
+            if let Some(relay) = self.relays.remove(&number) {
+                self.tell_end_of(&relay);
+            }
         }
         if let Some((_, _, path)) = held.console {
             let _ = fs::remove_file(path);
@@ -624,6 +689,25 @@ impl Stdio {
             *next = pause.saturating_mul(2).min(LOOK_MS.1);
         }
     }
+}
+
+/// A process, in the names of what is kept of it.
+fn handoff_key(key: &Key) -> String {
+    format!("{}/{}", key.id, key.exec_id)
+}
+
+/// The two outputs of a process end each by itself.
+fn output_name(key: &str, fifo: &OwnedFd) -> String {
+    let inode = nix::sys::stat::fstat(fifo).map_or(0, |stat| stat.st_ino);
+    format!("output-fifo:{key}@{inode}")
+}
+
+/// A fifo that a client knows by its name, and no pipe.
+fn is_named_fifo(fd: &OwnedFd) -> bool {
+    let link = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    let name = fs::read_link(link).unwrap_or_default();
+    let pipe = name.to_string_lossy().starts_with("pipe:");
+    !pipe && fs::metadata(name).is_ok_and(|meta| meta.file_type().is_fifo())
 }
 
 fn set_file(opened: &mut Opened, at: usize, file: ChildFile) {

@@ -2,7 +2,10 @@
 
 use std::{
     io::{self, Read, Write},
-    os::{fd::AsRawFd, unix::net::UnixStream},
+    os::{
+        fd::{AsFd, AsRawFd},
+        unix::net::UnixStream,
+    },
 };
 
 use nix::{
@@ -55,14 +58,37 @@ impl Shim {
             let event = EpollEvent::new(EpollFlags::EPOLLIN, number | CONNECTION);
             match self.epoll.add(&stream, event) {
                 Ok(()) => {
+                    let fresh = self.supervised.keep("connection", stream.as_fd());
                     let socket = Socket {
                         stream,
                         waits: false,
                     };
                     self.sockets.insert(number, socket);
+                    if fresh {
+                        self.keep_all();
+                    }
                 }
                 Err(_) => self.handle(Input::Closed(number)),
             }
+        }
+    }
+
+    /// Tells the supervisor of what was opened and closed since the last answer.
+    pub(super) fn tell_supervisor(&mut self) {
+        let tell = self.stdio.take_tell();
+        if !tell.is_empty() && self.supervised.tell(tell) {
+            self.keep_all();
+        }
+    }
+
+    /// Tells the supervisor of everything that it does not find by looking into us, as fast as
+    /// we may die.
+    fn keep_all(&mut self) {
+        if let Some(listener) = &self.listener {
+            self.supervised.keep("listener", listener.as_fd());
+        }
+        for socket in self.sockets.values() {
+            self.supervised.keep("connection", socket.stream.as_fd());
         }
     }
 

@@ -2,6 +2,7 @@
 
 use std::future::Future;
 use std::path::Path;
+use std::time::Duration;
 
 use containerd_client::services::v1 as pb;
 use containerd_client::services::v1::containers_client::ContainersClient;

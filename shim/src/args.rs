@@ -22,6 +22,8 @@ pub enum Invocation {
     Delete(Flags),
     /// `adopt`: take over the tasks of a shim that is gone.
     Adopt(Flags),
+    /// `tell`: send what a dead shim could not; ours, started by `delete`.
+    Tell(Flags),
     /// No action: be the shim.
     Serve(Flags),
     /// `-adopt`: be the shim that takes over.
@@ -77,7 +79,7 @@ pub enum Refusal {
         value: String,
     },
     /// Neither `start` nor `delete`.
-    #[error("unknown action {0:?} (allowed: start, delete, adopt, or none to serve)")]
+    #[error("unknown action {0:?} (allowed: start, delete, adopt, tell, or none to serve)")]
     UnknownAction(String),
     /// containerd never passes such.
     #[error("argument {0:?} is not valid UTF-8")]
@@ -121,6 +123,8 @@ containerd runs it; by hand only -v and -info are of use.
   -namespace NS -address A -id ID -bundle B [-debug] delete  clean up after a task
   -namespace NS -address A -id ID [-debug] adopt             serve the tasks of a shim that is
                                                              gone (recoverd runs it)
+  -namespace NS -address A -id ID -socket S tell             send the events that a shim has left
+                                                             behind (delete runs it)
   -v        print the version
   -info     print what this runtime can do, as protobuf (options on standard input)
 
@@ -275,6 +279,7 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
         Some("start") => Invocation::Start,
         Some("delete") => Invocation::Delete,
         Some("adopt") => Invocation::Adopt,
+        Some("tell") => Invocation::Tell,
         None if given.adopt => Invocation::Successor,
         None => Invocation::Serve,
         Some(other) => return Err(Refusal::UnknownAction(other.into())),

@@ -29,7 +29,8 @@ use nix::{
 };
 use prost::Message;
 use recoverd_common::{
-    cgroup, failpoint,
+    cgroup::{self, Roots},
+    failpoint,
     paths::Beside,
     pb::task::DeleteResponse,
     proc::{Proc, ProcessId},
@@ -40,9 +41,10 @@ use recoverd_common::{
 
 use crate::{
     args::Flags,
+    context,
     delete_look::{Observed, look_at, read_state},
     delete_rule::{CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
-    lock, mounts,
+    event_log, lock, mounts,
     remains::{self, Unsent},
     sys::{self, Hold},
 };
@@ -116,16 +118,22 @@ pub fn run(flags: &Flags) -> Result<Outcome, DeleteError> {
         }
         Verdict::CleanUp(clean_up) => clean_up,
     };
-    Deletion { task, deadline }.perform(&clean_up)
+    Deletion {
+        task,
+        deadline,
+        flags,
+    }
+    .perform(&clean_up)
 }
 
 /// The acts, each within what is left of the budget.
-struct Deletion {
+struct Deletion<'a> {
     task: Observed,
     deadline: Instant,
+    flags: &'a Flags,
 }
 
-impl Deletion {
+impl Deletion<'_> {
     fn perform(&self, clean_up: &CleanUp) -> Result<Outcome, DeleteError> {
         let mut remarks = Vec::new();
         let mut remark = |text: String| remarks.push(format!("{}: {text}", self.task.label));
@@ -352,10 +360,7 @@ impl Deletion {
         let path = beside.record;
         let mut record = match record::read(&path) {
             Seen::Present(record) => record,
-            Seen::Absent => {
-                remains::remove_group(&self.task.socket, Unsent::Remove);
-                return Ok(());
-            }
+            Seen::Absent => return self.close_group(),
             Seen::Unknown(why) => return Err(io::Error::other(why)),
         };
         record
@@ -365,13 +370,48 @@ impl Deletion {
             .running
             .retain(|running| running.id != self.task.name.as_str());
         record.written_at = Timestamp::now();
-        let of_this_boot = self.task.record.present().is_some();
-        if record.tasks.is_empty() || !of_this_boot {
+        if self.task.record.present().is_none() {
+            // Of another boot: what has not been told of it is nobody's news any more.
             remains::remove_group(&self.task.socket, Unsent::Remove);
             return Ok(());
         }
+        if record.tasks.is_empty() {
+            return self.close_group();
+        }
         failpoint!("delete.record.before");
         Store::new(&path).write(&record)
+    }
+
+    /// The group has no task left. Its shim may have died with events unsent: nobody else will come
+    /// by who could send them.
+    fn close_group(&self) -> io::Result<()> {
+        let socket = &self.task.socket;
+        remains::remove_group(socket, Unsent::Keep);
+        let events = Beside::of(socket).events;
+        if !event_log::is_wanted(&events, true) || event_log::is_wanted(&events, false) {
+            return Ok(());
+        }
+        let exe = env::current_exe()?;
+        let mut command = Command::new(exe);
+        command
+            .args(self.flags.of_daemon(self.flags.group()))
+            .arg("-socket")
+            .arg(socket)
+            .arg("tell")
+            .current_dir("/")
+            .env_remove("NOTIFY_SOCKET")
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        sys::give(&mut command, &[], false)?;
+        let child = command.spawn()?;
+        // As likely to be killed as a shim.
+        context::adjust_oom_score(
+            &Roots::default(),
+            nix::unistd::getppid().as_raw(),
+            child.id(),
+        );
+        Ok(())
     }
 }
 

@@ -65,6 +65,14 @@ impl Log {
         Self { fifo, debug }
     }
 
+    /// Of a process that belongs to no bundle.
+    pub fn none() -> Self {
+        Self {
+            fifo: None,
+            debug: false,
+        }
+    }
+
     /// Writes a line, if anybody could ever read it.
     pub fn say(&self, level: Level, text: &str) {
         if level == Level::Debug && !self.debug {

@@ -98,6 +98,7 @@ fn invoke(invocation: Invocation) -> Result<u8, Box<dyn Error>> {
         Invocation::Adopt(flags) => return Ok(adopt::run(&flags, &mut io::stdout().lock())?),
         Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),
         Invocation::Successor(flags) => serve::adopt_and_serve(&flags),
+        Invocation::Tell(flags) => serve::tell(&flags),
     };
     done.map(|()| 0)
 }

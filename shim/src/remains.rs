@@ -12,9 +12,9 @@ use crate::event_log;
 /// Events that nobody has acknowledged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Unsent {
-    /// The next shim of the group sends them.
+    /// Somebody sends them: the next shim of the group, or who is at it already.
     Keep,
-    /// The group is closed for good. Those that a shim without tasks is still sending stay.
+    /// They are worth nothing. Those that a shim without tasks is still sending stay.
     Remove,
 }
 

@@ -9,6 +9,7 @@ mod effects;
 mod exits;
 mod looks;
 mod sockets;
+mod tell;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -59,6 +60,7 @@ use adopted::Witness;
 pub use adopted::adopt_and_serve;
 use effects::Child;
 use sockets::Socket;
+pub use tell::tell;
 
 const LISTENER: u64 = 1;
 const SIGNALS: u64 = 2;

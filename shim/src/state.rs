@@ -179,6 +179,11 @@ impl LoopState {
         }
     }
 
+    /// Without tasks, and in nobody's place: leaves when the events are told.
+    pub fn linger(&mut self) {
+        self.leaving = Leaving::Lingering;
+    }
+
     fn begin_to_leave(&mut self, callers: Vec<Caller>, now: Now) {
         self.outbox.hurry();
         self.leaving = Leaving::Flushing {

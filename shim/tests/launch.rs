@@ -104,6 +104,10 @@ impl Node {
     }
 
     fn delete(&self, id: &str) -> Output {
+        self.delete_as(Command::new(BINARY).env_remove("TTRPC_ADDRESS"), id)
+    }
+
+    fn delete_as(&self, command: &mut Command, id: &str) -> Output {
         let bundle = self.bundle(id);
         let path = bundle.to_str().unwrap();
         let words = [
@@ -124,7 +128,7 @@ impl Node {
         } else {
             Path::new("/")
         };
-        run(here, &words, b"")
+        run_as(command, here, &words, b"")
     }
 
     /// A bundle as a shim leaves it: its address, and a runtime that is `script`.
@@ -159,9 +163,17 @@ fn names(folder: &Path) -> Vec<String> {
 }
 
 fn run(here: &Path, words: &[&str], input: &[u8]) -> Output {
-    let mut child = Command::new(BINARY)
+    run_as(
+        Command::new(BINARY).env_remove("TTRPC_ADDRESS"),
+        here,
+        words,
+        input,
+    )
+}
+
+fn run_as(command: &mut Command, here: &Path, words: &[&str], input: &[u8]) -> Output {
+    let mut child = command
         .args(words)
-        .env_remove("TTRPC_ADDRESS")
         .current_dir(here)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -910,6 +922,75 @@ fn delete_answers_the_recorded_exit_and_removes_the_group_with_its_last_task() {
         ("", vec![])
     );
     assert_eq!(deleted(&node.delete("c")).exit_status, 137);
+}
+
+/// An entry of the log of events, as a shim writes it.
+fn logged(number: u64, payload: &[u8]) -> Vec<u8> {
+    let step = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
+    let sum = number.to_le_bytes().iter().fold(0x811c_9dc5, step);
+    let sum = payload.iter().fold(sum, step);
+    let mut entry = u32::try_from(payload.len()).unwrap().to_le_bytes().to_vec();
+    entry.extend(sum.to_le_bytes());
+    entry.extend(number.to_le_bytes());
+    entry.extend(0u32.to_le_bytes());
+    entry.extend(payload);
+    entry.resize(20 + payload.len().next_multiple_of(8), 0);
+    entry
+}
+
+#[test]
+fn what_a_dead_shim_had_not_told_is_told_after_its_delete() {
+    let node = Node::new();
+    node.deserted("c", "c", "rmdir \"$2/$5\"");
+    let socket = node.socket("c");
+    drop(UnixListener::bind(&socket).unwrap());
+    write_record(&socket, vec![recorded("c", None, None)]);
+    let events = Beside::of(&socket).events;
+    let unsent = [
+        b"rcvd-ev1",
+        &logged(1, b"first")[..],
+        &logged(2, b"second"),
+        &[0; 8],
+    ];
+    fs::write(&events, unsent.concat()).unwrap();
+    // containerd is away; it runs `delete` before it listens, and older ones run it twice.
+    let address = node.dir.path().join("events");
+    let delete = || node.delete_as(Command::new(BINARY).env("TTRPC_ADDRESS", &address), "c");
+    thread::scope(|scope| {
+        for one in [scope.spawn(delete), scope.spawn(delete)] {
+            assert!(one.join().unwrap().status.success());
+        }
+    });
+    deleted(&delete());
+    let name = events.file_name().unwrap().to_str().unwrap();
+    until(|| node.leftovers() == [name]);
+    let listener = UnixListener::bind(&address).unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    peer.set_read_timeout(Some(Duration::from_secs(20)))
+        .unwrap();
+    for expected in [&b"first"[..], b"second"] {
+        let mut header = [0; HEADER];
+        peer.read_exact(&mut header).unwrap();
+        let request = Header::parse(&header).unwrap();
+        let mut body = vec![0; request.length as usize];
+        peer.read_exact(&mut body).unwrap();
+        let asked = pb::Request::decode(body.as_slice()).unwrap();
+        assert_eq!(
+            (asked.method.as_str(), &asked.payload[..]),
+            ("Forward", expected)
+        );
+        let header = Header {
+            length: 0,
+            kind: Kind::Response,
+            ..request
+        };
+        peer.write_all(&header.bytes()).unwrap();
+    }
+    // By one process, which leaves, and nothing of it stays.
+    assert_eq!(peer.read(&mut [0; 9]).unwrap(), 0);
+    until(|| node.leftovers() == [""; 0]);
+    listener.set_nonblocking(true).unwrap();
+    assert!(listener.accept().is_err(), "a second one told it too");
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use recoverd_common::pb::task::{DeleteResponse, Status};
+use recoverd_common::pb::task::{DeleteRequest, DeleteResponse, ShutdownRequest, Status};
 use recoverd_common::record::Exit;
 use recoverd_tests::{
     Container, Containerd, Events, Node, Reader, Release, ShimUnderTest, Task, Traces, beside,
@@ -20,6 +20,11 @@ recoverd_tests::tests! {
         exits_of_a_short_and_of_a_long_downtime_are_told_truly,
         delete_verb_gives_the_recorded_exit,
         scan_and_show_know_our_shim,
+        what_happened_meanwhile_is_told_exactly_twice,
+    ],
+    // Between shims only, and the event service, which is the same in every release.
+    once: [
+        events_outlive_their_task_and_their_shim,
     ],
 }
 
@@ -400,13 +405,167 @@ fn delete_verb_gives_the_recorded_exit(release: &Release) {
         panic!("recorded as {recorded:?}")
     };
     assert_eq!(response.exited_at.map(|at| at.seconds), Some(at.seconds));
-    // containerd does the same at its start; it must not trip over what is gone.
+    // containerd does the same at its start; it must not trip over what is gone. And the exit, of
+    // which the dead shim could not tell it, is told.
     containerd.start();
+    let events = Events::of(&containerd);
+    let exit = wait_for("the exit event", || {
+        events.of_topic("down", "/tasks/exit").pop()
+    });
+    assert_eq!(exit.number("exit_status"), 23);
     assert_eq!(containerd.task("e2e", "down"), None);
     living.assert_init_alive();
     containerd.ctr_ok("e2e", ["containers", "delete", "down"]);
     containerd.remove(&living);
     before.wait_restored(&node);
+}
+
+/// How often containerd was handed an event of that topic; it says so at log level `trace`.
+fn forwarded(containerd: &Containerd, topic: &str) -> usize {
+    let topic = format!("topic={topic} ");
+    let log = containerd.log();
+    let lines = log.lines().filter(|line| line.contains("event forwarded"));
+    lines.filter(|line| line.contains(&topic)).count()
+}
+
+/// Whoever subscribes while containerd comes back hears of what happened meanwhile, sooner or later;
+/// nobody hears of it a third time.
+fn what_happened_meanwhile_is_told_exactly_twice(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let eats = "while [ ! -e /mnt/eat ]; do usleep 20000; done; exec tail /dev/zero";
+    let task = containerd.run(
+        &ours("meanwhile")
+            .shares(&node)
+            .memory_limit(16 << 20)
+            .command(["sh", "-c", eats]),
+    );
+    containerd.exec(
+        &task,
+        "session",
+        &["sh", "-c", "sleep 100000; :", "session"],
+    );
+    let session = node.shell_with("session");
+    containerd.kill();
+    // An exec's exit, an OOM kill, the init's exit.
+    node.kill(&session);
+    node.tell("eat");
+    node.wait_gone(&task.init);
+    let topics = [("/tasks/exit", 2), ("/tasks/oom", 1)];
+    let waiting = topics.iter().map(|(_, count)| count).sum();
+    wait_for("all to be kept", || {
+        (waiting_events(&task) == Some(waiting)).then_some(())
+    });
+    containerd.log_level("trace");
+    containerd.start();
+    let before = topics.map(|(topic, _)| forwarded(&containerd, topic));
+    for (topic, count) in topics {
+        wait_for("the first telling", || {
+            (forwarded(&containerd, topic) >= count).then_some(())
+        });
+    }
+    // Now, too late for that one.
+    let late = Events::of(&containerd);
+    for (topic, count) in topics {
+        wait_for("the second telling", || {
+            (late.of_topic("meanwhile", topic).len() >= count).then_some(())
+        });
+    }
+    wait_for("all to be acknowledged", || {
+        waiting_events(&task).is_none().then_some(())
+    });
+    // Another restart changes nothing: it is told.
+    containerd.restart();
+    containerd.delete(&task, 137);
+    node.wait_gone(&task.shim);
+    for (topic, count) in topics {
+        assert_eq!(
+            forwarded(&containerd, topic),
+            2 * count,
+            "{topic}, {before:?}"
+        );
+    }
+    let order: Vec<String> = late
+        .of_container("meanwhile")
+        .into_iter()
+        .map(|event| format!("{} {}", event.topic, event.text("id")))
+        .collect();
+    let told = [
+        "/tasks/exit session",
+        "/tasks/oom ",
+        "/tasks/exit meanwhile",
+    ];
+    assert_eq!(order, told);
+}
+
+/// Delete and Shutdown while containerd is away: the events wait on disk, whatever becomes of those
+/// who could send them.
+fn events_outlive_their_task_and_their_shim(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let before = Traces::of(&node);
+    for id in ["by-delete", "by-the-next"] {
+        let task = containerd.run(&exits_with_23(id));
+        containerd.kill();
+        node.signal(&task.init, "TERM");
+        wait_for("the exit in the record", || task.recorded().exit);
+        let delete = DeleteRequest {
+            id: id.into(),
+            exec_id: String::new(),
+        };
+        let deleted: DeleteResponse = task.call("Delete", &delete).expect("delete");
+        assert_eq!(deleted.exit_status, 23);
+        let shutdown = ShutdownRequest {
+            id: id.into(),
+            now: false,
+        };
+        task.call::<()>("Shutdown", &shutdown).expect("shutdown");
+        // It has gone from its place and still tries.
+        let beside = recoverd_common::paths::Beside::of(&node.path(task.socket()));
+        assert!(!node.path(task.socket()).exists() && !beside.record.exists());
+        assert_eq!(waiting_events(&task), Some(2));
+        task.assert_shim_alive();
+        node.kill(&task.shim);
+        assert_eq!(waiting_events(&task), Some(2));
+        if id == "by-the-next" {
+            // No `delete` comes by.
+            node.run("rm", ["-r".as_ref(), task.bundle().as_os_str()]);
+        }
+        containerd.start();
+        let events = Events::of(&containerd);
+        if id == "by-the-next" {
+            // It may be told by now; a shim of the group that comes must be there for that.
+            assert_eq!(waiting_events(&task), Some(2));
+            containerd.ctr_ok("e2e", ["containers", "delete", id]);
+            let next = containerd.run(&exits_with_23(id));
+            let told = wait_for("the exit", || {
+                let told = events.of_container(id);
+                told.iter()
+                    .any(|event| event.topic == "/tasks/start")
+                    .then_some(told)
+            });
+            let topics: Vec<&str> = told.iter().map(|event| event.topic.as_str()).collect();
+            let expected = [
+                "/tasks/exit",
+                "/tasks/delete",
+                "/tasks/create",
+                "/tasks/start",
+            ];
+            let tasks: Vec<&str> = topics
+                .into_iter()
+                .filter(|topic| topic.starts_with("/tasks/"))
+                .collect();
+            assert_eq!(tasks, expected);
+            assert_eq!(told[0].number("pid"), u64::from(task.init.pid));
+            containerd.remove(&next);
+        } else {
+            let exit = wait_for("the exit", || events.of_topic(id, "/tasks/exit").pop());
+            assert_eq!(exit.number("exit_status"), 23);
+            containerd.ctr_ok("e2e", ["containers", "delete", id]);
+        }
+        drop(events);
+        before.wait_restored(&node);
+    }
 }
 
 fn scan_and_show_know_our_shim(release: &Release) {

@@ -76,7 +76,7 @@ impl Process {
             && self.state != 'Z'
             && !matches!(
                 self.argv.last().map(String::as_str),
-                Some("start" | "delete" | "adopt")
+                Some("start" | "delete" | "adopt" | "tell")
             )
     }
 }

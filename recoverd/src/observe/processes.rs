@@ -89,6 +89,10 @@ fn parse_shim_line(arguments: &[String]) -> Option<ShimLine> {
                 }
             })
     };
+    // Sends a dead shim's last events: serves nobody, and its task is gone.
+    if arguments.last().is_some_and(|last| last == "tell") {
+        return None;
+    }
     let line = ShimLine {
         namespace: value("namespace")?,
         id: value("id")?,

@@ -17,6 +17,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use crate::handoff::MAX_DESCRIPTORS;
 use crate::record::{
     Exit, Phase, Process, Record,
     version::{self, Plain, Unreadable},
@@ -38,6 +39,9 @@ pub struct Adoption {
     /// A shim that lives and does not answer. The successor stops it, takes the descriptors that
     /// only it has, ends it, and only then serves.
     pub predecessor: Option<Process>,
+    /// Descriptors of a predecessor that has died, kept by who starts the successor: this one is
+    /// started with them at 3, 4, 5…, and here are their names (see [`crate::handoff`]).
+    pub descriptors: Vec<String>,
 }
 
 /// What became of one task.
@@ -75,6 +79,9 @@ pub enum Misunderstood {
     /// Of another version of the other program.
     #[error("has format {0}, not {FORMAT}")]
     Format(u32),
+    /// No shim has so many.
+    #[error("names {0} descriptors, more than {MAX_DESCRIPTORS}")]
+    TooMany(usize),
     /// Its record is not readable.
     #[error("record {0}")]
     Record(#[source] Unreadable),
@@ -86,6 +93,8 @@ struct AdoptionOnWire {
     socket: PathBuf,
     record: Option<Value>,
     predecessor: Option<version::Process>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    descriptors: Vec<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -131,6 +140,7 @@ impl Adoption {
             socket: self.socket.clone(),
             record: record.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
             predecessor: Plain::of(&self.predecessor),
+            descriptors: self.descriptors.clone(),
         };
         // Only a path that is not UTF-8 can make this fail; a socket's is hexadecimal.
         serde_json::to_vec(&wire).unwrap_or_default()
@@ -147,10 +157,14 @@ impl Adoption {
                 Some(version::decode(&bytes).map_err(Misunderstood::Record)?)
             }
         };
+        if wire.descriptors.len() > MAX_DESCRIPTORS {
+            return Err(Misunderstood::TooMany(wire.descriptors.len()));
+        }
         Ok(Self {
             socket: wire.socket,
             record,
             predecessor: wire.predecessor.back(),
+            descriptors: wire.descriptors,
         })
     }
 }
@@ -210,6 +224,7 @@ mod tests {
                 socket: "/run/containerd/s/0a".into(),
                 record,
                 predecessor: Some(SHIM),
+                descriptors: vec!["listener".into(), "connection".into()],
             };
             assert_eq!(Adoption::decode(&sent.encode()), Ok(sent));
         }

@@ -17,6 +17,8 @@
 //! | --- | --- |
 //! | `record` | the shim's record: its two files, their exchange |
 //! | `events` | the log of events not yet acknowledged |
+//! | `requests` | the file of requests not yet answered |
+//! | `handoff` | a successor answers what its predecessor was asked |
 //! | `start`, `daemon` | the `start` verb, and the daemon's first steps |
 //! | `serve` | one input of the shim's loop: events, record, effects, answers |
 //! | `retire` | a shim that leaves removes its files |

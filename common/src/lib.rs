@@ -5,6 +5,7 @@ pub mod adoption;
 pub mod bundle;
 pub mod cgroup;
 pub mod failpoint;
+pub mod handoff;
 pub mod ids;
 pub mod mounts;
 pub mod paths;

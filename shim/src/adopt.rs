@@ -4,6 +4,7 @@
 //! ```text
 //! launch   the verb: starts the daemon, waits for its word, says what it has adopted
 //! claim    lock; whoever answers is left alone; the unresponsive one is robbed and ended
+//! kept     descriptors of it that somebody else has kept open
 //! look     which of the recorded processes live, and what is known of those that do not
 //! (here)   record + looks → tasks, news
 //! stdio    reopens what the processes read and write
@@ -15,6 +16,7 @@
 
 mod bundles;
 mod claim;
+mod kept;
 mod launch;
 mod look;
 mod loot;
@@ -35,6 +37,7 @@ use crate::{
 
 pub use bundles::write as write_bundle;
 pub use claim::{Claimed, claim};
+pub use kept::{Kept, inherited, streams_within};
 pub use launch::{ADOPTED, BACK, REFUSED, Refused, executable, launch, record_of, run};
 pub use look::{Look, has_living, look};
 pub use loot::Loot;

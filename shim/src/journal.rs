@@ -8,6 +8,7 @@ use recoverd_common::{
 };
 
 use crate::{
+    connections::Caller,
     service::Key,
     state::LoopState,
     stdio::Stdio,
@@ -100,7 +101,11 @@ impl Journal {
                 task_of(id, task, &self.fixed.shim.namespace, deleting, stdio)
             })
             .collect();
-        let unanswered = jobs.values().filter_map(unanswered).collect();
+        let of_jobs = jobs.values().filter_map(unanswered);
+        let adding = state.tasks.iter().flat_map(|(id, task)| {
+            let execs = task.adding();
+            execs.map(|(exec_id, from)| adding(id, exec_id, from))
+        });
         Record {
             written_at: Timestamp::now(),
             boot_id: self.fixed.boot_id.clone(),
@@ -111,7 +116,7 @@ impl Journal {
             // Which descriptors there are follows from the tasks; their numbers are of use to a
             // handoff only, which carries them itself.
             descriptors: Vec::new(),
-            unanswered,
+            unanswered: of_jobs.chain(adding).collect(),
         }
     }
 }
@@ -141,6 +146,16 @@ fn unanswered(job: &Job) -> Option<record::Unanswered> {
         id: job.key.id.clone(),
         exec_id: job.key.exec_id.clone(),
     })
+}
+
+fn adding(id: &str, exec_id: &str, from: Caller) -> record::Unanswered {
+    record::Unanswered {
+        connection: from.connection,
+        stream: from.stream,
+        method: "add".to_owned(),
+        id: id.to_owned(),
+        exec_id: exec_id.to_owned(),
+    }
 }
 
 fn task_of(id: &str, task: &Task, namespace: &str, deleting: bool, stdio: &Stdio) -> record::Task {

@@ -39,6 +39,8 @@ mod oom;
 mod options;
 mod reaper;
 mod remains;
+mod requests;
+mod resume;
 mod runc;
 mod serve;
 mod serve_args;

@@ -8,6 +8,7 @@ mod adopted;
 mod effects;
 mod exits;
 mod looks;
+mod resumed;
 mod sockets;
 mod tell;
 
@@ -48,6 +49,7 @@ use crate::{
     oom::OomWatch,
     reaper,
     remains::{self, Unsent},
+    requests::Requests,
     serve_args::ServeArgs,
     service::Reply,
     state::{Input, LoopState, Output},
@@ -120,6 +122,8 @@ struct Shim {
     journal: Journal,
     /// Said once per trouble, not once per write.
     journal_broken: bool,
+    requests: Requests,
+    requests_broken: bool,
     children: BTreeMap<JobId, Child>,
     stdio: Stdio,
     supervised: Supervised,
@@ -207,6 +211,8 @@ fn begin(
     failpoint!("daemon.events.before");
     shim.take_over_events().map_err(failed("write events"))?;
     failpoint!("daemon.events.after");
+    let begun = shim.requests.begin();
+    shim.noted(begun);
     shim.journal
         .write(&shim.state, &shim.stdio)
         .map_err(failed("write record"))?;
@@ -289,6 +295,8 @@ fn prepare(
         event_log: EventLog::new(&beside.events),
         journal: Journal::new(&beside.record, fixed),
         journal_broken: false,
+        requests: Requests::new(&beside.requests),
+        requests_broken: false,
         children: BTreeMap::new(),
         stdio: Stdio::new(),
         supervised,
@@ -450,6 +458,10 @@ impl Shim {
         while let Some(input) = self.inbox.pop_front() {
             self.make_room(&input);
             let now = now();
+            let read = match &input {
+                Input::Bytes(number, bytes) => Some((*number, bytes.len())),
+                _ => None,
+            };
             let outputs = self.step(input, now);
             failpoint!("serve.events.before");
             for output in &outputs {
@@ -463,9 +475,18 @@ impl Shim {
                     self.log.say(Level::Error, &format!("write events: {e}"));
                 }
             }
+            failpoint!("serve.requests.before");
+            if let Some((number, _)) = read {
+                self.note_half_read(number);
+            }
+            self.note(&outputs);
             failpoint!("serve.record.before");
             if self.state.tasks.take_dirty() {
                 self.write_record();
+            }
+            failpoint!("serve.consume.before");
+            if let Some((number, count)) = read {
+                self.consume(number, count);
             }
             failpoint!("serve.effects.before");
             for output in outputs {
@@ -484,6 +505,37 @@ impl Shim {
         // Writing may have ended a connection, and that may have been news.
         if !self.inbox.is_empty() {
             self.work_off();
+        }
+    }
+
+    /// Writes down what has become of requests, before anything else does of it.
+    fn note(&mut self, outputs: &[Output]) {
+        for output in outputs {
+            if let Output::Note(note) = output {
+                let result = self.requests.note(note);
+                self.noted(result);
+            }
+        }
+    }
+
+    fn note_half_read(&mut self, number: u64) {
+        let result = if self.state.connections.is_half_read(number) {
+            self.requests.begun(number)
+        } else {
+            self.requests.whole(number)
+        };
+        self.noted(result);
+    }
+
+    fn noted(&mut self, result: io::Result<()>) {
+        match result {
+            Ok(()) => self.requests_broken = false,
+            // Served all the same; said once per trouble.
+            Err(e) if !self.requests_broken => {
+                self.log.say(Level::Error, &format!("write requests: {e}"));
+                self.requests_broken = true;
+            }
+            Err(_) => {}
         }
     }
 
@@ -535,7 +587,7 @@ impl Shim {
     fn perform(&mut self, output: Output, now: Now) {
         match output {
             // Written above.
-            Output::Log { .. } => {}
+            Output::Log { .. } | Output::Note(_) => {}
             Output::Effect(effect) => self.effect(effect, now),
             Output::Post(post) => self.post(post),
             Output::Say(text) => self.log.say(Level::Warning, &text),

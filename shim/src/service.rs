@@ -267,6 +267,31 @@ pub fn needs_room(call: &Call) -> bool {
     matches!(call, Call::Create(_) | Call::Exec { .. })
 }
 
+/// Calls whose answer is worth keeping until it is sent: asked once more, they would be done once
+/// more, or refused because they are done. A signal is not one of them, for its answer comes
+/// before it is sent.
+pub fn keeps_answer(call: &Call) -> bool {
+    match call {
+        Call::Create(_)
+        | Call::Start(_)
+        | Call::Delete(_)
+        | Call::Pause(_)
+        | Call::Resume(_)
+        | Call::Update { .. }
+        | Call::Exec { .. } => true,
+        Call::State(_)
+        | Call::Pids(_)
+        | Call::Kill { .. }
+        | Call::ResizePty { .. }
+        | Call::CloseIo(_)
+        | Call::Wait(_)
+        | Call::Stats(_)
+        | Call::Connect(_)
+        | Call::Join(_)
+        | Call::Shutdown => false,
+    }
+}
+
 fn decode<M: Message + Default>(payload: &[u8]) -> Result<M, Refusal> {
     M::decode(payload).map_err(|e| Refusal::invalid(format!("unmarshal payload error: {e}")))
 }

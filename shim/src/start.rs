@@ -192,8 +192,9 @@ fn adopt_group(socket: &Path, flags: &Flags, group: &str) -> Result<(), StartErr
         socket: socket.to_owned(),
         record: None,
         predecessor: None,
+        descriptors: Vec::new(),
     };
-    adopt::launch(&flags, &adoption)
+    adopt::launch(&flags, &adoption, Vec::new())
         .map(drop)
         .map_err(|cause| StartError::Adopt {
             group: group.to_owned(),

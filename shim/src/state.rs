@@ -6,10 +6,11 @@ use recoverd_common::ttrpc::code;
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    connections::{Caller, Connections, Violation},
+    connections::{Caller, Connections, Note, Violation},
     events::{Outbox, Post},
+    resume::Resumed,
     service::{self, Call, Refusal, Reply},
-    tasks::{Effect, Event, Notice, Now, Tasks, Timer},
+    tasks::{Adoptee, Effect, Event, Notice, Now, Tasks, Timer},
 };
 
 /// Shutdown waits this long for the last events; containerd gives up after three seconds.
@@ -26,8 +27,8 @@ const RESOURCE_EXHAUSTED: i32 = 8;
 /// What the loop is told.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub enum Input {
-    /// A peer has connected.
-    Accepted,
+    /// A peer has connected, on the socket with this inode.
+    Accepted(u64),
     /// Bytes came in on a connection.
     Bytes(u64, Vec<u8>),
     /// This much of what was unsent has been written.
@@ -36,6 +37,8 @@ pub enum Input {
     Closed(u64),
     /// Something happened to the tasks.
     Event(Event),
+    /// A predecessor's tasks and requests are ours.
+    Resume(Box<Resume>),
     /// A reply that needed a look at the host.
     Reply(Caller, Result<Reply, Refusal>),
     /// containerd's event service is connected.
@@ -46,6 +49,20 @@ pub enum Input {
     EventsBytes(Vec<u8>),
     /// Time has passed.
     Tick,
+}
+
+/// What a predecessor leaves. All at once: the record must name all tasks, and every request that
+/// it has named must be answered, or named again.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Resume {
+    /// Its connections that were kept.
+    pub connections: Vec<u64>,
+    /// Its tasks.
+    pub adoptees: Vec<Adoptee>,
+    /// Its requests on these connections.
+    pub requests: Vec<(Caller, Resumed)>,
+    /// Those of them that are still in their sockets.
+    pub seen: Vec<Caller>,
 }
 
 /// What the loop does about it, in this order.
@@ -64,6 +81,8 @@ pub enum Output {
         /// The request.
         payload: Vec<u8>,
     },
+    /// Note what has become of a request.
+    Note(Note),
     /// A line for the log of the shim.
     Say(String),
     /// Close a connection.
@@ -139,13 +158,16 @@ impl LoopState {
     pub fn step(&mut self, input: Input, now: Now) -> Vec<Output> {
         let mut out = Vec::new();
         match input {
-            Input::Accepted => {
-                self.connections.open();
-            }
+            Input::Accepted(connection) => self.connections.open(connection),
             Input::Bytes(connection, bytes) => self.bytes(connection, &bytes, now, &mut out),
-            Input::Sent(connection, count) => self.connections.sent(connection, count),
+            Input::Sent(connection, count) => {
+                let sent = self.connections.sent(connection, count);
+                let note = |stream| Note::Sent(Caller { connection, stream });
+                out.extend(sent.into_iter().map(note).map(Output::Note));
+            }
             Input::Closed(connection) => self.close(connection, None, now, &mut out),
             Input::Event(event) => self.event(event, now, &mut out),
+            Input::Resume(resume) => self.resume(*resume, now, &mut out),
             Input::Reply(to, reply) => self.reply(to, &reply, now, &mut out),
             Input::EventsOpened => self.outbox.opened(),
             Input::EventsLost(why) => post(self.outbox.lost(now, &why), &mut out),
@@ -164,6 +186,29 @@ impl LoopState {
         post(self.outbox.tick(now), &mut out);
         self.leave(now, &mut out);
         out
+    }
+
+    fn resume(&mut self, resume: Resume, now: Now, out: &mut Vec<Output>) {
+        for connection in resume.connections {
+            self.connections.open(connection);
+        }
+        for caller in resume.seen {
+            self.connections.pass_over(caller);
+        }
+        self.event(Event::Adopt(resume.adoptees), now, out);
+        for (from, resumed) in resume.requests {
+            match resumed {
+                Resumed::Again(call, timeout) => {
+                    self.request(from, *call, deadline(timeout, now), now, out);
+                }
+                Resumed::Tell(payload) => self.send(from, payload, now, out),
+                Resumed::Refuse(why) => {
+                    let refusal = Refusal::new(code::UNAVAILABLE, why);
+                    self.reply(from, &Err(refusal), now, out);
+                }
+                Resumed::Settle(what) => self.event(Event::Settle { from, what }, now, out),
+            }
+        }
     }
 
     fn leave_when_empty(&mut self, now: Now) {
@@ -208,13 +253,22 @@ impl LoopState {
                 connection,
                 stream: frame.stream,
             };
-            match service::parse(&frame.payload) {
-                Ok((call, timeout)) => {
-                    let until = timeout.map(|nanos| now.mono_ms.saturating_add(nanos / 1_000_000));
-                    self.request(from, call, until, now, out);
-                }
-                Err(refusal) => self.reply(from, &Err(refusal), now, out),
-            }
+            self.asked(from, frame.payload, now, out);
+        }
+    }
+
+    /// A request is here: the payload of its frame.
+    fn asked(&mut self, from: Caller, payload: Vec<u8>, now: Now, out: &mut Vec<Output>) {
+        let parsed = service::parse(&payload);
+        let call = parsed.as_ref().map(|(call, _)| call);
+        out.push(Output::Note(Note::Asked {
+            from,
+            payload,
+            keeps_answer: call.is_ok_and(service::keeps_answer),
+        }));
+        match parsed {
+            Ok((call, timeout)) => self.request(from, call, deadline(timeout, now), now, out),
+            Err(refusal) => self.reply(from, &Err(refusal), now, out),
         }
     }
 
@@ -264,6 +318,7 @@ impl LoopState {
 
     fn close(&mut self, connection: u64, why: Option<Violation>, now: Now, out: &mut Vec<Output>) {
         self.connections.close(connection);
+        out.push(Output::Note(Note::Closed(connection)));
         out.push(Output::Close(connection, why));
         self.event(Event::Disconnected { connection }, now, out);
     }
@@ -325,8 +380,13 @@ impl LoopState {
         {
             out.push(Output::Say(format!("refused: {}", refusal.message)));
         }
-        let payload = service::response(reply);
-        if let Err(violation) = self.connections.answer(to, &payload) {
+        self.send(to, service::response(reply), now, out);
+    }
+
+    fn send(&mut self, to: Caller, payload: Vec<u8>, now: Now, out: &mut Vec<Output>) {
+        let answered = self.connections.answer(to, &payload);
+        out.push(Output::Note(Note::Answered { to, payload }));
+        if let Err(violation) = answered {
             self.close(to.connection, Some(violation), now, out);
         }
     }
@@ -382,6 +442,11 @@ impl LoopState {
             }
         }
     }
+}
+
+/// By the monotonic clock, of a caller who waits for so many nanoseconds.
+fn deadline(timeout: Option<u64>, now: Now) -> Option<u64> {
+    timeout.map(|nanos| now.mono_ms.saturating_add(nanos / 1_000_000))
 }
 
 fn post(posts: Vec<Post>, out: &mut Vec<Output>) {
@@ -480,6 +545,11 @@ mod tests {
         }
     }
 
+    fn but_notes(mut out: Vec<Output>) -> Vec<Output> {
+        out.retain(|output| !matches!(output, Output::Note(_)));
+        out
+    }
+
     fn frame(stream: u32, method: &str) -> Vec<u8> {
         use prost::Message;
         let payload = recoverd_common::pb::ttrpc::Request {
@@ -500,8 +570,8 @@ mod tests {
     #[test]
     fn hostile_peers_cost_their_own_connection_only() {
         let mut state = LoopState::new("ns", 1);
-        for _ in 0..4 {
-            state.step(Input::Accepted, at(0));
+        for number in 1..=4 {
+            state.step(Input::Accepted(number), at(0));
         }
         let closed = |out: &[Output]| {
             let mut closes = out.iter().filter_map(|output| match output {
@@ -536,9 +606,9 @@ mod tests {
     #[test]
     fn shutdown_without_tasks_retires_before_it_answers_and_then_exits() {
         let mut state = LoopState::new("ns", 1);
-        state.step(Input::Accepted, at(0));
+        state.step(Input::Accepted(1), at(0));
         let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
-        assert_eq!(out, [Output::Retire, Output::Exit]);
+        assert_eq!(but_notes(out), [Output::Retire, Output::Exit]);
         assert!(!state.connections.unsent(1).is_empty());
     }
 
@@ -556,7 +626,7 @@ mod tests {
         assert_eq!(out, [Output::Retire, Output::Exit]);
         // Being looked at is no use.
         let mut state = LoopState::new("ns", 1);
-        state.step(Input::Accepted, at(0));
+        state.step(Input::Accepted(1), at(0));
         state.step(Input::Bytes(1, frame(1, "Connect")), at(EMPTY_MS - 1));
         let out = state.step(Input::Tick, at(EMPTY_MS));
         assert_eq!(out, [Output::Retire, Output::Exit]);
@@ -569,11 +639,11 @@ mod tests {
             stream: 9,
         };
         let mut state = LoopState::new("ns", 1);
-        state.step(Input::Accepted, at(0));
+        state.step(Input::Accepted(1), at(0));
         let mut out = Vec::new();
         state.request(to, join("b"), None, at(10), &mut out);
         let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(20));
-        assert_eq!(out, [], "it has promised to stay");
+        assert_eq!(but_notes(out), [], "it has promised to stay");
         // Not for ever.
         let out = state.step(Input::Tick, at(20 + EMPTY_MS));
         assert_eq!(out, [Output::Retire, Output::Exit]);
@@ -586,7 +656,7 @@ mod tests {
             stream: 9,
         };
         let mut state = LoopState::new("ns", 1);
-        state.step(Input::Accepted, at(0));
+        state.step(Input::Accepted(1), at(0));
         state.outbox.push(&Notice::Oom("a".into()), "ns", at(0));
         state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
         assert!(matches!(state.leaving, Leaving::Flushing { .. }));
@@ -607,10 +677,10 @@ mod tests {
     #[test]
     fn shutdown_waits_for_the_last_events_but_not_for_ever() {
         let mut state = LoopState::new("ns", 1);
-        state.step(Input::Accepted, at(0));
+        state.step(Input::Accepted(1), at(0));
         state.outbox.push(&Notice::Oom("a".into()), "ns", at(0));
         let out = state.step(Input::Bytes(1, frame(1, "Shutdown")), at(0));
-        assert_eq!(out, [Output::Post(Post::Open)]);
+        assert_eq!(but_notes(out), [Output::Post(Post::Open)]);
         assert!(state.connections.unsent(1).is_empty());
         state.step(Input::EventsLost("refused".into()), at(0));
         let out = state.step(Input::Tick, at(FLUSH_MS));
@@ -645,7 +715,7 @@ mod tests {
     #[test]
     fn without_room_nothing_new_is_taken_on_and_everything_else_goes_on() {
         let mut state = LoopState::new("ns", 1);
-        state.step(Input::Accepted, at(0));
+        state.step(Input::Accepted(1), at(0));
         state.no_room = Some("make room for record: no space".into());
         let create = recoverd_common::pb::task::CreateTaskRequest {
             id: "a".into(),

@@ -31,9 +31,10 @@ pub fn inherited(number: RawFd) -> Option<OwnedFd> {
 /// when `core` is set, with a core scheduling cookie of its own.
 pub fn give(command: &mut Command, files: &[&OwnedFd], core: bool) -> io::Result<()> {
     let mut pairs = Vec::with_capacity(files.len());
+    // Out of the way of all targets, so that no dup2 closes a source that is still needed.
+    let beyond = RawFd::try_from(files.len()).map_err(io::Error::other)? + 64;
     for (target, file) in (3..).zip(files) {
-        // Out of the way of all targets, so that no dup2 closes a source that is still needed.
-        let source = nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(64))?;
+        let source = nix::fcntl::fcntl(file, nix::fcntl::FcntlArg::F_DUPFD_CLOEXEC(beyond))?;
         // SAFETY: fcntl has just opened `source` for us.
         pairs.push((unsafe { OwnedFd::from_raw_fd(source) }, target));
     }

@@ -20,6 +20,7 @@
 //! before the start that it belongs to was told, and an init's not before those of its execs.
 
 mod adoptee;
+mod settle;
 
 use std::collections::BTreeMap;
 
@@ -31,6 +32,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     connections::Caller,
     options::Options,
+    resume::Settle,
     service::{Call, Create, Ended, Key, Mount, Refusal, Reply, State, StdioWish},
 };
 use recoverd_common::pb::task::Status;
@@ -106,6 +108,13 @@ pub enum Event {
     },
     /// A predecessor's tasks, all at once: the record must never name some of them only.
     Adopt(Vec<Adoptee>),
+    /// A predecessor was at this when it died; its tasks are adopted by now.
+    Settle {
+        /// Who waits.
+        from: Caller,
+        /// For what.
+        what: Settle,
+    },
     /// The kernel killed for want of memory.
     Oom {
         /// In which task.
@@ -603,6 +612,12 @@ impl Task {
         }
     }
 
+    /// Execs whose files are being written, and who waits for it.
+    pub fn adding(&self) -> impl Iterator<Item = (&String, Caller)> {
+        let execs = self.execs.iter();
+        execs.filter_map(|(id, exec)| Some((id, exec.adding?)))
+    }
+
     /// True while Delete is at work.
     pub fn is_deleting(&self, jobs: &BTreeMap<JobId, Job>) -> bool {
         match &self.busy {
@@ -721,6 +736,7 @@ impl Tasks {
                 self.ended(&key, exit, now, &mut out);
             }
             Event::Adopt(adoptees) => self.adopt(adoptees, now, &mut out),
+            Event::Settle { from, what } => self.settle(from, what, now, &mut out),
             Event::Oom { id } => self.oom(id, &mut out),
             Event::Drained { key } => self.drained(&key, now, &mut out),
             Event::Disconnected { connection } => self.disconnected(connection, now, &mut out),

@@ -98,6 +98,7 @@ fn adoption(daemon: &Daemon) -> Adoption {
         socket: daemon.socket(),
         record: None,
         predecessor: None,
+        descriptors: Vec::new(),
     }
 }
 

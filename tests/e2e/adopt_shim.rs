@@ -118,6 +118,7 @@ fn adopt_as(
             pid: task.shim.pid,
             start_time: task.shim.start_time,
         }),
+        descriptors: Vec::new(),
     };
     let address = containerd.address().display().to_string();
     let mut command = node.command(

@@ -238,11 +238,11 @@ pub struct Descriptor {
 /// A request without its answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unanswered {
-    /// Which connection, by the shim's own count.
+    /// Which connection: the inode of its socket.
     pub connection: u64,
     /// The stream id that the answer has to carry.
     pub stream: u32,
-    /// The method's name.
+    /// What is done for it: a word of `running`, or `add` of an exec that is being added.
     pub method: String,
     /// Of which task.
     pub id: String,

@@ -517,6 +517,7 @@ fn order(look: &Look, group: &Group<'_>, clues: &Clues) -> Result<Order, String>
             socket: group.socket.clone(),
             record,
             predecessor: group.predecessor.map(|shim| process(shim.id)),
+            descriptors: Vec::new(),
         },
         members: group
             .members

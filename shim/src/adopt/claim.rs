@@ -56,12 +56,14 @@ pub struct Claim {
     predecessor: Option<(i32, OwnedFd)>,
 }
 
-/// Claims the tasks of the shim at `socket`.
+/// Claims the tasks of the shim at `socket`. Who has its listener asks nobody there: he would wait
+/// for himself.
 pub fn claim(
     socket: &Path,
     namespace: &str,
     id: &str,
     predecessor: Option<Process>,
+    has_listener: bool,
 ) -> Result<Claimed, String> {
     let beside = Beside::of(socket);
     let failed = |e: io::Error| format!("lock {}: {e}", beside.lock.display());
@@ -89,7 +91,10 @@ pub fn claim(
             }
         };
         failpoint!("adopt.lock.after");
-        let answer = ask(socket, namespace, id);
+        let answer = match &lock {
+            Some(_) if has_listener => Err(CallError::NobodyListens(io::ErrorKind::Other.into())),
+            Some(_) | None => ask(socket, namespace, id),
+        };
         let named = predecessor.as_ref().map(|(pid, _)| *pid);
         let by_name = |pid: u32| i32::try_from(pid).ok() == named;
         let listens = match answer {

@@ -6,7 +6,10 @@ use std::{
     env,
     fs::File,
     io::{self, Read, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     time::{Duration, Instant},
@@ -65,7 +68,8 @@ pub fn run(flags: &Flags, out: &mut impl Write) -> Result<u8, Refused> {
         .read_to_end(&mut bytes)
         .map_err(|e| format!("read adoption: {e}"))?;
     let adoption = Adoption::decode(&bytes).map_err(|e| format!("adoption {e}"))?;
-    match launch(flags, &adoption)? {
+    let descriptors = super::inherited(3, adoption.descriptors.len())?;
+    match launch(flags, &adoption, descriptors)? {
         Launched::Adopted(adopted) => {
             // The daemon serves whether or not anybody hears of it.
             let _ = out.write_all(&adopted.encode()).and_then(|()| out.flush());
@@ -104,8 +108,13 @@ pub fn record_of(adoption: &Adoption, flags: &Flags) -> Result<Record, String> {
     Ok(record)
 }
 
-/// Starts the daemon and waits for its word.
-pub fn launch(flags: &Flags, adoption: &Adoption) -> Result<Launched, Refused> {
+/// Starts the daemon and waits for its word. It gets `descriptors`, which are those that `adoption`
+/// names.
+pub fn launch(
+    flags: &Flags,
+    adoption: &Adoption,
+    descriptors: Vec<OwnedFd>,
+) -> Result<Launched, Refused> {
     let record = record_of(adoption, flags)?;
     let bundle = record.tasks.iter().map(|task| Path::new(&task.bundle));
     let folder = bundle
@@ -123,8 +132,10 @@ pub fn launch(flags: &Flags, adoption: &Adoption) -> Result<Launched, Refused> {
         children::memory_file(&adoption.encode()).map_err(|e| format!("pass adoption: {e}"))?;
     let (told, tells) = io::pipe().map_err(|e| format!("make pipe: {e}"))?;
     let exe = executable()?;
-    let mut command = Command::new(&exe);
+    // Ourselves, and not whatever has our name by now: we may be here because that is broken.
+    let mut command = Command::new("/proc/self/exe");
     command
+        .arg0(&exe)
         .args(daemon_flags.of_daemon(flags.group()))
         .arg("-adopt")
         .current_dir(folder)
@@ -135,13 +146,14 @@ pub fn launch(flags: &Flags, adoption: &Adoption) -> Result<Launched, Refused> {
         .stdout(Stdio::null())
         .stderr(Stdio::null());
     let tells = OwnedFd::from(tells);
-    sys::give(&mut command, &[&message, &tells], false).map_err(|e| format!("prepare: {e}"))?;
+    let given: Vec<&OwnedFd> = [&message, &tells].into_iter().chain(&descriptors).collect();
+    sys::give(&mut command, &given, false).map_err(|e| format!("prepare: {e}"))?;
     failpoint!("adopt.spawn.before");
     let mut daemon = command
         .spawn()
         .map_err(|e| format!("execute {}: {e}", exe.display()))?;
     failpoint!("adopt.spawn.after");
-    drop((command, tells));
+    drop((command, tells, descriptors));
     let word = await_word(told.into(), &mut daemon);
     failpoint!("adopt.heard.after");
     if word.is_err() {

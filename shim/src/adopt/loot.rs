@@ -1,4 +1,5 @@
-//! What only an unresponsive predecessor has: taken from it while it is stopped, held until its
+//! What only an unresponsive predecessor has, or had: taken from it while it is stopped (or kept by
+//! somebody else while it died), held until its
 //! successor has its own, so that no writer of the workload meets a pipe without a reader and no
 //! reader of it an end of file; and terminals, which nobody can open again.
 
@@ -47,21 +48,32 @@ pub fn take(proc: &Path, pid: i32, pidfd: &OwnedFd) -> Loot {
         let Ok(fd) = sys::pidfd_getfd(pidfd.as_fd(), descriptor.number) else {
             continue;
         };
-        let file = File::from(fd);
-        let Ok(meta) = file.metadata() else {
-            continue;
-        };
-        let fd = OwnedFd::from(file);
-        if meta.file_type().is_fifo() {
-            loot.pipes.push(((meta.dev(), meta.ino()), fd));
-        } else if let Some(number) = sys::terminal_number(fd.as_fd()) {
-            loot.terminals.push(((meta.dev(), number), fd));
-        }
+        loot.add(fd);
     }
     loot
 }
 
 impl Loot {
+    /// Keeps a descriptor if it is a pipe, a fifo or a terminal's master.
+    pub fn add(&mut self, fd: OwnedFd) {
+        let file = File::from(fd);
+        let Ok(meta) = file.metadata() else {
+            return;
+        };
+        let fd = OwnedFd::from(file);
+        if meta.file_type().is_fifo() {
+            self.pipes.push(((meta.dev(), meta.ino()), fd));
+        } else if let Some(number) = sys::terminal_number(fd.as_fd()) {
+            self.terminals.push(((meta.dev(), number), fd));
+        }
+    }
+
+    /// Adds another's.
+    pub fn append(&mut self, mut other: Self) {
+        self.pipes.append(&mut other.pipes);
+        self.terminals.append(&mut other.terminals);
+    }
+
     /// True if the predecessor had an end of this pipe.
     pub fn has_pipe(&self, id: FileId) -> bool {
         self.pipes.iter().any(|(other, _)| *other == id)

@@ -6,7 +6,10 @@ use std::{
     error::Error,
     fs::{self, File},
     io::{Read, Write},
-    os::fd::{AsFd, OwnedFd},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::net::UnixListener,
+    },
     path::Path,
 };
 
@@ -22,9 +25,9 @@ use recoverd_common::{
     record::{self, Record},
 };
 
-use super::{Shim, failed};
+use super::{Shim, StartError, failed};
 use crate::{
-    adopt::{self, Claimed, Decision, Look, Loot},
+    adopt::{self, Claimed, Decision, Kept, Look, Loot},
     args::Flags,
     context,
     log::{Level, Log},
@@ -87,13 +90,17 @@ fn take_over(
         File::from(message).read_to_end(&mut bytes)?;
     }
     let adoption = Adoption::decode(&bytes).map_err(|e| format!("adoption {e}"))?;
+    let descriptors = adopt::inherited(5, adoption.descriptors.len())?;
     let namespace = flags.namespace.as_str();
     let place = adoption.socket.clone();
     let predecessor = adoption.predecessor.map(|process| Process {
         pid: process.pid,
         start_time: process.start_time,
     });
-    let claim = match adopt::claim(&place, namespace, flags.id.as_str(), predecessor)? {
+    let mut kept = Kept::sort(descriptors, &place);
+    let listener = kept.listener.take();
+    let id = flags.id.as_str();
+    let claim = match adopt::claim(&place, namespace, id, predecessor, listener.is_some())? {
         Claimed::Ours(claim) => claim,
         Claimed::StandBack(why) => {
             word.say(adopt::BACK, why.as_bytes());
@@ -116,6 +123,7 @@ fn take_over(
     let roots = Roots::default();
     let mut look = adopt::look(&roots, &record);
     let (lock, loot, mut remarks) = claim.enforce()?;
+    kept.loot.append(loot);
     failpoint!("adopt.running.before");
     look.await_running();
     failpoint!("adopt.running.after");
@@ -128,17 +136,12 @@ fn take_over(
     for remark in &remarks {
         shim.log.say(Level::Warning, remark);
     }
-    let tasks = shim.take_over(&record, look, loot);
-    failpoint!("adopt.socket.before");
-    match fs::remove_file(&place) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            return Err(failed("remove stale socket")(e).into());
-        }
-        _ => {}
-    }
-    failpoint!("adopt.socket.between");
-    shim.listen(socket::bind(&place).map_err(failed("bind"))?)?;
-    failpoint!("adopt.socket.after");
+    let tasks = shim.take_over(&record, look, kept);
+    let listener = match listener {
+        Some(listener) => listener,
+        None => bind_anew(&place)?,
+    };
+    shim.listen(listener)?;
     let exe = adopt::executable()?;
     let mut told: Vec<AdoptedTask> = Vec::new();
     for (id, mut said) in tasks {
@@ -166,13 +169,27 @@ fn take_over(
     shim.run(&signals, lock)
 }
 
+fn bind_anew(place: &Path) -> Result<UnixListener, StartError> {
+    failpoint!("adopt.socket.before");
+    match fs::remove_file(place) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            return Err(failed("remove stale socket")(e));
+        }
+        _ => {}
+    }
+    failpoint!("adopt.socket.between");
+    let listener = socket::bind(place).map_err(failed("bind"))?;
+    failpoint!("adopt.socket.after");
+    Ok(listener)
+}
+
 impl Shim {
     /// Makes the tasks of `record` ours; gives what there is to say about each.
     fn take_over(
         &mut self,
         record: &Record,
         mut look: Look,
-        mut loot: Loot,
+        mut kept: Kept,
     ) -> BTreeMap<String, Vec<String>> {
         let mut said: BTreeMap<String, Vec<String>> = BTreeMap::new();
         let mut adoptees = Vec::new();
@@ -195,12 +212,14 @@ impl Shim {
         self.journal.take_over();
         failpoint!("adopt.stdio.before");
         for adoptee in &adoptees {
-            let lines = self.reopen(adoptee, record, &mut look, &mut loot);
+            let lines = self.reopen(adoptee, record, &mut look, &mut kept.loot);
             said.insert(adoptee.id.clone(), lines);
         }
         let members = std::mem::take(&mut look.members);
         failpoint!("adopt.record.before");
-        self.handle(Input::Event(Event::Adopt(adoptees)));
+        let connections = std::mem::take(&mut kept.connections);
+        let resume = self.resume(connections, adoptees, record);
+        self.handle(Input::Resume(Box::new(resume)));
         failpoint!("adopt.record.after");
         for (key, (process, found)) in members {
             if let Ok(pidfd) = found {

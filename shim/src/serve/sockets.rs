@@ -9,17 +9,39 @@ use std::{
 };
 
 use nix::{
+    errno::Errno,
     sys::{
         epoll::{EpollEvent, EpollFlags},
         socket::{
-            AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket, sockopt,
+            AddressFamily, MsgFlags, SockFlag, SockType, UnixAddr, connect, getsockopt, recv,
+            socket, sockopt,
         },
+        stat::fstat,
     },
     unistd::geteuid,
 };
+use recoverd_common::handoff;
 
 use super::{ACCEPT_PAUSE_MS, CONNECTION, EVENT_ROOM, EVENTS, READ, READS, Shim, now};
-use crate::{events::Post, log::Level, state::Input};
+use crate::{connections::Arrived, events::Post, log::Level, state::Input};
+
+/// What there is to read.
+enum Looked {
+    /// This, and it is to be taken; `true`: it may not be all.
+    Here(Vec<u8>, bool),
+    /// Not yet enough.
+    Nothing,
+    /// The peer has gone.
+    Ended,
+}
+
+/// What epoll tells of a connection, once each time that something comes: what is half here stays
+/// in the socket, and would be told for ever.
+fn watched(waits: bool) -> EpollFlags {
+    let mut flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLET;
+    flags.set(EpollFlags::EPOLLOUT, waits);
+    flags
+}
 
 /// One connection's socket.
 pub(super) struct Socket {
@@ -53,23 +75,46 @@ impl Shim {
                 self.log.say(Level::Warning, &format!("accept: {e}"));
                 continue;
             }
-            self.handle(Input::Accepted);
-            let number = self.state.connections.last();
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, number | CONNECTION);
-            match self.epoll.add(&stream, event) {
-                Ok(()) => {
-                    let fresh = self.supervised.keep("connection", stream.as_fd());
-                    let socket = Socket {
-                        stream,
-                        waits: false,
-                    };
-                    self.sockets.insert(number, socket);
-                    if fresh {
-                        self.keep_all();
-                    }
-                }
-                Err(_) => self.handle(Input::Closed(number)),
+            if let Some(number) = self.connected(stream) {
+                self.keep_connection(number);
+                self.handle(Input::Accepted(number));
             }
+        }
+    }
+
+    /// Takes a connection; gives its number, which is the same for whoever has it after us.
+    pub(super) fn connected(&mut self, stream: UnixStream) -> Option<u64> {
+        let watched = fstat(&stream).and_then(|stat| {
+            let number = stat.st_ino;
+            let event = EpollEvent::new(watched(false), number | CONNECTION);
+            self.epoll.add(&stream, event).map(|()| number)
+        });
+        match watched {
+            Ok(number) => {
+                let socket = Socket {
+                    stream,
+                    waits: false,
+                };
+                self.sockets.insert(number, socket);
+                Some(number)
+            }
+            Err(e) => {
+                self.log.say(Level::Warning, &format!("accept: {e}"));
+                None
+            }
+        }
+    }
+
+    /// Gives it to the supervisor, before its first answer.
+    fn keep_connection(&mut self, number: u64) {
+        let Some(socket) = self.sockets.get(&number) else {
+            return;
+        };
+        if self
+            .supervised
+            .keep(handoff::CONNECTION, socket.stream.as_fd())
+        {
+            self.keep_all();
         }
     }
 
@@ -85,10 +130,11 @@ impl Shim {
     /// we may die.
     fn keep_all(&mut self) {
         if let Some(listener) = &self.listener {
-            self.supervised.keep("listener", listener.as_fd());
+            self.supervised.keep(handoff::LISTENER, listener.as_fd());
         }
         for socket in self.sockets.values() {
-            self.supervised.keep("connection", socket.stream.as_fd());
+            self.supervised
+                .keep(handoff::CONNECTION, socket.stream.as_fd());
         }
     }
 
@@ -96,22 +142,72 @@ impl Shim {
         if events.contains(EpollFlags::EPOLLOUT) {
             self.flush();
         }
+        let ends = events.intersects(EpollFlags::EPOLLRDHUP | EpollFlags::EPOLLHUP);
         for _ in 0..READS {
-            let mut buffer = [0; READ];
-            let Some(socket) = self.sockets.get_mut(&number) else {
-                return;
-            };
-            match socket.stream.read(&mut buffer) {
-                Ok(count) if count > 0 => {
-                    let bytes = buffer.get(..count).unwrap_or_default().to_vec();
+            match self.look(number) {
+                Looked::Here(bytes, more) => {
                     self.handle(Input::Bytes(number, bytes));
-                    if count < READ {
+                    if !more && !ends {
                         return;
                     }
                 }
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return,
+                Looked::Nothing if ends => return self.handle(Input::Closed(number)),
+                Looked::Nothing => return,
+                Looked::Ended => return self.handle(Input::Closed(number)),
+            }
+        }
+        // Others have their turn; epoll tells anew what it is asked for anew.
+        if let Some(socket) = self.sockets.get(&number) {
+            let mut event = EpollEvent::new(watched(socket.waits), number | CONNECTION);
+            let _ = self.epoll.modify(&socket.stream, &mut event);
+        }
+    }
+
+    /// Looks at what has come in, and leaves it there.
+    fn look(&self, number: u64) -> Looked {
+        let Some(socket) = self.sockets.get(&number) else {
+            return Looked::Nothing;
+        };
+        let fd = socket.stream.as_raw_fd();
+        let mut bytes = vec![0; READ];
+        loop {
+            let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+            let count = match recv(fd, &mut bytes, flags) {
+                Ok(count) if count > 0 => count,
+                Err(Errno::EINTR) => continue,
+                Err(Errno::EAGAIN) => return Looked::Nothing,
+                Ok(_) | Err(_) => return Looked::Ended,
+            };
+            let seen = bytes.get(..count).unwrap_or_default();
+            match self.state.connections.look(number, seen) {
+                Arrived::Take(whole) => {
+                    let more = whole < count || count == bytes.len();
+                    bytes.truncate(whole);
+                    return Looked::Here(bytes, more);
+                }
+                Arrived::Wait(wanted) if wanted > bytes.len() => bytes.resize(wanted, 0),
+                Arrived::Wait(_) => return Looked::Nothing,
+            }
+        }
+    }
+
+    /// Takes what was looked at: it is written down now.
+    pub(super) fn consume(&self, number: u64, count: usize) {
+        let Some(socket) = self.sockets.get(&number) else {
+            return;
+        };
+        let mut buffer = [0; READ];
+        let mut left = count;
+        while left > 0 {
+            let Some(piece) = buffer.get_mut(..left.min(READ)) else {
+                return;
+            };
+            match (&socket.stream).read(piece) {
+                Ok(0) => return,
+                Ok(count) => left = left.saturating_sub(count),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Ok(_) | Err(_) => return self.handle(Input::Closed(number)),
+                // It was there a moment ago, and nobody else reads: the next look tells.
+                Err(_) => return,
             }
         }
     }
@@ -119,45 +215,51 @@ impl Shim {
     /// Writes what is unsent, as far as the peers take it.
     pub(super) fn flush(&mut self) {
         for number in self.state.connections.numbers() {
-            let unsent = self.state.connections.unsent(number);
-            let Some(socket) = self.sockets.get_mut(&number) else {
-                continue;
-            };
-            if unsent.is_empty() && !socket.waits {
-                continue;
-            }
-            let total = unsent.len();
-            let mut sent = 0;
-            let mut broken = false;
-            while let Some(rest) = unsent.get(sent..).filter(|rest| !rest.is_empty()) {
-                match socket.stream.write(rest) {
-                    Ok(count) => sent += count,
-                    Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                    Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                    Err(_) => {
-                        broken = true;
-                        break;
-                    }
+            while self.flush_some(number) {}
+        }
+    }
+
+    /// True if there may be more.
+    fn flush_some(&mut self, number: u64) -> bool {
+        let unsent = self.state.connections.unsent(number);
+        let Some(socket) = self.sockets.get_mut(&number) else {
+            return false;
+        };
+        if unsent.is_empty() && !socket.waits {
+            return false;
+        }
+        let total = unsent.len();
+        let mut sent = 0;
+        let mut broken = false;
+        while let Some(rest) = unsent.get(sent..).filter(|rest| !rest.is_empty()) {
+            match socket.stream.write(rest) {
+                Ok(count) => sent += count,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(_) => {
+                    broken = true;
+                    break;
                 }
             }
-            let waits = sent < total && !broken;
-            if waits != socket.waits {
-                socket.waits = waits;
-                let mut flags = EpollFlags::EPOLLIN;
-                flags.set(EpollFlags::EPOLLOUT, waits);
-                let mut event = EpollEvent::new(flags, number | CONNECTION);
-                broken |= self.epoll.modify(&socket.stream, &mut event).is_err();
-            }
-            let now = now();
-            let input = if broken {
-                Input::Closed(number)
-            } else {
-                Input::Sent(number, sent)
-            };
-            for output in self.step(input, now) {
-                self.perform(output, now);
-            }
         }
+        let waits = sent < total && !broken;
+        if waits != socket.waits {
+            socket.waits = waits;
+            let mut event = EpollEvent::new(watched(waits), number | CONNECTION);
+            broken |= self.epoll.modify(&socket.stream, &mut event).is_err();
+        }
+        let now = now();
+        let input = if broken {
+            Input::Closed(number)
+        } else {
+            Input::Sent(number, sent)
+        };
+        let outputs = self.step(input, now);
+        self.note(&outputs);
+        for output in outputs {
+            self.perform(output, now);
+        }
+        sent > 0 && !waits && !broken
     }
 
     // ---- containerd's event service ----

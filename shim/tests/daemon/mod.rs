@@ -32,6 +32,7 @@ for word in "$@"; do
         --pid-file) pid_file=$word ;;
         --process) process=$word ;;
         --log) log=$word ;;
+        --root) root=$word ;;
     esac
     case $word in create|start|exec|delete|kill|pause|resume) verb=${verb:-$word} ;; esac
     previous=$word
@@ -40,13 +41,21 @@ fail() {
     echo "{\"level\":\"error\",\"msg\":\"$1\"}" >> "$log"
     exit 1
 }
+# Each command is counted, and waits while it is told to.
+echo "$verb" >> "${log%/*}/calls"
+while [ -e "${log%/*}/slow-$verb" ]; do sleep 0.02; done
 case $verb in
     create)
         [ -e "$bundle/fail" ] && fail "it is written that this fails"
         [ -e "$bundle/hang" ] && exec sleep 1000
         (until [ -e "$bundle/go" ]; do sleep 0.02; done; exec sh "$bundle/init") &
-        echo $! > "$pid_file" ;;
-    start) : > "${log%/*}/go" ;;
+        echo $! > "$pid_file"
+        mkdir -p "$root/$word" && : > "$root/$word/exec.fifo" ;;
+    start)
+        [ -e "${log%/*}/fail-start" ] && fail "it is written that this fails"
+        rm -f "$root/$word/exec.fifo"
+        : > "${log%/*}/go" ;;
+    delete) rm -rf "$root/$word" ;;
     exec)
         # The shell gives a background command no stdin of its own accord.
         exec 3<&0

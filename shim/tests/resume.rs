@@ -1,0 +1,508 @@
+//! A shim dies, somebody has kept its descriptors, and a successor goes on: its clients see
+//! nothing but their answers. By the real binary; this process is the keeper. See `daemon`.
+
+mod daemon;
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::MetadataExt,
+        unix::net::UnixStream,
+    },
+    path::Path,
+    process::{Command, Output, Stdio},
+    thread::{self, JoinHandle},
+};
+
+use daemon::{Daemon, until};
+use nix::{
+    fcntl::{FcntlArg, FdFlag, fcntl},
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+use prost::Message;
+use prost_types::Any;
+use recoverd_common::{
+    adoption::{Adopted, Adoption},
+    paths::Beside,
+    pb::{task, ttrpc as envelope},
+    shim_client::{CallError, ShimClient, TASK_SERVICES},
+    sys,
+    ttrpc::{HEADER, Header, Kind, code},
+};
+
+const NONE: &str = "";
+
+/// Everything of a shim that a keeper keeps.
+fn keep(pid: u32) -> Vec<OwnedFd> {
+    let pidfd = sys::pidfd_open(i32::try_from(pid).unwrap()).unwrap();
+    let mut kept = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
+        let path = entry.unwrap().path();
+        let number = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
+        let Ok(target) = fs::read_link(&path) else {
+            continue;
+        };
+        let target = target.to_string_lossy().into_owned();
+        if target.starts_with("socket:") || target.starts_with("pipe:") {
+            kept.push(sys::pidfd_getfd(pidfd.as_fd(), number).unwrap());
+        }
+    }
+    kept
+}
+
+/// The successor, ended with the test.
+struct Successor(Adopted);
+
+impl Drop for Successor {
+    fn drop(&mut self) {
+        let pid = i32::try_from(self.0.shim.pid).unwrap();
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+    }
+}
+
+fn run(daemon: &Daemon, kept: &[OwnedFd]) -> Output {
+    let adoption = Adoption {
+        socket: daemon.socket(),
+        record: None,
+        predecessor: None,
+        descriptors: kept.iter().map(|_| "whatever".to_owned()).collect(),
+    };
+    // A shell puts them where they belong.
+    let mut places = String::new();
+    for (number, fd) in (3..).zip(kept) {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
+        places += &format!(" {number}<&{}", fd.as_raw_fd());
+    }
+    let mut verb = Command::new("bash")
+        .arg("-c")
+        .arg(format!("exec \"$0\" \"$@\" {places}"))
+        .arg(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"))
+        .args(["-namespace", "ns", "-id", "first", "-address", "/none"])
+        .arg("adopt")
+        .current_dir(daemon.dir.path())
+        .env_remove("TTRPC_ADDRESS")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut stdin = verb.stdin.take().unwrap();
+    stdin.write_all(&adoption.encode()).unwrap();
+    drop(stdin);
+    for fd in kept {
+        fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
+    }
+    verb.wait_with_output().unwrap()
+}
+
+fn adopt(daemon: &Daemon, kept: &[OwnedFd]) -> Successor {
+    let output = run(daemon, kept);
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    Successor(Adopted::decode(&output.stdout).unwrap())
+}
+
+/// Kept descriptors, and the shim is dead.
+fn die(daemon: &mut Daemon) -> Vec<OwnedFd> {
+    let kept = keep(daemon.process.id());
+    daemon.process.kill().unwrap();
+    daemon.process.wait().unwrap();
+    kept
+}
+
+type Call<R> = JoinHandle<Result<R, CallError>>;
+
+/// A call on a connection of its own, made by a thread; it is in the shim when this returns.
+fn begin<R: Message + Default + 'static>(
+    daemon: &Daemon,
+    method: &'static str,
+    request: impl Message + 'static,
+) -> Call<R> {
+    let mut client = daemon.client();
+    let call = thread::spawn(move || client.call(TASK_SERVICES[0], method, &request));
+    until("it is asked", || asked(daemon, method) > 0);
+    call
+}
+
+/// Requests for `method` that are written down as asked.
+fn asked(daemon: &Daemon, method: &str) -> usize {
+    let bytes = fs::read(Beside::of(&daemon.socket()).requests).unwrap();
+    let slots = bytes.chunks(512).skip(1);
+    let is_one = |slot: &&[u8]| {
+        let mut words = slot.windows(method.len().max(1));
+        slot[0] == 1 && (method.is_empty() || words.any(|word| word == method.as_bytes()))
+    };
+    slots.filter(is_one).count()
+}
+
+/// Nothing is to be sent again: what was sent is known to be.
+fn settled(daemon: &Daemon) {
+    until("its answer is known to be sent", || {
+        asked(daemon, "Connect") == 0
+    });
+}
+
+fn calls(daemon: &Daemon, id: &str, verb: &str) -> usize {
+    let text = fs::read_to_string(daemon.bundle(id).join("calls")).unwrap_or_default();
+    text.lines().filter(|line| *line == verb).count()
+}
+
+fn slow(daemon: &Daemon, id: &str, verb: &str) -> std::path::PathBuf {
+    let path = daemon.bundle(id).join(format!("slow-{verb}"));
+    fs::create_dir_all(daemon.bundle(id)).unwrap();
+    fs::write(&path, "").unwrap();
+    path
+}
+
+fn wait(id: &str, exec_id: &str) -> task::WaitRequest {
+    task::WaitRequest {
+        id: id.into(),
+        exec_id: exec_id.into(),
+    }
+}
+
+fn refused<R: std::fmt::Debug>(result: Result<R, CallError>, what: &str) {
+    match result {
+        Err(CallError::Status { code, message }) => {
+            assert_eq!(code, code::UNAVAILABLE, "{message}");
+            assert!(message.contains(what), "{message}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+/// An init that ends with 23 when the file `end` is there.
+fn waiting(daemon: &Daemon) -> String {
+    let end = daemon.dir.path().join("end");
+    format!(
+        "until [ -e {} ]; do sleep 0.02; done; exit 23",
+        end.display()
+    )
+}
+
+fn end(daemon: &Daemon) {
+    fs::write(daemon.dir.path().join("end"), "").unwrap();
+}
+
+fn frame(stream: u32, method: &str, request: &impl Message) -> Vec<u8> {
+    let payload = envelope::Request {
+        service: TASK_SERVICES[0].into(),
+        method: method.into(),
+        payload: request.encode_to_vec(),
+        ..Default::default()
+    }
+    .encode_to_vec();
+    let header = Header {
+        length: u32::try_from(payload.len()).unwrap(),
+        stream,
+        kind: Kind::Request,
+        flags: 0,
+    };
+    [&header.bytes()[..], &payload].concat()
+}
+
+/// The stream of the next answer.
+fn answered(stream: &mut UnixStream) -> u32 {
+    let timeout = std::time::Duration::from_secs(20);
+    stream.set_read_timeout(Some(timeout)).unwrap();
+    let mut head = [0; HEADER];
+    stream.read_exact(&mut head).unwrap();
+    let header = Header::parse(&head).unwrap();
+    let mut body = vec![0; usize::try_from(header.length).unwrap()];
+    stream.read_exact(&mut body).unwrap();
+    header.stream
+}
+
+#[test]
+fn clients_of_a_shim_that_died_twice_see_nothing_but_their_answers() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let mut idle = daemon.client();
+    idle.state("c").unwrap();
+    // Half a request, and with it one that is whole.
+    let mut raw = UnixStream::connect(daemon.socket()).unwrap();
+    let connect = task::ConnectRequest { id: "c".into() };
+    let (one, two) = (frame(1, "Connect", &connect), frame(3, "Connect", &connect));
+    raw.write_all(&[&one[..], &two[..20]].concat()).unwrap();
+    assert_eq!(answered(&mut raw), 1);
+    settled(&daemon);
+    let inode = fs::metadata(daemon.socket()).unwrap().ino();
+
+    let kept = die(&mut daemon);
+    // Whoever comes now waits for the successor.
+    let mut late = ShimClient::connect(&daemon.socket(), "ns", daemon::patience()).unwrap();
+    let first = adopt(&daemon, &kept);
+    drop(kept);
+    assert_eq!(late.connect_task("c").unwrap().shim_pid, first.0.shim.pid);
+    assert_eq!(fs::metadata(daemon.socket()).unwrap().ino(), inode);
+    idle.state("c").unwrap();
+    raw.write_all(&two[20..]).unwrap();
+    assert_eq!(answered(&mut raw), 3);
+
+    // The successor is no different.
+    let kept = keep(first.0.shim.pid);
+    drop(first);
+    let second = adopt(&daemon, &kept);
+    drop(kept);
+    assert_eq!(idle.connect_task("c").unwrap().shim_pid, second.0.shim.pid);
+    end(&daemon);
+    let response = blocked.join().unwrap().unwrap();
+    assert_eq!(response.exit_status, 23);
+    assert_eq!(daemon.delete("c").unwrap(), 23);
+    until("no request is left", || asked(&daemon, "") == 0);
+}
+
+#[test]
+fn a_request_that_comes_while_nobody_serves_is_served_once() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let mut raw = UnixStream::connect(daemon.socket()).unwrap();
+    let connect = task::ConnectRequest { id: "c".into() };
+    raw.write_all(&frame(1, "Connect", &connect)).unwrap();
+    assert_eq!(answered(&mut raw), 1);
+    settled(&daemon);
+    let kept = die(&mut daemon);
+    raw.write_all(&frame(3, "Wait", &wait("c", ""))).unwrap();
+    raw.write_all(&frame(5, "Connect", &connect)).unwrap();
+    let _successor = adopt(&daemon, &kept);
+    drop(kept);
+    assert_eq!(answered(&mut raw), 5);
+    end(&daemon);
+    assert_eq!(answered(&mut raw), 3);
+    raw.write_all(&frame(7, "Connect", &connect)).unwrap();
+    assert_eq!(answered(&mut raw), 7, "nothing was answered twice");
+}
+
+#[test]
+fn an_exit_between_two_shims_is_told_to_who_waits() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    let pid = daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let kept = die(&mut daemon);
+    end(&daemon);
+    until("it has ended", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        !stat.contains(") S") && !stat.contains(") R")
+    });
+    let _successor = adopt(&daemon, &kept);
+    let status = blocked.join().unwrap().unwrap().exit_status;
+    // Who has collected it may have kept its status for himself.
+    assert!(matches!(status, 23 | 137), "{status}");
+}
+
+#[test]
+fn a_start_under_way_is_finished_and_answered() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    let pid = daemon.create("c", &init, Path::new(NONE)).unwrap();
+    let slow = slow(&daemon, "c", "start");
+    let request = task::StartRequest {
+        id: "c".into(),
+        exec_id: String::new(),
+    };
+    let start: Call<task::StartResponse> = begin(&daemon, "Start", request);
+    until("it runs", || calls(&daemon, "c", "start") == 1);
+    let kept = die(&mut daemon);
+    fs::remove_file(slow).unwrap();
+    let _successor = adopt(&daemon, &kept);
+    assert_eq!(start.join().unwrap().unwrap().pid, pid);
+    end(&daemon);
+    assert_eq!(daemon.wait("c", ""), 23);
+    assert_eq!(calls(&daemon, "c", "start"), 1);
+}
+
+#[test]
+fn a_start_that_failed_meanwhile_is_refused_and_can_be_tried_again() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    let slow = slow(&daemon, "c", "start");
+    let fails = daemon.bundle("c").join("fail-start");
+    fs::write(&fails, "").unwrap();
+    let request = task::StartRequest {
+        id: "c".into(),
+        exec_id: String::new(),
+    };
+    let start: Call<task::StartResponse> = begin(&daemon, "Start", request);
+    until("it runs", || calls(&daemon, "c", "start") == 1);
+    let kept = die(&mut daemon);
+    fs::remove_file(slow).unwrap();
+    let _successor = adopt(&daemon, &kept);
+    refused(start.join().unwrap(), "starting");
+    fs::remove_file(fails).unwrap();
+    daemon.start("c", "");
+    end(&daemon);
+    assert_eq!(daemon.wait("c", ""), 23);
+}
+
+#[test]
+fn a_create_under_way_is_undone_and_refused() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    // Something that lives, so that there is somebody to be adopted anyway.
+    daemon.create("other", &init, Path::new(NONE)).unwrap();
+    let slow = slow(&daemon, "c", "create");
+    let create = thread::scope(|scope| {
+        let create = scope.spawn(|| daemon.create("c", "exit 0", Path::new(NONE)));
+        until("it runs", || calls(&daemon, "c", "create") == 1);
+        let kept = keep(daemon.process.id());
+        kill(
+            Pid::from_raw(i32::try_from(daemon.process.id()).unwrap()),
+            Signal::SIGKILL,
+        )
+        .unwrap();
+        until("it is dead", || {
+            let stat = fs::read_to_string(format!("/proc/{}/stat", daemon.process.id()));
+            stat.unwrap().contains(") Z")
+        });
+        fs::remove_file(slow).unwrap();
+        let successor = adopt(&daemon, &kept);
+        (create.join().unwrap(), successor)
+    });
+    daemon.process.wait().unwrap();
+    refused(create.0, "creating");
+    assert_eq!(calls(&daemon, "c", "create"), 1);
+    assert_eq!(calls(&daemon, "c", "delete"), 1);
+    // Clean enough for another try.
+    daemon.create("c", "exit 7", Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    assert_eq!(daemon.wait("c", ""), 7);
+}
+
+#[test]
+fn a_delete_under_way_is_finished_with_the_true_status() {
+    let mut daemon = Daemon::new();
+    daemon.create("c", "exit 23", Path::new(NONE)).unwrap();
+    daemon.create("other", "exit 0", Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    assert_eq!(daemon.wait("c", ""), 23);
+    let slow = slow(&daemon, "c", "delete");
+    let request = task::DeleteRequest {
+        id: "c".into(),
+        exec_id: String::new(),
+    };
+    let delete: Call<task::DeleteResponse> = begin(&daemon, "Delete", request);
+    until("it runs", || calls(&daemon, "c", "delete") == 1);
+    let kept = die(&mut daemon);
+    fs::remove_file(slow).unwrap();
+    let _successor = adopt(&daemon, &kept);
+    assert_eq!(delete.join().unwrap().unwrap().exit_status, 23);
+    assert!(daemon.client().state("c").is_err());
+}
+
+#[test]
+fn an_exec_goes_on_and_one_that_was_being_started_is_answered() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let stdout = daemon.fifo("out");
+    let stdin = daemon.fifo("in");
+    let exec = |exec_id: &str, command: &str| task::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: exec_id.into(),
+        stdin: stdin.to_str().unwrap().into(),
+        stdout: stdout.to_str().unwrap().into(),
+        spec: Some(Any {
+            type_url: String::new(),
+            value: format!(r#"{{"args":["{command}"]}}"#).into_bytes(),
+        }),
+        ..Default::default()
+    };
+    let adding = exec("e", "read a; echo got $a; read b; echo got $b; exit 5");
+    daemon
+        .call::<task::ConnectResponse>("Exec", &adding)
+        .unwrap();
+    daemon.start("c", "e");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", "e"));
+    let mut writer = fs::File::options().write(true).open(&stdin).unwrap();
+    let mut reader = fs::File::options().read(true).open(&stdout).unwrap();
+    writer.write_all(b"one\n").unwrap();
+    let mut text = [0; 8];
+    reader.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"got one\n");
+    let other = task::ExecProcessRequest {
+        stdin: String::new(),
+        stdout: String::new(),
+        ..exec("late", "exit 9")
+    };
+    daemon
+        .call::<task::ConnectResponse>("Exec", &other)
+        .unwrap();
+    let slow = slow(&daemon, "c", "exec");
+    let request = task::StartRequest {
+        id: "c".into(),
+        exec_id: "late".into(),
+    };
+    let start: Call<task::StartResponse> = begin(&daemon, "Start", request);
+    until("it runs", || calls(&daemon, "c", "exec") == 2);
+    let mut kept = die(&mut daemon);
+    // What only the shim had: a client that writes now meets no end.
+    for path in [&stdin, &stdout] {
+        let mut options = fs::File::options();
+        kept.push(options.read(true).write(true).open(path).unwrap().into());
+    }
+    fs::remove_file(slow).unwrap();
+    let _successor = adopt(&daemon, &kept);
+    drop(kept);
+    assert!(start.join().unwrap().unwrap().pid > 0);
+    writer.write_all(b"two\n").unwrap();
+    reader.read_exact(&mut text).unwrap();
+    assert_eq!(&text, b"got two\n");
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 5);
+    assert_eq!(reader.read(&mut text).unwrap(), 0, "its output has ended");
+}
+
+#[test]
+fn the_rest_of_a_giant_request_is_not_taken_for_requests() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let mut raw = UnixStream::connect(daemon.socket()).unwrap();
+    let giant = task::ConnectRequest {
+        id: "x".repeat(300_000),
+    };
+    let bytes = frame(1, "Connect", &giant);
+    raw.write_all(&bytes[..150_000]).unwrap();
+    until("it has begun", || {
+        let bytes = fs::read(Beside::of(&daemon.socket()).requests).unwrap();
+        bytes.chunks(512).skip(1).any(|slot| slot[0] == 4)
+    });
+    let kept = die(&mut daemon);
+    let _successor = adopt(&daemon, &kept);
+    let timeout = std::time::Duration::from_secs(20);
+    raw.set_read_timeout(Some(timeout)).unwrap();
+    assert_eq!(raw.read(&mut [0; 1]).unwrap(), 0, "it is announced");
+    // Whole, it is served as any other.
+    let mut raw = UnixStream::connect(daemon.socket()).unwrap();
+    raw.write_all(&bytes).unwrap();
+    assert_eq!(answered(&mut raw), 1);
+}
+
+#[test]
+fn wrong_descriptors_are_refused_or_closed() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let mut kept = die(&mut daemon);
+    let (pair, _other) = UnixStream::pair().unwrap();
+    kept.push(pair.into());
+    kept.push(fs::File::open("/dev/null").unwrap().into());
+    let _successor = adopt(&daemon, &kept);
+    drop(kept);
+    end(&daemon);
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
+}

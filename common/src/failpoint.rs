@@ -19,6 +19,7 @@
 //! | `events` | the log of events not yet acknowledged |
 //! | `requests` | the file of requests not yet answered |
 //! | `handoff` | a successor answers what its predecessor was asked |
+//! | `upgrade` | a shim becomes another executable, in the old image and in the new one |
 //! | `start`, `daemon` | the `start` verb, and the daemon's first steps |
 //! | `serve` | one input of the shim's loop: events, record, effects, answers |
 //! | `retire` | a shim that leaves removes its files |

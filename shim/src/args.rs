@@ -28,6 +28,10 @@ pub enum Invocation {
     Serve(Flags),
     /// `-adopt`: be the shim that takes over.
     Successor(Flags),
+    /// `-handoff=N`: be the shim that goes on in this process, from the message at descriptor N.
+    GoOn(Flags, i32),
+    /// `-handoff-check`: say whether this executable reads the message on standard input.
+    HandoffCheck,
     /// `-v`.
     Version,
     /// `-info`.
@@ -78,6 +82,9 @@ pub enum Refusal {
         /// Its value.
         value: String,
     },
+    /// `-handoff=x`.
+    #[error("-handoff wants the number of a descriptor, above 2")]
+    NotADescriptor,
     /// Neither `start` nor `delete`.
     #[error("unknown action {0:?} (allowed: start, delete, adopt, tell, or none to serve)")]
     UnknownAction(String),
@@ -103,6 +110,7 @@ impl Refusal {
             | Refusal::Syntax(_)
             | Refusal::NoValue(_)
             | Refusal::NotBoolean { .. }
+            | Refusal::NotADescriptor
             | Refusal::UnknownAction(_)
             | Refusal::NotText(_) => 2,
             Refusal::NoNamespace | Refusal::NoId | Refusal::InvalidId(_) => 1,
@@ -110,8 +118,8 @@ impl Refusal {
     }
 }
 
-const FLAG_NAMES: &str = "-address -adopt -bundle -debug -debug-socket -group -id -info -namespace \
-                          -publish-binary -socket -v -version";
+const FLAG_NAMES: &str = "-address -adopt -bundle -debug -debug-socket -group -handoff -handoff-check \
+                          -id -info -namespace -publish-binary -socket -v -version";
 
 /// What `-h` prints.
 pub const HELP: &str = "\
@@ -144,6 +152,8 @@ fn flag(name: &str) -> Option<Flag> {
         "bundle" => Flag::Text("bundle"),
         "debug-socket" => Flag::Text("debug-socket"),
         "group" => Flag::Text("group"),
+        "handoff" => Flag::Text("handoff"),
+        "handoff-check" => Flag::Boolean("handoff-check"),
         "id" => Flag::Text("id"),
         "namespace" => Flag::Text("namespace"),
         "publish-binary" => Flag::Text("publish-binary"),
@@ -165,10 +175,12 @@ struct Given {
     address: String,
     bundle: String,
     group: String,
+    handoff: String,
     id: String,
     namespace: String,
     socket: String,
     adopt: bool,
+    handoff_check: bool,
     debug: bool,
     info: bool,
     version: bool,
@@ -183,6 +195,7 @@ impl Given {
             "address" => self.address = value,
             "bundle" => self.bundle = value,
             "group" => self.group = value,
+            "handoff" => self.handoff = value,
             "id" => self.id = value,
             "namespace" => self.namespace = value,
             "socket" => self.socket = value,
@@ -195,6 +208,7 @@ impl Given {
     fn set_boolean(&mut self, name: &'static str, value: bool) {
         match name {
             "adopt" => self.adopt = value,
+            "handoff-check" => self.handoff_check = value,
             "debug" => self.debug = value,
             "info" => self.info = value,
             "v" => self.version = value,
@@ -275,6 +289,16 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
     if given.info {
         return Ok(Invocation::RuntimeInfo);
     }
+    if given.handoff_check {
+        return Ok(Invocation::HandoffCheck);
+    }
+    let handoff = match given.handoff.as_str() {
+        "" => None,
+        text => {
+            let number = text.parse().ok().filter(|number| *number > 2);
+            Some(number.ok_or(Refusal::NotADescriptor)?)
+        }
+    };
     let act: fn(Flags) -> Invocation = match action {
         Some("start") => Invocation::Start,
         Some("delete") => Invocation::Delete,
@@ -291,7 +315,7 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
         return Err(Refusal::NoId);
     }
     let path = |text: String| (!text.is_empty()).then(|| PathBuf::from(text));
-    Ok(act(Flags {
+    let flags = Flags {
         namespace: Namespace::new(given.namespace)?,
         id: Id::new(given.id)?,
         address: given.address,
@@ -299,7 +323,11 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
         socket: path(given.socket),
         group: (!given.group.is_empty()).then_some(given.group),
         debug: given.debug,
-    }))
+    };
+    Ok(match handoff {
+        Some(number) if action.is_none() => Invocation::GoOn(flags, number),
+        Some(_) | None => act(flags),
+    })
 }
 
 /// Go's `strconv.ParseBool`.

@@ -21,8 +21,10 @@ use std::{
 use nix::fcntl::OFlag;
 use recoverd_common::{failpoint, read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
 
+use serde::{Deserialize, Serialize};
+
 use crate::{
-    lock,
+    carry, lock,
     sys::{self, Hold},
 };
 
@@ -36,9 +38,10 @@ const GRAIN: u64 = 4096;
 const SLACK: u64 = 64 << 10;
 
 /// The log's writer.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct EventLog {
     path: PathBuf,
+    #[serde(with = "carry::maybe_fd")]
     file: Option<File>,
     /// Where the next entry goes.
     end: u64,

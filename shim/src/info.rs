@@ -26,6 +26,9 @@ use recoverd_common::pb::{
 
 use crate::options::Options;
 
+/// Our version.
+pub const VERSION_NUMBER: &str = env!("CARGO_PKG_VERSION");
+
 /// What `-v` prints.
 pub const VERSION: &str = concat!(
     "containerd-shim-recoverd-v1:\n  Version: ",
@@ -56,7 +59,7 @@ fn answer(options: Option<Any>, features: Option<Vec<u8>>) -> RuntimeInfo {
     RuntimeInfo {
         name: NAME.into(),
         version: Some(RuntimeVersion {
-            version: env!("CARGO_PKG_VERSION").into(),
+            version: VERSION_NUMBER.into(),
             revision: String::new(),
         }),
         options,

@@ -20,6 +20,7 @@ use std::{
 mod adopt;
 mod args;
 mod bootstrap;
+mod carry;
 mod children;
 mod config;
 mod connections;
@@ -99,6 +100,8 @@ fn invoke(invocation: Invocation) -> Result<u8, Box<dyn Error>> {
         }
         Invocation::Adopt(flags) => return Ok(adopt::run(&flags, &mut io::stdout().lock())?),
         Invocation::Serve(flags) => serve::run(ServeArgs::take(flags)?),
+        Invocation::GoOn(flags, message) => serve::go_on(&flags, message),
+        Invocation::HandoffCheck => serve::check(),
         Invocation::Successor(flags) => serve::adopt_and_serve(&flags),
         Invocation::Tell(flags) => serve::tell(&flags),
     };

@@ -94,6 +94,9 @@ pub fn decide(whose: Caller, how_far: &HowFar, record: &record::Record) -> Resum
 fn again(payload: &[u8]) -> Resumed {
     match service::parse(payload) {
         Ok((Call::Create(_) | Call::Exec { .. }, _)) => unsure(),
+        Ok((Call::Upgrade(executable), _)) => {
+            Resumed::Refuse(format!("shim died of becoming {executable}"))
+        }
         Ok((Call::Kill { signal, .. }, _)) if signal != 0 && signal != SIGKILL => unsure(),
         Ok((call, timeout)) => Resumed::Again(Box::new(call), timeout),
         Err(refusal) => Resumed::Refuse(refusal.message),

@@ -11,6 +11,7 @@ mod looks;
 mod resumed;
 mod sockets;
 mod tell;
+mod upgrade;
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -43,6 +44,7 @@ use recoverd_common::{
 use crate::{
     context, event_log,
     event_log::EventLog,
+    info,
     journal::{Fixed, Journal},
     lock::{self, Attempt},
     log::{Level, Log},
@@ -58,11 +60,12 @@ use crate::{
     sys,
     tasks::{Effect, Event, JobId, Now},
 };
-use adopted::Witness;
-pub use adopted::adopt_and_serve;
-use effects::Child;
+pub use adopted::{Witness, adopt_and_serve};
+pub use effects::Child;
 use sockets::Socket;
 pub use tell::tell;
+use upgrade::Trial;
+pub use upgrade::{check, go_on};
 
 const LISTENER: u64 = 1;
 const SIGNALS: u64 = 2;
@@ -143,6 +146,10 @@ struct Shim {
     /// Somebody else may be responsible for what is at our paths.
     retired: bool,
     leave: bool,
+    /// A new executable that is being tried.
+    trial: Option<Trial>,
+    /// Held to the very end.
+    lock: Option<fs::File>,
 }
 
 fn now() -> Now {
@@ -257,7 +264,7 @@ fn prepare(
             Seen::Absent | Seen::Unknown(_) => String::new(),
         },
         shim: record::Shim {
-            version: env!("CARGO_PKG_VERSION").to_owned(),
+            version: info::VERSION_NUMBER.to_owned(),
             process: record::Process {
                 pid,
                 start_time: reaper::start_time(Pid::this()),
@@ -313,6 +320,8 @@ fn prepare(
         trim_at: None,
         retired: false,
         leave: false,
+        trial: None,
+        lock: None,
     };
     Ok((shim, signals))
 }
@@ -332,6 +341,7 @@ impl Shim {
 
     /// Serves; returns when it has left.
     fn run(mut self, signals: &SignalFd, lock: fs::File) -> Result<(), Box<dyn Error>> {
+        self.lock = Some(lock);
         let result = self.serve(signals);
         // Intentional ends are announced: a descriptor that somebody else keeps must not hide
         // them.
@@ -341,8 +351,6 @@ impl Shim {
         if let Some(listener) = &self.listener {
             announce_end(listener);
         }
-        // Held to the very end.
-        drop(lock);
         result.map_err(Into::into)
     }
 
@@ -380,6 +388,7 @@ impl Shim {
             for event in ready.iter().take(count) {
                 self.wake(event, signals);
             }
+            self.upgrade_if_due();
             let now = now().mono_ms;
             let mut worked = count > 0;
             if self.stdio.deadline().is_some_and(|at| at <= now) {
@@ -414,6 +423,7 @@ impl Shim {
             self.stdio.deadline(),
             self.accept_at,
             self.trim_at,
+            self.trial.as_ref().map(Trial::deadline),
         ];
         let Some(at) = deadlines.into_iter().flatten().min() else {
             return EpollTimeout::NONE;
@@ -590,6 +600,7 @@ impl Shim {
             Output::Log { .. } | Output::Note(_) => {}
             Output::Effect(effect) => self.effect(effect, now),
             Output::Post(post) => self.post(post),
+            Output::Upgrade(executable) => self.try_executable(executable.into()),
             Output::Say(text) => self.log.say(Level::Warning, &text),
             Output::Close(connection, why) => {
                 if let Some(why) = why {

@@ -7,6 +7,7 @@
 use prost::Message;
 use prost_types::{Any, Timestamp as ProtoTimestamp};
 use recoverd_common::{
+    handoff,
     ids::Id,
     pb::{task, ttrpc as envelope},
     shim_client::JOIN,
@@ -185,6 +186,8 @@ pub enum Call {
     Join(String),
     /// Asks the shim to leave when it has no task.
     Shutdown,
+    /// Asks the shim to become this executable.
+    Upgrade(String),
 }
 
 /// An answer.
@@ -211,6 +214,8 @@ pub enum Reply {
     Pids(Vec<(u32, String)>),
     /// Stats: type URL and value.
     Stats(String, Vec<u8>),
+    /// Upgrade: the version that serves now.
+    Upgraded(String),
 }
 
 /// How a process ended, for Delete and Wait.
@@ -245,6 +250,10 @@ pub struct State {
 pub fn parse(payload: &[u8]) -> Result<(Call, Option<u64>), Refusal> {
     let request = envelope::Request::decode(payload)
         .map_err(|e| Refusal::invalid(format!("unmarshal request error: {e}")))?;
+    if request.service == handoff::SERVICE && request.method == handoff::UPGRADE {
+        let asked: handoff::UpgradeRequest = decode(&request.payload)?;
+        return Ok((Call::Upgrade(asked.executable), None));
+    }
     if !SERVICES.contains(&request.service.as_str()) {
         return Err(Refusal::new(
             code::UNIMPLEMENTED,
@@ -288,7 +297,8 @@ pub fn keeps_answer(call: &Call) -> bool {
         | Call::Stats(_)
         | Call::Connect(_)
         | Call::Join(_)
-        | Call::Shutdown => false,
+        | Call::Shutdown
+        | Call::Upgrade(_) => false,
     }
 }
 
@@ -522,6 +532,10 @@ fn body(reply: &Reply) -> Vec<u8> {
         .encode_to_vec(),
         Reply::Pids(pids) => task::PidsResponse {
             processes: pids.iter().map(process_info).collect(),
+        }
+        .encode_to_vec(),
+        Reply::Upgraded(version) => handoff::UpgradeResponse {
+            version: version.clone(),
         }
         .encode_to_vec(),
         Reply::Stats(type_url, value) => task::StatsResponse {

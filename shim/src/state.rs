@@ -47,6 +47,8 @@ pub enum Input {
     EventsLost(String),
     /// Bytes of containerd's event service.
     EventsBytes(Vec<u8>),
+    /// The shim is a new image by now, of this version; or not, because.
+    Upgraded(Result<String, String>),
     /// Time has passed.
     Tick,
 }
@@ -83,6 +85,8 @@ pub enum Output {
     },
     /// Note what has become of a request.
     Note(Note),
+    /// Become this executable; `Upgraded` follows.
+    Upgrade(String),
     /// A line for the log of the shim.
     Say(String),
     /// Close a connection.
@@ -123,6 +127,8 @@ pub struct LoopState {
     empty_until: Option<u64>,
     /// Tasks that were announced and have not come, and until when they are waited for.
     joining: Vec<(String, u64)>,
+    /// Who waits for an upgrade.
+    upgrading: Option<Caller>,
     /// Why nothing new can be taken on: no room on disk for what it would need.
     pub no_room: Option<String>,
 }
@@ -139,6 +145,7 @@ impl LoopState {
             leaving: Leaving::No,
             empty_until: None,
             joining: Vec::new(),
+            upgrading: None,
             no_room: None,
         }
     }
@@ -171,6 +178,17 @@ impl LoopState {
             Input::Reply(to, reply) => self.reply(to, &reply, now, &mut out),
             Input::EventsOpened => self.outbox.opened(),
             Input::EventsLost(why) => post(self.outbox.lost(now, &why), &mut out),
+            Input::Upgraded(result) => {
+                if let Some(to) = self.upgrading.take() {
+                    let failed = |why| Refusal::new(code::FAILED_PRECONDITION, why);
+                    self.reply(
+                        to,
+                        &result.map(Reply::Upgraded).map_err(failed),
+                        now,
+                        &mut out,
+                    );
+                }
+            }
             Input::EventsBytes(bytes) => post(self.outbox.feed(&bytes, now), &mut out),
             Input::Tick => {
                 let due = |(at, _): &(u64, Timer)| *at <= now.mono_ms;
@@ -304,6 +322,9 @@ impl LoopState {
                 }
             }
         }
+        if let Call::Upgrade(executable) = call {
+            return self.upgrade(from, executable, now, out);
+        }
         match &call {
             Call::Join(id) => {
                 let until = now.mono_ms.saturating_add(EMPTY_MS);
@@ -314,6 +335,20 @@ impl LoopState {
             _ => {}
         }
         self.event(Event::Request { from, call, until }, now, out);
+    }
+
+    fn upgrade(&mut self, from: Caller, executable: String, now: Now, out: &mut Vec<Output>) {
+        let why = match (&self.upgrading, &self.leaving) {
+            (Some(_), _) => "an upgrade is under way",
+            (None, Leaving::Flushing { .. } | Leaving::Lingering) => "shim is leaving",
+            (None, Leaving::No) => {
+                self.upgrading = Some(from);
+                out.push(Output::Upgrade(executable));
+                return;
+            }
+        };
+        let refusal = Refusal::new(code::UNAVAILABLE, why);
+        self.reply(from, &Err(refusal), now, out);
     }
 
     fn close(&mut self, connection: u64, why: Option<Violation>, now: Now, out: &mut Vec<Output>) {

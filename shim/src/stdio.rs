@@ -38,6 +38,7 @@ use nix::{
 };
 
 use crate::{
+    carry,
     children::ChildFile,
     service::{Key, StdioWish},
     supervised::Tell,
@@ -53,6 +54,7 @@ use pipes::{
 };
 use recoverd_common::proc::Proc;
 use relay::{End, Relay, RelayKind, Turn};
+use serde::{Deserialize, Serialize};
 use target::Target;
 
 /// A fifo holds this much, bytes, if the memory limit does not say less.
@@ -118,9 +120,10 @@ pub enum Heard {
 }
 
 /// A logger process; one without `argv` is a copier of ours, which writes to a file.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Logger {
     /// Its pid.
+    #[serde(with = "carry::pid")]
     pub pid: Pid,
     /// Field 22 of its `stat`.
     pub start_time: u64,
@@ -143,17 +146,21 @@ impl Logger {
 }
 
 /// All of one process.
-#[derive(Debug, Default)]
+#[derive(Debug, Default, Serialize, Deserialize)]
 struct Held {
     relays: Vec<u64>,
     holds: Vec<Hold>,
     console: Option<(u64, Console, PathBuf)>,
     /// Where the terminal's output goes and its input comes from, until the master is here.
+    #[serde(with = "carry::maybe_fd")]
     output: Option<OwnedFd>,
+    #[serde(with = "carry::maybe_fd")]
     input: Option<OwnedFd>,
+    #[serde(with = "carry::maybe_fd")]
     master: Option<OwnedFd>,
     logger: Option<Logger>,
     /// Read ends of the logger's pipes.
+    #[serde(with = "carry::fds")]
     logged: Vec<OwnedFd>,
     /// The process has exited.
     finishing: bool,
@@ -161,8 +168,9 @@ struct Held {
 }
 
 /// The descriptors of every process.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub struct Stdio {
+    #[serde(with = "carry::pairs")]
     held: BTreeMap<Key, Held>,
     relays: BTreeMap<u64, Relay>,
     last: u64,
@@ -170,6 +178,7 @@ pub struct Stdio {
     dismissed: Vec<(Logger, u64)>,
     look_at: Option<(u64, u64)>,
     /// What a supervisor is to be told, before the next answer.
+    #[serde(skip)]
     tell: Vec<Tell>,
 }
 
@@ -187,6 +196,19 @@ impl Stdio {
             look_at: None,
             tell: Vec::new(),
         }
+    }
+
+    /// Watches what it holds: it comes from another image of this process.
+    pub fn watch(&mut self, epoll: &Epoll) -> io::Result<()> {
+        for (number, relay) in &mut self.relays {
+            let end = relay.watched.take();
+            relay.watch(end, *number, epoll)?;
+        }
+        let consoles = self.held.values().filter_map(|held| held.console.as_ref());
+        for (number, console, _) in consoles {
+            console.watch(*number, epoll)?;
+        }
+        Ok(())
     }
 
     /// Opens what `wanted` asks for. After an error nothing of it is left open.

@@ -785,6 +785,8 @@ impl Tasks {
                     Ok(None)
                 }
             }
+            // The loop's own business.
+            Call::Upgrade(_) => Err(Refusal::unknown("not a call of the task API")),
             Call::Create(create) => self.create(from, *create, until, now, out),
             Call::State(key) => self.state(&key).map(Some),
             Call::Wait(key) => self.wait(from, &key),
@@ -1223,7 +1225,8 @@ impl Tasks {
             | Call::Stats(_)
             | Call::Connect(_)
             | Call::Join(_)
-            | Call::Shutdown => return Err(Refusal::unknown("not queued")),
+            | Call::Shutdown
+            | Call::Upgrade(_) => return Err(Refusal::unknown("not queued")),
         };
         if matches!(request.call, Call::Delete(_)) && self.give_up_create(&id, out) {
             // Answered when nothing of it is left: the client removes the bundle then.

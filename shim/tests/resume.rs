@@ -6,163 +6,30 @@ mod daemon;
 use std::{
     fs,
     io::{Read, Write},
-    os::{
-        fd::{AsFd, AsRawFd, OwnedFd},
-        unix::fs::MetadataExt,
-        unix::net::UnixStream,
-    },
+    os::unix::{fs::MetadataExt, net::UnixStream},
     path::Path,
-    process::{Command, Output, Stdio},
-    thread::{self, JoinHandle},
+    thread,
 };
 
-use daemon::{Daemon, until};
+use daemon::{
+    Daemon,
+    keeper::{Call, adopt, asked, begin, calls, die, end, keep, settled, slow, wait, waiting},
+    until,
+};
 use nix::{
-    fcntl::{FcntlArg, FdFlag, fcntl},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
 use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
-    adoption::{Adopted, Adoption},
     paths::Beside,
     pb::{task, ttrpc as envelope},
     shim_client::{CallError, ShimClient, TASK_SERVICES},
-    sys,
     ttrpc::{HEADER, Header, Kind, code},
 };
 
 const NONE: &str = "";
-
-/// Everything of a shim that a keeper keeps.
-fn keep(pid: u32) -> Vec<OwnedFd> {
-    let pidfd = sys::pidfd_open(i32::try_from(pid).unwrap()).unwrap();
-    let mut kept = Vec::new();
-    for entry in fs::read_dir(format!("/proc/{pid}/fd")).unwrap() {
-        let path = entry.unwrap().path();
-        let number = path.file_name().unwrap().to_str().unwrap().parse().unwrap();
-        let Ok(target) = fs::read_link(&path) else {
-            continue;
-        };
-        let target = target.to_string_lossy().into_owned();
-        if target.starts_with("socket:") || target.starts_with("pipe:") {
-            kept.push(sys::pidfd_getfd(pidfd.as_fd(), number).unwrap());
-        }
-    }
-    kept
-}
-
-/// The successor, ended with the test.
-struct Successor(Adopted);
-
-impl Drop for Successor {
-    fn drop(&mut self) {
-        let pid = i32::try_from(self.0.shim.pid).unwrap();
-        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
-    }
-}
-
-fn run(daemon: &Daemon, kept: &[OwnedFd]) -> Output {
-    let adoption = Adoption {
-        socket: daemon.socket(),
-        record: None,
-        predecessor: None,
-        descriptors: kept.iter().map(|_| "whatever".to_owned()).collect(),
-    };
-    // A shell puts them where they belong.
-    let mut places = String::new();
-    for (number, fd) in (3..).zip(kept) {
-        fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).unwrap();
-        places += &format!(" {number}<&{}", fd.as_raw_fd());
-    }
-    let mut verb = Command::new("bash")
-        .arg("-c")
-        .arg(format!("exec \"$0\" \"$@\" {places}"))
-        .arg(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"))
-        .args(["-namespace", "ns", "-id", "first", "-address", "/none"])
-        .arg("adopt")
-        .current_dir(daemon.dir.path())
-        .env_remove("TTRPC_ADDRESS")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = verb.stdin.take().unwrap();
-    stdin.write_all(&adoption.encode()).unwrap();
-    drop(stdin);
-    for fd in kept {
-        fcntl(fd, FcntlArg::F_SETFD(FdFlag::FD_CLOEXEC)).unwrap();
-    }
-    verb.wait_with_output().unwrap()
-}
-
-fn adopt(daemon: &Daemon, kept: &[OwnedFd]) -> Successor {
-    let output = run(daemon, kept);
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    Successor(Adopted::decode(&output.stdout).unwrap())
-}
-
-/// Kept descriptors, and the shim is dead.
-fn die(daemon: &mut Daemon) -> Vec<OwnedFd> {
-    let kept = keep(daemon.process.id());
-    daemon.process.kill().unwrap();
-    daemon.process.wait().unwrap();
-    kept
-}
-
-type Call<R> = JoinHandle<Result<R, CallError>>;
-
-/// A call on a connection of its own, made by a thread; it is in the shim when this returns.
-fn begin<R: Message + Default + 'static>(
-    daemon: &Daemon,
-    method: &'static str,
-    request: impl Message + 'static,
-) -> Call<R> {
-    let mut client = daemon.client();
-    let call = thread::spawn(move || client.call(TASK_SERVICES[0], method, &request));
-    until("it is asked", || asked(daemon, method) > 0);
-    call
-}
-
-/// Requests for `method` that are written down as asked.
-fn asked(daemon: &Daemon, method: &str) -> usize {
-    let bytes = fs::read(Beside::of(&daemon.socket()).requests).unwrap();
-    let slots = bytes.chunks(512).skip(1);
-    let is_one = |slot: &&[u8]| {
-        let mut words = slot.windows(method.len().max(1));
-        slot[0] == 1 && (method.is_empty() || words.any(|word| word == method.as_bytes()))
-    };
-    slots.filter(is_one).count()
-}
-
-/// Nothing is to be sent again: what was sent is known to be.
-fn settled(daemon: &Daemon) {
-    until("its answer is known to be sent", || {
-        asked(daemon, "Connect") == 0
-    });
-}
-
-fn calls(daemon: &Daemon, id: &str, verb: &str) -> usize {
-    let text = fs::read_to_string(daemon.bundle(id).join("calls")).unwrap_or_default();
-    text.lines().filter(|line| *line == verb).count()
-}
-
-fn slow(daemon: &Daemon, id: &str, verb: &str) -> std::path::PathBuf {
-    let path = daemon.bundle(id).join(format!("slow-{verb}"));
-    fs::create_dir_all(daemon.bundle(id)).unwrap();
-    fs::write(&path, "").unwrap();
-    path
-}
-
-fn wait(id: &str, exec_id: &str) -> task::WaitRequest {
-    task::WaitRequest {
-        id: id.into(),
-        exec_id: exec_id.into(),
-    }
-}
 
 fn refused<R: std::fmt::Debug>(result: Result<R, CallError>, what: &str) {
     match result {
@@ -172,19 +39,6 @@ fn refused<R: std::fmt::Debug>(result: Result<R, CallError>, what: &str) {
         }
         other => panic!("{other:?}"),
     }
-}
-
-/// An init that ends with 23 when the file `end` is there.
-fn waiting(daemon: &Daemon) -> String {
-    let end = daemon.dir.path().join("end");
-    format!(
-        "until [ -e {} ]; do sleep 0.02; done; exit 23",
-        end.display()
-    )
-}
-
-fn end(daemon: &Daemon) {
-    fs::write(daemon.dir.path().join("end"), "").unwrap();
 }
 
 fn frame(stream: u32, method: &str, request: &impl Message) -> Vec<u8> {

@@ -25,11 +25,13 @@ use recoverd_common::{
     record::{self, Record},
 };
 
+use serde::{Deserialize, Serialize};
+
 use super::{Shim, StartError, failed};
 use crate::{
     adopt::{self, Claimed, Decision, Kept, Look, Loot},
     args::Flags,
-    context,
+    carry, context,
     log::{Level, Log},
     reaper,
     service::Key,
@@ -42,14 +44,15 @@ use crate::{
 };
 
 /// A process whose parent we are not, watched for its end.
-#[derive(Debug)]
-pub(super) struct Witness {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Witness {
     whose: Whose,
     process: Process,
+    #[serde(with = "carry::fd")]
     pidfd: OwnedFd,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 enum Whose {
     Member(Key),
     Logger,
@@ -291,19 +294,22 @@ impl Shim {
     }
 
     fn witness(&mut self, whose: Whose, process: Process, pidfd: OwnedFd) {
-        self.last_witness += 1;
-        let token = self.last_witness;
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
-        if let Err(e) = self.epoll.add(&pidfd, event) {
-            let text = format!("watch process {}: {e}", process.pid);
-            self.log.say(Level::Error, &text);
-            return;
-        }
-        let witness = Witness {
+        self.watch_witness(Witness {
             whose,
             process,
             pidfd,
-        };
+        });
+    }
+
+    pub(super) fn watch_witness(&mut self, witness: Witness) {
+        self.last_witness += 1;
+        let token = self.last_witness;
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
+        if let Err(e) = self.epoll.add(&witness.pidfd, event) {
+            let text = format!("watch process {}: {e}", witness.process.pid);
+            self.log.say(Level::Error, &text);
+            return;
+        }
         self.witnesses.insert(token, witness);
     }
 

@@ -18,9 +18,11 @@ use recoverd_common::{
     read::read_text,
     seen::Seen,
 };
+use serde::{Deserialize, Serialize};
 
 use super::Shim;
 use crate::{
+    carry,
     children::{self, ChildFile, Plan, Step},
     config::Config,
     log::Level,
@@ -34,8 +36,11 @@ use crate::{
 };
 
 /// A short-lived child at work.
-pub(super) struct Child {
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Child {
+    #[serde(with = "carry::pid")]
     pub(super) pid: Pid,
+    #[serde(with = "carry::fd")]
     words: OwnedFd,
     key: Key,
     pub(super) work: Work,

@@ -44,8 +44,11 @@ impl Shim {
         self.reap();
     }
 
-    fn reap(&mut self) {
+    pub(super) fn reap(&mut self) {
         while let Some(exited) = reaper::peek(None) {
+            if self.trial_ended() {
+                continue;
+            }
             // What a runtime command started comes to us when the command has ended: that end
             // comes first, it says whose the process is.
             let ended: Vec<(JobId, Pid, u32)> = self

@@ -12,7 +12,7 @@ use super::{MAX_DEPTH, Shim};
 use crate::{
     connections::Caller,
     log::Level,
-    oom::OomWatch,
+    oom::{OomWatch, WatchError},
     service::{Refusal, Reply},
     state::Input,
     stats,
@@ -31,7 +31,12 @@ impl Shim {
         else {
             return;
         };
-        let watch = match OomWatch::new(cgroup, None) {
+        let watch = OomWatch::new(cgroup, None);
+        self.add_oom_watch(id, watch);
+    }
+
+    pub(super) fn add_oom_watch(&mut self, id: String, watch: Result<OomWatch, WatchError>) {
+        let watch = match watch {
             Ok(watch) => watch,
             Err(e) => {
                 self.log.say(Level::Warning, &format!("{id}: {e}"));

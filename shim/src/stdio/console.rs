@@ -17,12 +17,14 @@ use nix::{
     },
 };
 
-use crate::sys;
+use serde::{Deserialize, Serialize};
 
-#[derive(Debug)]
+use crate::{carry, sys};
+
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Console {
-    Listening(UnixListener),
-    Connected(UnixStream),
+    Listening(#[serde(with = "carry::fd")] UnixListener),
+    Connected(#[serde(with = "carry::fd")] UnixStream),
 }
 
 pub(super) enum Progress {
@@ -31,6 +33,15 @@ pub(super) enum Progress {
 }
 
 impl Console {
+    pub(super) fn watch(&self, number: u64, epoll: &Epoll) -> io::Result<()> {
+        let event = EpollEvent::new(EpollFlags::EPOLLIN, number);
+        match self {
+            Console::Listening(listener) => epoll.add(listener, event)?,
+            Console::Connected(stream) => epoll.add(stream, event)?,
+        }
+        Ok(())
+    }
+
     pub(super) fn advance(self, number: u64, epoll: &Epoll) -> io::Result<Progress> {
         let stream = match self {
             Console::Listening(listener) => match listener.accept() {

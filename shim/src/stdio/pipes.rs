@@ -17,12 +17,15 @@ use nix::{
     unistd::{Gid, Uid, fchown, pipe2},
 };
 
-use crate::sys;
+use serde::{Deserialize, Serialize};
+
+use crate::{carry, sys};
 
 /// A fifo kept open.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Hold {
     /// The fifo.
+    #[serde(with = "carry::fd")]
     pub(super) fifo: OwnedFd,
     /// Write-only now, and looked at for a reader.
     pub(super) last_words: bool,

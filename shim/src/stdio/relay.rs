@@ -12,7 +12,9 @@ use nix::{
     sys::epoll::{Epoll, EpollEvent, EpollFlags},
 };
 
-use crate::service::Key;
+use serde::{Deserialize, Serialize};
+
+use crate::{carry, service::Key};
 
 /// One splice, bytes.
 const CHUNK: usize = 1 << 20;
@@ -20,12 +22,14 @@ const CHUNK: usize = 1 << 20;
 const TURN: u32 = 16;
 
 /// One direction of copying.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Relay {
     /// Whose.
     pub(super) key: Key,
+    #[serde(with = "carry::fd")]
     pub(super) from: OwnedFd,
     /// None: to nowhere.
+    #[serde(with = "carry::maybe_fd")]
     pub(super) to: Option<OwnedFd>,
     pub(super) kind: RelayKind,
     /// Read and not yet written, where splice(2) does not go.
@@ -34,14 +38,14 @@ pub(super) struct Relay {
     pub(super) watched: Option<End>,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum RelayKind {
     Output,
     /// `true`: ends when the client's fifo is empty.
     Input(bool),
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) enum End {
     From,
     To,

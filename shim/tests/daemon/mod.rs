@@ -4,6 +4,8 @@
 // Each test program uses a part of it.
 #![allow(dead_code)]
 
+pub mod keeper;
+
 use std::{
     fs,
     os::unix::{fs::PermissionsExt, net::UnixStream},

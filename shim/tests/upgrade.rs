@@ -1,0 +1,315 @@
+//! A shim becomes another executable in the same process; its clients see nothing of it. By the
+//! real binary, and copies of it that call themselves another version. See `daemon`.
+
+mod daemon;
+
+use std::{
+    fs,
+    io::{Read, Write},
+    os::unix::fs::{MetadataExt, PermissionsExt},
+    path::{Path, PathBuf},
+};
+
+use daemon::{
+    Daemon,
+    keeper::{Call, adopt_with, asked, begin, calls, end, keep, slow, wait, waiting},
+    until,
+};
+use prost_types::Any;
+use recoverd_common::{
+    handoff::{SERVICE, UPGRADE, UpgradeRequest, UpgradeResponse},
+    paths::Beside,
+    pb::task,
+    shim_client::{CallError, ShimClient},
+};
+
+const NONE: &str = "";
+const VERSION: &str = env!("CARGO_PKG_VERSION");
+const OTHER: &str = "9.8.7";
+
+fn ours() -> &'static Path {
+    Path::new(env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1"))
+}
+
+/// An executable file in the daemon's folder.
+fn executable(daemon: &Daemon, name: &str, bytes: &[u8]) -> PathBuf {
+    let path = daemon.dir.path().join(name);
+    let new = path.with_extension("new");
+    fs::write(&new, bytes).unwrap();
+    fs::set_permissions(&new, fs::Permissions::from_mode(0o755)).unwrap();
+    fs::rename(new, &path).unwrap();
+    path
+}
+
+/// A copy of ours that calls itself another version.
+fn newer(daemon: &Daemon) -> PathBuf {
+    assert_eq!(VERSION.len(), OTHER.len());
+    let mut bytes = fs::read(ours()).unwrap();
+    let places: Vec<usize> = (0..bytes.len() - VERSION.len())
+        .filter(|at| bytes[*at..].starts_with(VERSION.as_bytes()))
+        .collect();
+    for at in places {
+        bytes[at..at + OTHER.len()].copy_from_slice(OTHER.as_bytes());
+    }
+    executable(daemon, "newer", &bytes)
+}
+
+fn upgrade(client: &mut ShimClient, to: &Path) -> Result<String, CallError> {
+    let request = UpgradeRequest {
+        executable: to.to_str().unwrap().into(),
+    };
+    let response: UpgradeResponse = client.call(SERVICE, UPGRADE, &request)?;
+    Ok(response.version)
+}
+
+fn refused(result: Result<String, CallError>) -> String {
+    match result {
+        Err(CallError::Status { message, .. }) => message,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// Where its executable is, and how many descriptors it has.
+fn looks(pid: u32) -> (PathBuf, usize) {
+    let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap();
+    let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().count();
+    (exe, descriptors)
+}
+
+#[test]
+fn a_shim_becomes_a_newer_one_and_the_old_one_again_and_nobody_sees_it() {
+    let daemon = Daemon::new();
+    let pid = daemon.process.id();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let mut idle = daemon.client();
+    idle.state("c").unwrap();
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    let socket = fs::metadata(daemon.socket()).unwrap().ino();
+    for (executable, version) in [(newer.as_path(), OTHER), (ours(), VERSION), (&newer, OTHER)] {
+        assert_eq!(upgrade(&mut asker, executable).unwrap(), version);
+        assert_eq!(looks(pid).0, fs::canonicalize(executable).unwrap());
+        let recorded = daemon.recorded().shim;
+        assert_eq!(
+            (recorded.version.as_str(), recorded.process.pid),
+            (version, pid)
+        );
+        let connected = idle.connect_task("c").unwrap();
+        assert_eq!(connected.shim_pid, pid);
+        assert!(daemon.client().state("c").is_ok(), "and it accepts");
+    }
+    assert_eq!(fs::metadata(daemon.socket()).unwrap().ino(), socket);
+    let flags = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap();
+    assert_eq!(flags.matches("-handoff").count(), 1, "{flags}");
+    // It is still its parent, and responsible.
+    end(&daemon);
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
+    assert_eq!(daemon.delete("c").unwrap(), 23);
+    let output = std::process::Command::new("flock")
+        .args(["--nonblock", "--exclusive"])
+        .arg(Beside::of(&daemon.socket()).lock)
+        .arg("true")
+        .output()
+        .unwrap();
+    assert!(!output.status.success(), "its lock is held");
+    until("no request is left", || asked(&daemon, "") == 0);
+}
+
+#[test]
+fn what_runs_and_what_is_under_way_goes_on() {
+    let daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let (stdin, stdout) = (daemon.fifo("in"), daemon.fifo("out"));
+    let exec = |exec_id: &str, command: &str| task::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: exec_id.into(),
+        stdin: stdin.to_str().unwrap().into(),
+        stdout: stdout.to_str().unwrap().into(),
+        spec: Some(Any {
+            type_url: String::new(),
+            value: format!(r#"{{"args":["{command}"]}}"#).into_bytes(),
+        }),
+        ..Default::default()
+    };
+    let talks = exec("e", "while read a; do echo got $a; done; exit 5");
+    daemon
+        .call::<task::ConnectResponse>("Exec", &talks)
+        .unwrap();
+    daemon.start("c", "e");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", "e"));
+    let mut writer = fs::File::options().write(true).open(&stdin).unwrap();
+    let mut reader = fs::File::options().read(true).open(&stdout).unwrap();
+    let late = task::ExecProcessRequest {
+        stdin: String::new(),
+        stdout: String::new(),
+        ..exec("late", "exit 9")
+    };
+    daemon.call::<task::ConnectResponse>("Exec", &late).unwrap();
+    let slow = slow(&daemon, "c", "exec");
+    let request = task::StartRequest {
+        id: "c".into(),
+        exec_id: "late".into(),
+    };
+    let start: Call<task::StartResponse> = begin(&daemon, "Start", request);
+    until("it runs", || calls(&daemon, "c", "exec") == 2);
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    for round in 0..4 {
+        let executable = if round % 2 == 0 { &newer } else { ours() };
+        upgrade(&mut asker, executable).unwrap();
+        let line = format!("{round}\n");
+        writer.write_all(line.as_bytes()).unwrap();
+        let mut text = vec![0; "got ".len() + line.len()];
+        reader.read_exact(&mut text).unwrap();
+        assert_eq!(text, format!("got {line}").as_bytes());
+    }
+    fs::remove_file(slow).unwrap();
+    assert!(start.join().unwrap().unwrap().pid > 0);
+    assert_eq!(daemon.wait("c", "late"), 9);
+    let close = task::CloseIoRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        stdin: true,
+    };
+    daemon
+        .call::<task::ConnectResponse>("CloseIO", &close)
+        .unwrap();
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 5);
+    assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0, "its output has ended");
+    end(&daemon);
+    assert_eq!(daemon.wait("c", ""), 23);
+}
+
+#[test]
+fn an_executable_that_cannot_go_on_is_refused_and_nothing_has_changed() {
+    let daemon = Daemon::new();
+    let pid = daemon.process.id();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let mut asker = daemon.client();
+    asker.state("c").unwrap();
+    let before = (looks(pid), daemon.recorded());
+    let mut bytes = fs::read(ours()).unwrap();
+    bytes.truncate(5000);
+    let reads_another = "#!/bin/sh\necho 'handoff has format 1, not 7' >&2; exit 1\n";
+    let replaced = daemon.dir.path().join("replaced");
+    let replaces_itself = format!(
+        "#!/bin/sh\ncp {0} {0}.2; mv {0}.2 {0}; exec {1} \"$@\"\n",
+        replaced.display(),
+        ours().display()
+    );
+    for (name, bytes, why) in [
+        ("cut", bytes.as_slice(), "it cannot go on from here"),
+        ("text", b"not an executable", "it cannot go on from here"),
+        ("true", b"#!/bin/sh\nexit 0\n", "ended with status 0"),
+        ("newer", reads_another.as_bytes(), "not 7"),
+        ("replaced", replaces_itself.as_bytes(), "it was replaced"),
+    ] {
+        let path = executable(&daemon, name, bytes);
+        let said = refused(upgrade(&mut asker, &path));
+        assert!(said.contains(why) && said.contains(name), "{name}: {said}");
+    }
+    for (path, why) in [
+        ("/no/such/file", "No such file"),
+        ("relative", "not an absolute path"),
+        ("/etc/passwd", "not an executable"),
+        ("/", "not an executable"),
+    ] {
+        let said = refused(upgrade(&mut asker, Path::new(path)));
+        assert!(said.contains(why), "{path}: {said}");
+    }
+    assert_eq!((looks(pid), daemon.recorded()), before);
+    // One at a time.
+    let hangs = executable(&daemon, "hangs", b"#!/bin/sh\nexec sleep 60\n");
+    let first = std::thread::spawn(move || {
+        let said = refused(upgrade(&mut asker, &hangs));
+        (said, asker)
+    });
+    until("it is asked", || asked(&daemon, UPGRADE) > 0);
+    let said = refused(upgrade(&mut daemon.client(), ours()));
+    assert!(said.contains("under way"), "{said}");
+    let (said, mut asker) = first.join().unwrap();
+    assert!(said.contains("too long"), "{said}");
+    assert_eq!(upgrade(&mut asker, ours()).unwrap(), VERSION);
+    end(&daemon);
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
+}
+
+#[test]
+fn an_image_that_dies_at_once_is_replaced_by_the_old_one_with_what_was_kept() {
+    let mut daemon = Daemon::new();
+    let pid = daemon.process.id();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let dies = format!(
+        "#!/bin/sh\ncase \"$*\" in *-handoff-check*) exec {} \"$@\";; esac\nexit 1\n",
+        ours().display()
+    );
+    let dies = executable(&daemon, "dies", dies.as_bytes());
+    let old = PathBuf::from(format!("/proc/{pid}/exe"));
+    let old = executable(&daemon, "old", &fs::read(old).unwrap());
+    let kept = keep(pid);
+    let mut asker = daemon.client();
+    let asked = std::thread::spawn(move || upgrade(&mut asker, &dies));
+    daemon.process.wait().unwrap();
+    let successor = adopt_with(&daemon, &old, &kept);
+    drop(kept);
+    // The asker's own connection was not kept.
+    assert!(matches!(asked.join().unwrap(), Err(CallError::Closed)));
+    assert_ne!(successor.0.shim.pid, pid);
+    end(&daemon);
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
+}
+
+/// So many times, or as RECOVERD_UPGRADES says.
+#[test]
+fn many_upgrades_in_a_row_leave_no_trace() {
+    let rounds = std::env::var("RECOVERD_UPGRADES").ok();
+    let rounds: u32 = rounds.map_or(200, |text| text.parse().unwrap());
+    let daemon = Daemon::new();
+    let pid = daemon.process.id();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let blocked: Call<task::WaitResponse> = begin(&daemon, "Wait", wait("c", ""));
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    let private = || -> u64 {
+        let text = fs::read_to_string(format!("/proc/{pid}/smaps_rollup")).unwrap();
+        let lines = text
+            .lines()
+            .filter(|line| line.starts_with("Private_Dirty"));
+        lines
+            .map(|line| {
+                line.split_whitespace()
+                    .nth(1)
+                    .unwrap()
+                    .parse::<u64>()
+                    .unwrap()
+            })
+            .sum()
+    };
+    let mut early = None;
+    for round in 0..rounds {
+        let executable = if round % 2 == 0 { &newer } else { ours() };
+        upgrade(&mut asker, executable).unwrap();
+        if round == 9 {
+            early = Some((looks(pid).1, private()));
+        }
+    }
+    let (descriptors, memory) = early.unwrap();
+    assert_eq!(looks(pid).1, descriptors);
+    // What it needed to begin is given back when it has nothing to do.
+    until("it needs no more than before", || private() <= memory + 64);
+    end(&daemon);
+    assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
+}

@@ -4,7 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-use recoverd_common::pb::{runc, task};
+use prost_types::Any;
+use recoverd_common::pb::{runc, runtimeoptions, task, type_url};
 use recoverd_common::shim_client::{CallError, ShimClient};
 use recoverd_common::ttrpc::code;
 use recoverd_tests::{
@@ -23,8 +24,14 @@ recoverd_tests::tests! {
     // What runc is told does not depend on the release that passed the options on.
     once_with_each_shim: [
         options_of_runc_are_passed_on,
+        shim_is_killed_before_its_containerd,
+    ],
+    // Compares the two.
+    once: [
+        stats_at_rest_are_those_of_the_stock_shim,
     ],
     on_every_release: [
+        options_of_the_cri_are_understood,
         both_versions_of_the_api_on_one_socket,
         debug_logs_more_and_changes_nothing,
     ],
@@ -845,5 +852,179 @@ fn debug_logs_more_and_changes_nothing(release: &Release) {
         assert_eq!(api.status(id, "quick"), 4);
         containerd.remove(&task);
         node.wait_gone(&task.shim);
+    }
+}
+
+/// The CRI sends options of a type of its own to every runtime that is not called
+/// `io.containerd.runc.v2`: TOML in them, or (all that 1.6 passes on) in a file that they name. The
+/// stock shim refuses such a task.
+fn options_of_the_cri_are_understood(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let script = "echo \"$@\" >>$0.calls; exec runc \"$@\"";
+    let wrapper = node.folder().join("runtime");
+    std::fs::write(&wrapper, format!("#!/bin/sh\n{script}\n")).expect("write a wrapper");
+    node.run("chmod", ["+x".as_ref(), wrapper.as_os_str()]);
+    let toml = |root: &str| {
+        format!(
+            "BinaryName = \"{}\"\nRoot = \"{root}\"\nNoPivotRoot = true\nSystemdCgroup = false\n\
+             IoUid = 0\nCriuPath = \"/no/criu\"\nUnknown = [1, 2]\n[table]\nNoNewKeyring = true\n",
+            wrapper.display()
+        )
+    };
+    let file = node.folder().join("options.toml");
+    std::fs::write(&file, toml("/run/by-path")).expect("write options");
+    let any = |options: &runtimeoptions::Options| {
+        Some(Any {
+            type_url: type_url::RUNTIME_OPTIONS.into(),
+            value: prost::Message::encode_to_vec(options),
+        })
+    };
+    let by_body = runtimeoptions::Options {
+        type_url: type_url::RUNC_OPTIONS.into(),
+        config_body: toml("/run/by-body").into_bytes(),
+        ..Default::default()
+    };
+    let by_path = runtimeoptions::Options {
+        config_path: file.display().to_string(),
+        ..Default::default()
+    };
+    for (id, options) in [("by-body", &by_body), ("by-path", &by_path)] {
+        let spec = oci_spec(id, &SLEEPER);
+        api.container_with(id, &spec, ShimUnderTest::Recoverd, any(options));
+        api.create(id, &none()).expect("create");
+        api.start(id, "").expect("start");
+        assert!(node.path(format!("/run/{id}/e2e/{id}/state.json")).exists());
+        api.run_exec(id, "quick", &oci_process(&["sh", "-c", "exit 4"]), &none());
+        assert_eq!(api.status(id, "quick"), 4);
+        assert_eq!(api.end(id).status, KILLED);
+        let calls = wrapper.with_extension("calls");
+        let said = std::fs::read_to_string(&calls).expect("read the wrapper's calls");
+        for verb in ["create", "start", "exec", "delete"] {
+            let call = said.lines().find(|line| line.split(' ').any(|w| w == verb));
+            let call = call.unwrap_or_else(|| panic!("no {verb} in {said}"));
+            assert!(call.contains(&format!("--root /run/{id}/e2e")), "{call}");
+            assert_eq!(call.contains("--no-pivot"), verb == "create", "{call}");
+            // Of a table that no runc shim knows.
+            assert!(!call.contains("--no-new-keyring"), "{call}");
+        }
+        std::fs::remove_file(calls).expect("remove the wrapper's calls");
+    }
+    wait_no_shims(&node);
+
+    // One line that names what is wrong; nothing stays.
+    let broken = runtimeoptions::Options {
+        config_body: b"Root = \"/run/fine\"\nNoPivotRoot = \"yes\"\n".to_vec(),
+        ..Default::default()
+    };
+    let missing = runtimeoptions::Options {
+        config_path: "/no/such/options.toml".into(),
+        ..Default::default()
+    };
+    for (id, options, says) in [
+        ("broken", &broken, "line 2"),
+        ("missing", &missing, "/no/such/options.toml"),
+    ] {
+        let spec = oci_spec(id, &SLEEPER);
+        api.container_with(id, &spec, ShimUnderTest::Recoverd, any(options));
+        let refused = api.create(id, &none()).expect_err("bad options");
+        assert!(refused.message.contains(says), "{refused:?}");
+        wait_no_shims(&node);
+    }
+    let spec = oci_spec("stock", &SLEEPER);
+    api.container_with("stock", &spec, ShimUnderTest::Stock, any(&by_path));
+    api.create("stock", &none())
+        .expect_err("the control understands them");
+
+    // Every option of runc's own type that some release knows is accepted, with or without a use.
+    let all = runc::Options {
+        criu_path: "/no/criu".into(),
+        criu_image_path: "/run/images".into(),
+        criu_work_path: "/run/work".into(),
+        io_uid: 0,
+        io_gid: 0,
+        task_api_version: 2,
+        ..runc::Options::default()
+    };
+    let spec = oci_spec("all", &SLEEPER);
+    api.container("all", &spec, ShimUnderTest::Recoverd, Some(&all));
+    api.create("all", &none()).expect("create");
+    let kept = "/run/containerd/io.containerd.runtime.v2.task/e2e/all/options.json";
+    let kept = std::fs::read_to_string(node.path(kept)).expect("read options.json");
+    let kept: Value = serde_json::from_str(&kept).expect("options.json is JSON");
+    assert_eq!(kept["criu_path"], "/no/criu");
+    assert_eq!(kept["criu_image_path"], "/run/images");
+    api.end("all");
+    // A type and no value: what containerd 1.7 and later send for a runtime without options.
+    let empty = Any {
+        type_url: type_url::RUNTIME_OPTIONS.into(),
+        value: Vec::new(),
+    };
+    let spec = oci_spec("empty", &SLEEPER);
+    api.container_with("empty", &spec, ShimUnderTest::Recoverd, Some(empty));
+    api.create("empty", &none()).expect("create");
+    api.end("empty");
+    wait_no_shims(&node);
+}
+
+/// When memory is short the kernel takes the shim before containerd, by a little.
+fn shim_is_killed_before_its_containerd(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let daemon = containerd.process().pid;
+    let score = |pid: u32| -> i32 {
+        let text = node.run("cat", [format!("/proc/{pid}/oom_score_adj")]);
+        text.trim().parse().expect("a score")
+    };
+    // What the machine allows: it may forbid to lower it.
+    let begin = score(daemon);
+    for (id, of_containerd) in [("low", begin), ("high", 500), ("highest", 1000)] {
+        node.shell(&format!(
+            "echo {of_containerd} >/proc/{daemon}/oom_score_adj"
+        ));
+        let task = containerd.run(&Container::new(id).shim(shim));
+        assert_eq!(score(task.shim.pid), (of_containerd + 1).min(1000), "{id}");
+        containerd.remove(&task);
+    }
+}
+
+/// A container that sleeps, with every limit that this host knows: both shims say the same of it,
+/// field by field, but for the time that passes.
+fn stats_at_rest_are_those_of_the_stock_shim(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    // In the same cgroup: the figures of one are those of the other.
+    let spec = |id: &str| {
+        let mut spec = oci_spec(id, &["sleep", "100000"]);
+        spec["linux"]["cgroupsPath"] = json!("/e2e/shared");
+        spec["linux"]["resources"]["memory"] = json!({"limit": 64 << 20, "swap": 96 << 20});
+        spec["linux"]["resources"]["pids"] = json!({"limit": 77});
+        spec["linux"]["resources"]["cpu"] =
+            json!({"shares": 512, "quota": 50_000, "period": 100_000});
+        spec
+    };
+    for (id, shim) in [
+        ("stock", ShimUnderTest::Stock),
+        ("ours", ShimUnderTest::Recoverd),
+    ] {
+        api.run(id, &spec(id), shim, &none());
+    }
+    let metrics = |id: &str| -> Value {
+        let text = containerd.ctr_ok("e2e", ["tasks", "metrics", "--format", "json", id]);
+        serde_json::from_str(&text).expect("metrics are JSON")
+    };
+    // What the kernel counts on by itself: the two are asked one after the other.
+    let equal = wait_for("figures at rest", || {
+        let (before, ours, after) = (metrics("stock"), metrics("ours"), metrics("stock"));
+        (before == after).then_some((before, ours))
+    });
+    let (stock, ours) = equal;
+    assert_eq!(ours, stock);
+    let text = stock.to_string();
+    assert!(text.contains("67108864") && text.contains("77"), "{text}");
+    for id in ["ours", "stock"] {
+        api.end(id);
     }
 }

@@ -15,12 +15,15 @@ recoverd_tests::tests! {
     once_with_each_shim: [
         broken_peers_cost_only_their_own_connection,
         only_the_own_uid_may_connect,
+        blocked_waits_hold_up_no_other_request,
+        connect_and_pids_fork_nothing,
     ],
     // The stock shim has no such promise: it holds a lock of the task over each of these.
     once: [
         stuck_umount_holds_up_no_neighbour,
         slow_runtime_holds_up_no_neighbour,
         slow_log_of_a_terminal_holds_up_no_neighbour,
+        shim_log_that_nobody_reads_stops_nobody,
     ],
 }
 
@@ -296,7 +299,7 @@ fn stuck_umount_holds_up_no_neighbour(release: &Release) {
             "inject=umount2:delay_enter=12000000",
         ],
     );
-    wait_traced(&node, &pid, true);
+    node.wait_traced(&calm.shim, true);
     let mut took = Duration::ZERO;
     let times = state_times(&node, &calm, || {
         let began = Instant::now();
@@ -345,7 +348,7 @@ fn slow_log_of_a_terminal_holds_up_no_neighbour(release: &Release) {
                 "inject=openat,write,splice:delay_enter=3000000",
             ],
         );
-        wait_traced(&node, &pid, true);
+        node.wait_traced(&calm.shim, true);
         let mut spec = oci_spec(id, &["sh", "-c", "echo one; echo two; exit 5"]);
         spec["process"]["terminal"] = serde_json::json!(true);
         spec["annotations"] = serde_json::json!({"io.containerd.runc.v2.group": "calm"});
@@ -373,25 +376,13 @@ fn slow_log_of_a_terminal_holds_up_no_neighbour(release: &Release) {
         );
         assert_prompt(times, 20);
         drop(strace);
-        wait_traced(&node, &pid, false);
+        node.wait_traced(&calm.shim, false);
         let text = std::fs::read_to_string(&log).expect("read a log");
         assert_eq!(text, "before\none\r\ntwo\r\n", "{id}");
     }
     calm.assert_shim_alive();
     containerd.remove(&calm);
     node.wait_gone(&calm.shim);
-}
-
-/// Waits until a process of the node is traced, or no longer.
-#[track_caller]
-fn wait_traced(node: &Node, pid: &str, traced: bool) {
-    wait_for("strace at the shim", || {
-        let status = std::fs::read_to_string(node.path(format!("/proc/{pid}/status"))).ok()?;
-        let tracer = status
-            .lines()
-            .find_map(|line| line.strip_prefix("TracerPid:"))?;
-        ((tracer.trim() != "0") == traced).then_some(())
-    });
 }
 
 /// A runtime that takes 3 s for everything: State, Pids and exits of neighbours do not wait for it.
@@ -438,4 +429,241 @@ fn slow_runtime_holds_up_no_neighbour(release: &Release) {
     assert_prompt(times, 20);
     assert_eq!(node.shims().len(), 1);
     containerd.remove(&calm);
+}
+
+/// Sends these requests on one connection, each on the stream that it is numbered by.
+fn send(stream: &mut UnixStream, requests: &[(u32, Vec<u8>)]) {
+    let mut bytes = Vec::new();
+    for (number, request) in requests {
+        let length = u32::try_from(request.len()).expect("short");
+        bytes.extend(frame(length, *number, 1, request));
+    }
+    stream.write_all(&bytes).expect("send requests");
+}
+
+/// The next answer: its stream and its payload.
+fn receive(stream: &mut UnixStream) -> (u32, Vec<u8>) {
+    use prost::Message;
+    let mut header = [0; 10];
+    stream.read_exact(&mut header).expect("read an answer");
+    let word = |at: usize| u32::from_be_bytes([0, 1, 2, 3].map(|n| header[at + n]));
+    let mut body = vec![0; word(0) as usize];
+    stream.read_exact(&mut body).expect("read an answer");
+    let answer = recoverd_common::pb::ttrpc::Response::decode(body.as_slice());
+    let answer = answer.expect("decode an answer");
+    let code = answer.status.map_or(0, |status| status.code);
+    assert_eq!(code, 0, "stream {}", word(4));
+    (word(4), answer.payload)
+}
+
+/// Many requests at once on one connection and on many; those that wait keep nobody else waiting.
+fn blocked_waits_hold_up_no_other_request(release: &Release, shim: ShimUnderTest) {
+    use prost::Message;
+    const WAITS: u32 = 24;
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let task = containerd.run(&Container::new("host").shim(shim));
+    let api = containerd.api("e2e");
+    let mut pids = Vec::new();
+    for number in 0..WAITS {
+        let exec_id = format!("w{number}");
+        let command = format!("trap 'exit {number}' TERM; while :; do sleep 1000 & wait $!; done");
+        pids.push(api.run_exec(
+            "host",
+            &exec_id,
+            &oci_process(&["sh", "-c", &command]),
+            &Stdio::default(),
+        ));
+    }
+    let connect = || {
+        let stream = UnixStream::connect(node.path(task.socket())).expect("connect");
+        let limit = Some(Duration::from_secs(60));
+        stream.set_read_timeout(limit).expect("set a timeout");
+        stream
+    };
+    let key = |exec_id: String| task::StateRequest {
+        id: "host".into(),
+        exec_id,
+    };
+    // All on one connection, and all through containerd, which has one connection too.
+    let mut one = connect();
+    let waits: Vec<(u32, Vec<u8>)> = (0..WAITS)
+        .map(|n| (2 * n + 1, prost_request("Wait", &key(format!("w{n}")))))
+        .collect();
+    send(&mut one, &waits);
+    std::thread::scope(|scope| {
+        let waiting: Vec<_> = (0..WAITS)
+            .map(|n| {
+                let api = &api;
+                scope.spawn(move || api.status("host", &format!("w{n}")))
+            })
+            .collect();
+        // What is asked after them is answered before them.
+        let states: Vec<(u32, Vec<u8>)> = (0..200)
+            .map(|n| {
+                let exec_id = format!("w{}", n % WAITS);
+                (1001 + 2 * n, prost_request("State", &key(exec_id)))
+            })
+            .collect();
+        send(&mut one, &states);
+        let mut answered: Vec<u32> = states
+            .iter()
+            .map(|_| {
+                let (stream, payload) = receive(&mut one);
+                let state = task::StateResponse::decode(payload.as_slice()).expect("a state");
+                let expected = pids[((stream - 1001) / 2 % WAITS) as usize];
+                assert_eq!(state.pid, expected, "the answer of another stream");
+                stream
+            })
+            .collect();
+        answered.sort_unstable();
+        let asked: Vec<u32> = states.iter().map(|(stream, _)| *stream).collect();
+        assert_eq!(answered, asked);
+        let mut many: Vec<UnixStream> = (0..40).map(|_| connect()).collect();
+        for stream in &mut many {
+            send(stream, &states[..20]);
+        }
+        for stream in &mut many {
+            for _ in 0..20 {
+                receive(stream);
+            }
+        }
+        for _ in 0..20 {
+            assert_eq!(api.phase("host", "w0"), Status::Running);
+        }
+        assert!(waiting.iter().all(|wait| !wait.is_finished()));
+        // Each has its own end, in whatever order they come.
+        for number in (0..WAITS).rev() {
+            api.kill("host", &format!("w{number}"), 15).expect("kill");
+        }
+        let mut ends: Vec<(u32, u32)> = (0..WAITS)
+            .map(|_| {
+                let (stream, payload) = receive(&mut one);
+                let end = task::WaitResponse::decode(payload.as_slice()).expect("an exit");
+                (stream, end.exit_status)
+            })
+            .collect();
+        ends.sort_unstable();
+        let expected: Vec<(u32, u32)> = (0..WAITS).map(|n| (2 * n + 1, n)).collect();
+        assert_eq!(ends, expected);
+        for (number, wait) in (0..WAITS).zip(waiting) {
+            assert_eq!(wait.join().expect("wait"), number);
+        }
+    });
+    containerd.remove(&task);
+}
+
+/// containerd asks them of every shim at its start, in turn, and without a limit for Pids: neither
+/// may wait for a process. The stock shim runs `runc ps`.
+fn connect_and_pids_fork_nothing(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let task = containerd.run(&Container::new("asked").shim(shim));
+    let seen = node.folder().join("processes");
+    let pid = task.shim.pid.to_string();
+    let calls = "trace=execve,execveat,fork,vfork";
+    let file = seen.display().to_string();
+    let _strace = node.spawn("strace", ["-f", "-q", "-p", &pid, "-e", calls, "-o", &file]);
+    node.wait_traced(&task.shim, true);
+    let began = || {
+        let text = std::fs::read_to_string(&seen).unwrap_or_default();
+        // Ends of children are there too.
+        text.lines().filter(|line| line.contains('(')).count()
+    };
+    for _ in 0..30 {
+        answers(&node, &task).expect("Connect");
+        assert!(!api.pids("asked").expect("Pids").is_empty());
+        assert_eq!(api.phase("asked", ""), Status::Running);
+    }
+    assert_eq!(began() > 0, shim == ShimUnderTest::Stock, "{}", began());
+    // It would have been seen.
+    let before = began();
+    api.run_exec("asked", "quick", &oci_process(&["true"]), &Stdio::default());
+    assert_eq!(api.status("asked", "quick"), 0);
+    wait_for("the runtime to be seen", || {
+        (began() > before).then_some(())
+    });
+    containerd.remove(&task);
+}
+
+/// The fifo `log` in the bundle: containerd hangs and the fifo is full; containerd is gone; it is
+/// back. (The stock shim writes there as to any file: full, it stops for ever.)
+fn shim_log_that_nobody_reads_stops_nobody(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    containerd.stop();
+    containerd.log_level("debug");
+    containerd.start();
+    let task = containerd.run(&Container::new("mute").shim(ShimUnderTest::Recoverd));
+    assert!(
+        task.shim.argv.iter().any(|word| word == "-debug"),
+        "{:?}",
+        task.shim
+    );
+    // A whole exec, of which the shim logs every step, and a refusal.
+    let round = |name: &str| {
+        let exec = task::ExecProcessRequest {
+            id: "mute".into(),
+            exec_id: name.into(),
+            spec: Some(prost_types::Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+                value: oci_process(&["sh", "-c", "exit 3"])
+                    .to_string()
+                    .into_bytes(),
+            }),
+            ..Default::default()
+        };
+        task.call::<()>("Exec", &exec).expect("exec");
+        let again = task.call::<()>("Exec", &exec);
+        let (_, refused) = recoverd_tests::refusal(again);
+        assert!(refused.contains(name), "{refused}");
+        let start = task::StartRequest {
+            id: "mute".into(),
+            exec_id: name.into(),
+        };
+        task.call::<task::StartResponse>("Start", &start)
+            .expect("start");
+        assert_eq!(task.wait(name).exit_status, 3);
+        let delete = task::DeleteRequest {
+            id: "mute".into(),
+            exec_id: name.into(),
+        };
+        task.call::<task::DeleteResponse>("Delete", &delete)
+            .expect("delete");
+        task.assert_shim_alive();
+        task.assert_init_alive();
+    };
+    let fill = || {
+        let fifo = node.path(task.bundle().join("log"));
+        let flags = nix::fcntl::OFlag::O_NONBLOCK.bits();
+        let open = std::os::unix::fs::OpenOptionsExt::custom_flags(
+            std::fs::File::options().read(true).write(true),
+            flags,
+        )
+        .open(fifo);
+        let mut fifo = open.expect("open the log");
+        // In lines, and to the last byte.
+        let mut line = vec![b'x'; 4095];
+        line.push(b'\n');
+        while fifo.write_all(&line).is_ok() {}
+        while fifo.write_all(b"\n").is_ok() {}
+        fifo
+    };
+    let daemon = containerd.process();
+    node.freeze(&daemon);
+    let full = fill();
+    round("hung");
+    containerd.kill();
+    round("gone");
+    drop(full);
+    // Nobody at all has it open now but the shim.
+    round("alone");
+    containerd.start();
+    round("back");
+    wait_for("the shim's voice in containerd's log", || {
+        containerd.log().contains("id back is in use").then_some(())
+    });
+    containerd.remove(&task);
+    node.wait_gone(&task.shim);
 }

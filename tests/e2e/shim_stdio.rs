@@ -22,6 +22,13 @@ recoverd_tests::tests! {
         users_other_than_root_own_their_stdio,
         grandchild_that_keeps_the_output_of_an_exec_holds_nobody,
         without_stdio_there_is_dev_null,
+        much_from_a_terminal_arrives_whole,
+        processes_of_a_user_namespace_have_their_stdio,
+        nothing_stays_open,
+    ],
+    // The stock shim copies, through pipes of its own.
+    once: [
+        fifos_are_as_large_as_the_memory_allows,
     ],
 }
 
@@ -621,4 +628,240 @@ fn without_stdio_there_is_dev_null(release: &Release, shim: ShimUnderTest) {
     assert_eq!(stdout.wait_end(), "only\n");
     process.delete();
     api.end("host");
+}
+
+/// Several MiB, read by a client that is slow at first.
+fn much_from_a_terminal_arrives_whole(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    host(&api, shim);
+    let expected: String = (1..=LINES).map(|n| format!("{n}\r\n")).collect();
+    for (kind, word) in KINDS.into_iter().zip(["init", "exec"]) {
+        let fifos = Fifos::make_terminal(&node, &format!("{word}-much"));
+        let command = format!("seq 1 {LINES}; exit 9");
+        let name = format!("{word}-much");
+        let stdout = (shim == ShimUnderTest::Stock).then(|| fifos.stdout());
+        let process = add(
+            &api,
+            kind,
+            &name,
+            &["sh", "-c", &command],
+            shim,
+            &fifos.stdio,
+        );
+        process.start();
+        // The stock shim waits at Create (or Start of an exec) for who reads; ours does not, and the
+        // terminal stops its writer meanwhile.
+        let stdout = stdout.unwrap_or_else(|| {
+            let state = api.state(&process.id, &process.exec_id).expect("state");
+            assert_eq!(state.status(), recoverd_tests::Status::Running);
+            fifos.stdout()
+        });
+        assert_eq!(process.status(), 9);
+        assert!(
+            stdout.wait_end() == expected,
+            "{word}: {} bytes of {}",
+            stdout.bytes().len(),
+            expected.len()
+        );
+        process.delete();
+    }
+    api.end("host");
+}
+
+/// Root in there is nobody out here; its stdio is its own all the same.
+fn processes_of_a_user_namespace_have_their_stdio(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let fifos = Fifos::make(&node, "mapped");
+    let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
+    let command = "id -u; cat /proc/self/uid_map >/dev/stdout; echo err >/dev/stderr; cat; exit 7";
+    let mut spec = oci_spec("mapped", &["sh", "-c", command]);
+    // Where everybody may look.
+    let root = spec["root"]["path"].as_str().expect("a path").to_owned();
+    node.shell(&format!(
+        "mkdir -p /run/mapped; mount --bind {root} /run/mapped; chmod 0711 /run /run/containerd"
+    ));
+    spec["root"]["path"] = json!("/run/mapped");
+    let mapping = json!([{"containerID": 0, "hostID": 5000, "size": 1000}]);
+    spec["linux"]["uidMappings"] = mapping.clone();
+    spec["linux"]["gidMappings"] = mapping;
+    spec["linux"]["namespaces"]
+        .as_array_mut()
+        .expect("namespaces")
+        .push(json!({"type": "user"}));
+    let options = runc::Options {
+        io_uid: 5000,
+        io_gid: 5000,
+        ..runc::Options::default()
+    };
+    api.container("mapped", &spec, shim, Some(&options));
+    let pid = api.create("mapped", &fifos.stdio).expect("create");
+    let owner = |fd: u32| {
+        node.run(
+            "stat",
+            ["-L", "-c", "%u:%g", &format!("/proc/{pid}/fd/{fd}")],
+        )
+    };
+    for fd in 0..3 {
+        assert_eq!(owner(fd).trim(), "5000:5000", "{fd}");
+    }
+    api.start("mapped", "").expect("start");
+    let others = Fifos::make(&node, "other");
+    let (other_out, _other_err) = (others.stdout(), others.stderr());
+    let process = oci_process(&["sh", "-c", "id -u >/dev/stdout; exit 8"]);
+    api.run_exec("mapped", "other", &process, &others.stdio);
+    assert_eq!(api.status("mapped", "other"), 8);
+    assert_eq!(other_out.wait_end(), "0\n");
+    api.delete("mapped", "other").expect("delete an exec");
+    let mut stdin = fifos.stdin();
+    stdin.write("in\n");
+    stdout.wait_text("in\n");
+    drop(stdin);
+    api.close_stdin("mapped", "").expect("close stdin");
+    assert_eq!(api.status("mapped", ""), 7);
+    let said = stdout.wait_end();
+    assert!(said.starts_with("0\n") && said.contains("5000"), "{said}");
+    assert_eq!(stderr.wait_end(), "err\n");
+    api.delete("mapped", "").expect("delete");
+}
+
+/// Tasks and execs come and go, well and badly, with every kind of stdio: the shim has no more open
+/// afterwards than before.
+fn nothing_stays_open(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let task = containerd.run(&Container::new("host").shim(shim).group("host"));
+    let files = node.folder().join("log");
+    let logger = script(
+        &node,
+        "logger",
+        "exec 5>&-; cat <&3 >/dev/null; cat <&4 >/dev/null",
+    );
+    let open = || -> Vec<String> {
+        let list = node.shell(&format!(
+            "for f in /proc/{}/fd/*; do readlink $f; done | sed 's/[0-9][0-9]*//g' | sort",
+            task.shim.pid
+        ));
+        list.lines().map(str::to_owned).collect()
+    };
+    let round = |number: u32| {
+        let name = |what: &str| format!("{what}-{number}");
+        for kind in KINDS {
+            let of = |what: &str| {
+                let kind = if kind == Kind::Init { "init" } else { "exec" };
+                name(&format!("{kind}-{what}"))
+            };
+            let add = |what: &str, args: &[&str], stdio: &Stdio| -> Option<(String, String)> {
+                let id = of(what);
+                let mut process = oci_process(args);
+                process["terminal"] = json!(stdio.terminal);
+                if kind == Kind::Exec {
+                    api.exec("host", &id, &process, stdio).expect("exec");
+                    return Some(("host".to_owned(), id));
+                }
+                let mut spec = oci_spec(&id, args);
+                spec["process"] = process;
+                spec["annotations"] = json!({"io.containerd.runc.v2.group": "host"});
+                api.container(&id, &spec, shim, None);
+                api.create(&id, stdio).ok()?;
+                Some((id, String::new()))
+            };
+            let finish = |what: &str, args: &[&str], stdio: &Stdio| {
+                let (id, exec_id) = add(what, args, stdio).expect("create");
+                api.start(&id, &exec_id).expect("start");
+                api.status(&id, &exec_id);
+                api.delete(&id, &exec_id).expect("delete");
+            };
+            finish("null", &["true"], &Stdio::default());
+            let fifos = Fifos::make(&node, &of("fifos"));
+            let (_stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+            finish("fifos", &["echo", "x"], &fifos.stdio);
+            let fifos = Fifos::make_terminal(&node, &of("terminal"));
+            let _stdout = fifos.stdout();
+            finish("terminal", &["echo", "x"], &fifos.stdio);
+            let uri = |uri: String| Stdio {
+                stdout: uri.clone(),
+                stderr: uri,
+                ..Stdio::default()
+            };
+            finish(
+                "file",
+                &["echo", "x"],
+                &uri(format!("file://{}", files.display())),
+            );
+            finish("binary", &["echo", "x"], &uri(format!("binary://{logger}")));
+            // What fails, at Create or at Start. (A Start of an exec that fails makes the stock
+            // shims of 1.7.24 and 2.1.9 panic in the end.)
+            if kind == Kind::Init || shim == ShimUnderTest::Recoverd {
+                let fifos = Fifos::make(&node, &of("absent"));
+                let (_stdout, _stderr) = (fifos.stdout(), fifos.stderr());
+                if let Some((id, exec_id)) = add("absent", &["/no/such/program"], &fifos.stdio) {
+                    api.start(&id, &exec_id).expect_err("started nothing");
+                    api.delete(&id, &exec_id).expect("delete what failed");
+                }
+            }
+        }
+    };
+    round(0);
+    // The last logger of a round may still be ending.
+    let mut before = open();
+    wait_for("a round to be over", || {
+        let last = std::mem::replace(&mut before, open());
+        std::thread::sleep(Duration::from_millis(200));
+        (last == before && before == open()).then_some(())
+    });
+    for number in 1..4 {
+        round(number);
+    }
+    let began = Instant::now();
+    loop {
+        let now = open();
+        // Fewer is fine: a connection of containerd's may have gone. Go closes some only when it
+        // collects its garbage: there it may be one of each kind and round.
+        let garbage = if shim == ShimUnderTest::Stock { 6 } else { 0 };
+        if now.len() <= before.len() + garbage {
+            break;
+        }
+        let late = began.elapsed() > Duration::from_secs(20);
+        assert!(!late, "before {before:#?}\nnow {now:#?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    task.assert_shim_alive();
+    containerd.remove(&task);
+}
+
+/// What a fifo holds counts against its writer's limit; and the larger it is, the longer may its
+/// reader be away.
+fn fifos_are_as_large_as_the_memory_allows(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let most: i32 = node
+        .shell("cat /proc/sys/fs/pipe-max-size")
+        .trim()
+        .parse()
+        .expect("a size");
+    for (id, limit, size) in [
+        ("none", None, 1 << 20),
+        ("large", Some(64 << 20), 1 << 20),
+        ("small", Some(8 << 20), 512 << 10),
+    ] {
+        let fifos = Fifos::make(&node, id);
+        let mut spec = oci_spec(id, &SLEEPER);
+        if let Some(limit) = limit {
+            spec["linux"]["resources"]["memory"] = json!({"limit": limit});
+        }
+        api.run(id, &spec, ShimUnderTest::Recoverd, &fifos.stdio);
+        for path in [&fifos.stdio.stdout, &fifos.stdio.stderr, &fifos.stdio.stdin] {
+            let fifo = std::fs::File::options().read(true).write(true).open(path);
+            let fifo = fifo.unwrap_or_else(|error| panic!("open {path}: {error}"));
+            let found = nix::fcntl::fcntl(&fifo, nix::fcntl::FcntlArg::F_GETPIPE_SZ);
+            assert_eq!(found, Ok(size.min(most)), "{path}");
+        }
+        api.end(id);
+    }
 }

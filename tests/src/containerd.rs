@@ -229,6 +229,7 @@ impl Containerd {
             panic!("containerd does not run")
         };
         self.node.signal(&running.process, signal);
+        running.thaw();
         running.wait();
         self.node.wait_gone(&running.process);
     }

@@ -151,6 +151,19 @@ impl Node {
         });
     }
 
+    /// Waits until somebody (a `strace`) traces this process, or nobody does any more.
+    #[track_caller]
+    pub fn wait_traced(&self, process: &Process, traced: bool) {
+        wait_for(&format!("a tracer of {process:?}: {traced}"), || {
+            let status = self.path(format!("/proc/{}/status", process.pid));
+            let status = fs::read_to_string(status).ok()?;
+            let tracer = status
+                .lines()
+                .find_map(|line| line.strip_prefix("TracerPid:"))?;
+            ((tracer.trim() != "0") == traced).then_some(())
+        });
+    }
+
     /// A command that, once started, runs in the node. stdin is `/dev/null` unless set.
     pub fn command<I, S>(&self, program: impl AsRef<OsStr>, args: I) -> Command
     where
@@ -368,6 +381,12 @@ impl Running {
     /// Whether it still runs.
     pub fn is_running(&mut self) -> bool {
         matches!(self.child.try_wait(), Ok(None))
+    }
+
+    /// What waits for it here has stopped itself if it was frozen (see [`Node::freeze`]).
+    pub(crate) fn thaw(&self) {
+        let pid = self.child.id().to_string();
+        let _gone_already = Command::new("kill").args(["-s", "CONT", &pid]).status();
     }
 
     /// Waits for its end.

@@ -25,6 +25,7 @@ recoverd_tests::tests! {
     once_with_each_shim: [
         options_of_runc_are_passed_on,
         shim_is_killed_before_its_containerd,
+        restart_monitor_brings_a_task_back_under_its_id,
     ],
     // Compares the two.
     once: [
@@ -1027,4 +1028,36 @@ fn stats_at_rest_are_those_of_the_stock_shim(release: &Release) {
     for id in ["ours", "stock"] {
         api.end(id);
     }
+}
+
+/// containerd's own restart monitor: kills what is left of a task, deletes it, and makes a new one of
+/// the same id at once, every ten seconds if need be.
+fn restart_monitor_brings_a_task_back_under_its_id(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let label = "containerd.io/restart.status=running";
+    let container = Container::new("phoenix").shim(shim);
+    let task = containerd.run(&container.option(&["--label", label]));
+    node.signal(&task.init, "KILL");
+    let again = wait_for("the task to be back", || {
+        let row = containerd.task("e2e", "phoenix")?;
+        (row.status == "RUNNING" && row.pid != task.init.pid).then_some(row.pid)
+    });
+    let init = node.process(again).expect("the new init");
+    node.wait_gone(&task.shim);
+    let api = containerd.api("e2e");
+    api.run_exec(
+        "phoenix",
+        "hello",
+        &oci_process(&["sh", "-c", "exit 6"]),
+        &none(),
+    );
+    assert_eq!(api.status("phoenix", "hello"), 6);
+    // The one of before took nothing of it along, and its `delete` came by.
+    assert!(node.alive(&init));
+    let stay = "containerd.io/restart.status=stopped";
+    containerd.ctr_ok("e2e", ["containers", "label", "phoenix", stay]);
+    containerd.ctr_ok("e2e", ["tasks", "delete", "--force", "phoenix"]);
+    node.wait_gone(&init);
+    wait_no_shims(&node);
 }

@@ -624,6 +624,65 @@ fn calls_at_the_wrong_time_are_refused_and_harm_nothing(release: &Release) {
     bench.expect::<()>("Exec", &exec);
     bench.expect::<DeleteResponse>("Delete", &delete);
     bench.before.wait_restored(&bench.node);
+    for (exec_id, spec) in [("text", "{"), ("empty", ""), ("list", "[]")] {
+        let bad = ExecProcessRequest {
+            exec_id: exec_id.into(),
+            spec: Some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+                value: spec.into(),
+            }),
+            ..exec.clone()
+        };
+        let (_, text) = refusal(host.call::<()>("Exec", &bad));
+        assert!(text.contains("spec"), "{exec_id}: {text}");
+    }
+    // What an exec cannot have is said at its Start, and only that exec is none.
+    for (exec_id, stdout, spec, says) in [
+        (
+            "path",
+            "/run/none/fifo",
+            r#"{"args":["true"],"cwd":"/"}"#,
+            "/run/none/fifo",
+        ),
+        (
+            "scheme",
+            "pigeon:///x",
+            r#"{"args":["true"],"cwd":"/"}"#,
+            "pigeon",
+        ),
+        ("folder", "/run", r#"{"args":["true"],"cwd":"/"}"#, "/run"),
+        (
+            "args",
+            "",
+            r#"{"args":[],"cwd":"/"}"#,
+            "OCI runtime exec failed",
+        ),
+    ] {
+        let bad = ExecProcessRequest {
+            id: "host".into(),
+            exec_id: exec_id.into(),
+            stdout: stdout.into(),
+            spec: Some(Any {
+                type_url: "types.containerd.io/opencontainers/runtime-spec/1/Process".into(),
+                value: spec.into(),
+            }),
+            ..Default::default()
+        };
+        bench.expect::<()>("Exec", &bad);
+        let start = StartRequest {
+            id: "host".into(),
+            exec_id: exec_id.into(),
+        };
+        let (_, text) = refusal(host.call::<StartResponse>("Start", &start));
+        assert!(text.contains(says), "{exec_id}: {text}");
+        let delete = DeleteRequest {
+            id: "host".into(),
+            exec_id: exec_id.into(),
+        };
+        bench.expect::<DeleteResponse>("Delete", &delete);
+        assert_eq!(host.state("").status(), Status::Running);
+        bench.before.wait_restored(&bench.node);
+    }
     // A task that is created and not started may be deleted, as with the stock shim.
     let fresh = bench.bundle("fresh");
     let create = CreateTaskRequest {

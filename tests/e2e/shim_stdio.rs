@@ -831,6 +831,10 @@ fn nothing_stays_open(release: &Release, shim: ShimUnderTest) {
         std::thread::sleep(Duration::from_millis(50));
     }
     task.assert_shim_alive();
+    if shim == ShimUnderTest::Recoverd {
+        let status = node.run("cat", [format!("/proc/{}/status", task.shim.pid)]);
+        assert!(status.contains("Threads:\t1\n"), "{status}");
+    }
     containerd.remove(&task);
 }
 

@@ -415,6 +415,7 @@ impl Drop for Running {
                 .stderr(Stdio::null())
                 .status();
         }
+        self.thaw();
         let _reaped = self.child.wait();
     }
 }

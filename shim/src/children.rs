@@ -61,7 +61,12 @@ pub enum Step {
     Unmount(PathBuf),
     /// Wait until the logger says, by the descriptor at this place, that it is ready, and look
     /// at the next one for why it could not start.
-    LoggerReady(RawFd),
+    LoggerReady {
+        /// The place.
+        at: RawFd,
+        /// It has to say a word, not only to close it.
+        says: bool,
+    },
     /// Say that the files are open, by closing the descriptor at this place; then write what comes
     /// on 0 to 1, until it ends.
     Copy {
@@ -203,8 +208,8 @@ fn take(step: &Step) -> Result<(), String> {
         },
         Step::Mount(mount, rootfs) => mounts::apply(mount, rootfs),
         Step::Unmount(rootfs) => mounts::undo(rootfs),
-        Step::LoggerReady(at) => {
-            let ready = logger_ready(*at);
+        Step::LoggerReady { at, says } => {
+            let ready = logger_ready(*at, *says);
             sys::drop_kept(*at);
             sys::drop_kept(at + 1);
             ready
@@ -237,7 +242,7 @@ fn copy() -> io::Result<()> {
     }
 }
 
-fn logger_ready(at: RawFd) -> Result<(), String> {
+fn logger_ready(at: RawFd, says: bool) -> Result<(), String> {
     let mut wait = [PollFd::new(sys::kept(at), PollFlags::POLLIN)];
     match poll(&mut wait, PollTimeout::from(READY_MS)) {
         Ok(0) => return Err("logger did not get ready in time".to_owned()),
@@ -251,7 +256,11 @@ fn logger_ready(at: RawFd) -> Result<(), String> {
             Err(String::from_utf8_lossy(text.get(..count).unwrap_or_default()).into_owned())
         }
         // It executes: silence, not yet an end.
-        _ => Ok(()),
+        _ if !says => Ok(()),
+        _ => match nix::unistd::read(sys::kept(at), &mut [0]) {
+            Ok(1) => Ok(()),
+            _ => Err("logger ended before it was ready".to_owned()),
+        },
     }
 }
 

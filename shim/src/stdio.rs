@@ -106,6 +106,8 @@ pub struct Opened {
     pub files: Vec<ChildFile>,
     /// A new logger has to be waited for.
     pub wait_for_logger: bool,
+    /// It has to say a word; closing its pipe, as it does when it dies, does not count.
+    pub logger_says: bool,
     /// The console socket, relative to the bundle.
     pub console: Option<PathBuf>,
 }
@@ -235,6 +237,7 @@ impl Stdio {
         let mut opened = Opened {
             files: vec![ChildFile::Null, ChildFile::Null, ChildFile::Null],
             wait_for_logger: false,
+            logger_says: false,
             console: None,
         };
         let mut relays = Vec::new();

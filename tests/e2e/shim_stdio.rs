@@ -404,6 +404,36 @@ fn loggers_get_both_streams_and_may_die(release: &Release, shim: ShimUnderTest) 
         assert_eq!(process.status(), 7);
         process.delete();
     }
+    // The newer form, of containerd 2.3: readiness is a word, and a logger that dies without one is
+    // none. (The stock shims at hand do not know it.)
+    if shim == ShimUnderTest::Recoverd {
+        let says = script(
+            &node,
+            "says",
+            "printf x >&5; cat <&4 >/dev/null & cat <&3 >$2; wait; : >$2.end",
+        );
+        let out = node.folder().join("v2");
+        let uri = |program: &str| Stdio {
+            stdout: format!("binary-v2://{program}?out={}", out.display()),
+            stderr: format!("binary-v2://{program}?out={}", out.display()),
+            ..Stdio::default()
+        };
+        let process = add(&api, Kind::Init, "v2", &["echo", "two"], shim, &uri(&says));
+        process.start();
+        assert_eq!(process.status(), 0);
+        process.delete();
+        wait_file(&out.with_extension("end"));
+        assert_eq!(read(&out), "two\n");
+        api.exec("host", "v2-dying", &oci_process(&["true"]), &uri(&dying))
+            .expect("exec");
+        let refused = api
+            .start("host", "v2-dying")
+            .expect_err("a logger that is never ready");
+        assert!(
+            refused.message.contains("before it was ready"),
+            "{refused:?}"
+        );
+    }
     // A logger that is not there: one clear refusal, and nothing runs.
     let nowhere = Stdio {
         stdout: "binary:///no/such/logger".into(),

@@ -169,7 +169,10 @@ impl Shim {
                 let opened = self.stdio.open(&wanted, &self.epoll)?;
                 failpoint!("serve.stdio.after");
                 if opened.wait_for_logger {
-                    plan.steps.push(Step::LoggerReady(3));
+                    plan.steps.push(Step::LoggerReady {
+                        at: 3,
+                        says: opened.logger_says,
+                    });
                 }
                 plan.files = opened.files;
                 plan.argv = place.argv(key, work, opened.console.as_deref());

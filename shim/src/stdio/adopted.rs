@@ -269,6 +269,7 @@ fn copier(
     let mut nobody = Opened {
         files: Vec::new(),
         wait_for_logger: false,
+        logger_says: false,
         console: None,
     };
     start_copier(held, wanted, path, create, &mut nobody)

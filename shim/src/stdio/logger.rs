@@ -58,6 +58,7 @@ pub(super) fn start_logger(
     });
     held.logged = vec![out, err];
     opened.wait_for_logger = true;
+    opened.logger_says = wanted.wish.stdout.starts_with("binary-v2:");
     opened.files.push(ChildFile::Fd(ready));
     opened.files.push(ChildFile::Fd(words));
     Ok((out_write, err_write))

@@ -27,7 +27,8 @@ impl Target {
         match scheme {
             "fifo" => Ok(Target::Path(path.into())),
             "file" => Ok(Target::File(path.into())),
-            "binary" => {
+            // They differ in how the logger says that it is ready.
+            "binary" | "binary-v2" => {
                 let mut argv = vec![path];
                 for pair in query.split('&').filter(|pair| !pair.is_empty()) {
                     let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -37,7 +38,7 @@ impl Target {
                 Ok(Target::Binary(argv))
             }
             other => Err(format!(
-                "unknown stdio scheme {other:?} (allowed: fifo, file, binary)"
+                "unknown stdio scheme {other:?} (allowed: fifo, file, binary, binary-v2)"
             )),
         }
     }
@@ -83,8 +84,13 @@ mod tests {
         ] {
             assert_eq!(Target::parse(uri), Ok(target), "{uri}");
         }
+        assert_eq!(
+            Target::parse("binary-v2:///l?id=1"),
+            Ok(Target::Binary(words(&["/l", "id", "1"])))
+        );
         for bad in [
             "foo:///a",
+            "binary-v3:///l",
             "file://a",
             "file://",
             "file:///%",

@@ -32,6 +32,10 @@ use recoverd_common::{
     ttrpc::{HEADER, Header, Kind, code},
 };
 
+mod logged;
+
+use logged::logged;
+
 const BINARY: &str = env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1");
 const GRPC: &str = "/run/test/containerd.sock";
 
@@ -922,20 +926,6 @@ fn delete_answers_the_recorded_exit_and_removes_the_group_with_its_last_task() {
         ("", vec![])
     );
     assert_eq!(deleted(&node.delete("c")).exit_status, 137);
-}
-
-/// An entry of the log of events, as a shim writes it.
-fn logged(number: u64, payload: &[u8]) -> Vec<u8> {
-    let step = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    let sum = number.to_le_bytes().iter().fold(0x811c_9dc5, step);
-    let sum = payload.iter().fold(sum, step);
-    let mut entry = u32::try_from(payload.len()).unwrap().to_le_bytes().to_vec();
-    entry.extend(sum.to_le_bytes());
-    entry.extend(number.to_le_bytes());
-    entry.extend(0u32.to_le_bytes());
-    entry.extend(payload);
-    entry.resize(20 + payload.len().next_multiple_of(8), 0);
-    entry
 }
 
 #[test]

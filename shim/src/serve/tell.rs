@@ -29,11 +29,10 @@ const ALONE: Duration = Duration::from_secs(5);
 /// Does it; returns when nothing is left to send, or somebody else sends it.
 pub fn tell(flags: &Flags) -> Result<(), Box<dyn Error>> {
     let socket = flags.socket.clone().ok_or("no -socket")?;
-    let Some((shim, signals)) = take_over(flags, socket)? else {
-        return Ok(());
-    };
-    let mut shim = shim;
-    shim.serve(&signals).map_err(Into::into)
+    if let Some((mut shim, signals)) = take_over(flags, socket)? {
+        shim.serve(&signals)?;
+    }
+    Ok(())
 }
 
 /// Makes the log of events ours, as a shim does that has retired with events unsent.

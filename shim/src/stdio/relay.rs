@@ -138,16 +138,27 @@ impl Relay {
         let [entry] = &wait;
         let seen = entry.revents().unwrap_or(PollFlags::empty());
         if seen.contains(PollFlags::POLLIN) {
-            // Nowhere is never full: something was written since the read.
-            return match self.to {
-                Some(_) => Turn::Wait(End::To),
-                None => Turn::Again,
+            // With room there, something was written since the read. A file and nowhere are never
+            // full; a file cannot even be watched.
+            return match self.has_room() {
+                true => Turn::Again,
+                false => Turn::Wait(End::To),
             };
         }
         if self.kind == RelayKind::Input(true) || seen.contains(PollFlags::POLLHUP) {
             return Turn::Over;
         }
         Turn::Wait(End::From)
+    }
+
+    fn has_room(&self) -> bool {
+        let Some(to) = &self.to else {
+            return true;
+        };
+        let mut wait = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
+        let _ = poll(&mut wait, PollTimeout::ZERO);
+        let [entry] = &wait;
+        entry.any().unwrap_or(false)
     }
 }
 
@@ -217,6 +228,22 @@ mod tests {
         assert!(matches!(relay.blocked(), Turn::Again));
         drop(source);
         assert!(matches!(relay.turn(), Turn::Over));
+    }
+
+    #[test]
+    fn a_file_is_never_waited_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut options = std::fs::File::options();
+        let file = options.append(true).create(true).open(&out).unwrap();
+        let (from, source) = pipe();
+        let mut relay = relay(from, file.into(), RelayKind::Output);
+        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        // Written between the read that found nothing and the look at why.
+        nix::unistd::write(&source, b"late").unwrap();
+        assert!(matches!(relay.blocked(), Turn::Again));
+        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        assert_eq!(std::fs::read(&out).unwrap(), b"late");
     }
 
     #[test]

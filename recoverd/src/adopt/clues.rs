@@ -2,7 +2,7 @@
 //! how runc and the kernel see it. Reads; judges and changes nothing.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeSet, HashMap},
     fs,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
@@ -111,10 +111,19 @@ fn task(
         .runc
         .is_some_and(|entry| entry.path.join("exec.fifo").exists());
     let stdio = |id: &str, at| stdio(look, group.instance, &case.name.1, id, at);
+    let mut own = stdio(id, written);
+    let alone = group.members.len() == 1;
+    if own.stdout.is_empty()
+        && let (true, Some(shim)) = (alone, group.predecessor)
+        && let Some(uri) = log_file(&proc, shim.id.pid)
+    {
+        own.stdout.clone_from(&uri);
+        own.stderr = uri;
+    }
     TaskClues {
         paused: frozen(roots, &cgroup),
         cgroup,
-        stdio: stdio(id, written),
+        stdio: own,
         created,
         execs: pid_files(bundle)
             .into_iter()
@@ -223,6 +232,36 @@ fn stdio(
         stderr: path("stderr").unwrap_or_default(),
         ..Stdio::default()
     }
+}
+
+/// The log file, as a URI, of the only task of a living stock shim: where its output goes stands in
+/// its memory alone, but it has the file open. Only where it is certain: it appends to one file.
+fn log_file(proc: &Proc, shim: i32) -> Option<String> {
+    let descriptors = proc.descriptors(shim);
+    let appended: BTreeSet<&str> = descriptors
+        .present()?
+        .iter()
+        .filter(|open| appends(proc, shim, open.number))
+        .filter_map(|open| open.target.to_str())
+        .collect();
+    let mut appended = appended.into_iter();
+    let (Some(path), None) = (appended.next(), appended.next()) else {
+        return None;
+    };
+    // As a URI it would mean another file.
+    let plain = path.starts_with('/') && !path.contains(['%', '?', '#', ' ']);
+    plain.then(|| format!("file://{path}"))
+}
+
+/// A regular file, open for appending only.
+fn appends(proc: &Proc, pid: i32, number: i32) -> bool {
+    let info = lines(&proc.path(pid, &format!("fdinfo/{number}")));
+    let flags = info.iter().find_map(|line| line.strip_prefix("flags:"));
+    let flags = flags.and_then(|flags| i32::from_str_radix(flags.trim(), 8).ok());
+    let append = flags.is_some_and(|flags| {
+        flags & libc::O_ACCMODE == libc::O_WRONLY && flags & libc::O_APPEND != 0
+    });
+    append && fs::metadata(proc.path(pid, &format!("fd/{number}"))).is_ok_and(|meta| meta.is_file())
 }
 
 /// The surroundings of a shim of this containerd: as containerd itself would give them. It is

@@ -32,7 +32,7 @@ use recoverd_common::{
 use super::{Member, Order, clues::Clues};
 use crate::{
     correlate::{Case, Cases, Init, Kind, ShimOf, kind},
-    facts::{Api, Instance, Look, Shim, TaskName, one_line},
+    facts::{Api, Connection, Instance, Look, Shim, TaskName, one_line},
 };
 
 /// A path of a unix socket has at most this many bytes.
@@ -294,6 +294,9 @@ fn standing<'a>(look: &'a Look, case: &'a Case<'a>, wish: &Wish<'_>) -> Standing
     };
     let recorded = recorded(look, case, instance, &socket);
     let because = match (predecessor, &case.init) {
+        (Some(shim), _) if unreachable(case) => {
+            format!("shim {} lives and its socket is gone", shim.id.pid)
+        }
         (Some(shim), _) => format!("shim {} lives and does not answer", shim.id.pid),
         (None, Init::Alive(init)) => format!("init {} lives and has no shim", init.pid),
         (None, _) => "its shim is gone".to_owned(),
@@ -348,11 +351,19 @@ fn replaceable(look: &Look, case: &Case<'_>, shim: &Shim) -> Result<(), String> 
     }
     match stillness(shim) {
         Stillness::Stopped | Stillness::Idle => Ok(()),
+        // It is well: only, containerd will not find it, whatever it does.
+        Stillness::Busy if unreachable(case) => Ok(()),
         Stillness::Busy => Err(format!("shim {pid} is busy, not hung: it may answer yet")),
         Stillness::Device => Err(format!(
             "shim {pid} waits for a device (state D): it may answer yet"
         )),
     }
+}
+
+/// Its shim's socket is gone, or another file stands in its place.
+pub fn unreachable(case: &Case<'_>) -> bool {
+    case.answer
+        .is_some_and(|answer| matches!(answer.connection, Connection::NoFile | Connection::Refused))
 }
 
 /// What a shim that does not answer does instead.

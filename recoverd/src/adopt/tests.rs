@@ -296,6 +296,21 @@ fn a_hung_shim_is_replaced_only_when_stopped_or_idle_and_containerd_is_down() {
 }
 
 #[test]
+fn a_shim_whose_socket_is_gone_is_replaced_even_if_it_is_busy() {
+    for (state, replaced) in [('S', true), ('R', true), ('D', false)] {
+        let mut look = down(healthy());
+        let shim = hang(&mut look, &C1, state);
+        look.answer_of(&C1).connection = Connection::NoFile;
+        look.answer_of(&C1).greeting = Reply::NotAsked;
+        look.shim_of(&C1).cpu_ticks_after = None;
+        let decision = decide(&look, &[shim]);
+        assert_eq!(decision.orders.len(), usize::from(replaced), "{state}");
+        // Without a second look, nothing.
+        assert!(decide(&look, &[]).orders.is_empty());
+    }
+}
+
+#[test]
 fn nothing_is_adopted_on_unknown_or_foreign() {
     type Change<'a> = (&'a str, &'a dyn Fn(&mut Look));
     let changes: [Change<'_>; 6] = [

@@ -4,7 +4,7 @@
 use recoverd_common::seen::Seen;
 
 use crate::{
-    adopt::decide::{Stillness, stillness},
+    adopt::decide::{Stillness, stillness, unreachable},
     correlate::{Case, Cases, Init, Kind, Known, ShimOf, kind},
     facts::{Answer, Api, Connection, Reply, Shim, TaskName},
     findings::{Code, Evidence, Subject},
@@ -132,7 +132,12 @@ impl Context<'_> {
         let Some(shim) = case.shim.process() else {
             return format!("do not restart containerd while it hangs: {ENDS}");
         };
-        if matches!(stillness(shim), Stillness::Busy | Stillness::Device) {
+        let busy = match stillness(shim) {
+            Stillness::Stopped | Stillness::Idle => false,
+            Stillness::Busy => !unreachable(case),
+            Stillness::Device => true,
+        };
+        if busy {
             return format!("wait until it answers, and do not restart containerd before: {ENDS}");
         }
         let replace = action::repair_task(&case.name, Some(Word::Kill));

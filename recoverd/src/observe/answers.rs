@@ -78,6 +78,7 @@ pub fn questions(
             );
         }
     }
+    let listening: BTreeSet<&String> = shims.iter().flat_map(|shim| &shim.listens).collect();
     for shim in shims {
         for address in &shim.listens {
             // The debug socket of a 2.x shim speaks HTTP; containerd's rule tells which it is.
@@ -92,22 +93,22 @@ pub fn questions(
             }
         }
     }
-    // A task without a bundle: its shim is where its group's socket is.
-    let with_bundle: BTreeSet<(&str, &str)> = bundles
-        .iter()
-        .map(|facts| (facts.bundle.namespace.as_str(), facts.bundle.id.as_str()))
-        .collect();
-    for entry in runc {
-        let (namespace, id) = &entry.name;
-        if with_bundle.contains(&(namespace.as_str(), id.as_str())) {
-            continue;
-        }
+    // A task whose bundle is gone, or names no address, or a wrong one: its shim is where its
+    // group's socket is.
+    let groups = bundles.iter().map(|facts| {
+        let bundle = &facts.bundle;
+        let group = bundle.config.present().and_then(|config| config.group());
+        (bundle.namespace.as_str(), bundle.id.as_str(), group)
+    });
+    let groups = groups.chain(runc.iter().map(|entry| {
         let group = entry.state.present().and_then(|state| state.group());
+        (entry.name.0.as_str(), entry.name.1.as_str(), group)
+    }));
+    for (namespace, id, group) in groups {
         for spelling in instances.iter().flat_map(Instance::spellings) {
-            let group = group.unwrap_or(id);
-            let path = paths::socket(&roots.socket_dir, spelling, namespace, group);
+            let path = paths::socket(&roots.socket_dir, spelling, namespace, group.unwrap_or(id));
             let address = path.to_string_lossy().into_owned();
-            if shims.iter().any(|shim| shim.listens.contains(&address)) {
+            if listening.contains(&address) {
                 ask(address, namespace, Some(id), None);
             }
         }

@@ -587,4 +587,6 @@ fn names_task(path: &str, id: &str) -> bool {
 }
 
 #[cfg(test)]
+mod random;
+#[cfg(test)]
 mod tests;

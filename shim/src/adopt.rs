@@ -20,6 +20,8 @@ mod kept;
 mod launch;
 mod look;
 mod loot;
+#[cfg(test)]
+mod random;
 
 use std::collections::BTreeMap;
 

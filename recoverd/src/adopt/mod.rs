@@ -71,4 +71,6 @@ pub fn decide(roots: &Roots, look: &Look, cases: &Cases<'_>, wish: &Wish<'_>) ->
 }
 
 #[cfg(test)]
+mod random;
+#[cfg(test)]
 mod tests;

@@ -234,6 +234,16 @@ impl Containerd {
         self.node.wait_gone(&running.process);
     }
 
+    /// Somebody else ended it: waits until it is gone.
+    #[track_caller]
+    pub fn gone(&mut self) {
+        let Some(mut running) = self.running.take() else {
+            panic!("containerd does not run")
+        };
+        running.wait();
+        self.node.wait_gone(&running.process);
+    }
+
     /// SIGKILLs it and starts it again.
     #[track_caller]
     pub fn restart(&mut self) {
@@ -319,6 +329,12 @@ impl Containerd {
             (row.status == "RUNNING").then_some(())
         });
         task
+    }
+
+    /// The task of a container that was run by other means, as [`crate::Api::run`].
+    #[track_caller]
+    pub fn task_of(&self, container: &Container) -> Task {
+        Task::new(self, container)
     }
 
     /// Runs a container with `ctr` attached to it; running when this returns.

@@ -41,6 +41,33 @@ impl Fifos {
         Fifos { stdio }
     }
 
+    /// Where containerd's own clients make them, and by the names that they give: whoever adopts a
+    /// stock shim's task finds them there. Their ends are [`Output::of`] and [`Input::of`] of
+    /// [`Node::path`].
+    #[track_caller]
+    pub fn of_client(node: &Node, id: &str, terminal: bool) -> Fifos {
+        let folder = Path::new("/run/containerd/fifo").join(id);
+        let path = |stream: &str| folder.join(format!("{id}-{stream}")).display().to_string();
+        let stdio = Stdio {
+            stdin: path("stdin"),
+            stdout: path("stdout"),
+            stderr: if terminal {
+                String::new()
+            } else {
+                path("stderr")
+            },
+            terminal,
+        };
+        node.shell(&format!(
+            "mkdir -p {}; mkfifo {} {} {}",
+            folder.display(),
+            stdio.stdin,
+            stdio.stdout,
+            stdio.stderr
+        ));
+        Fifos { stdio }
+    }
+
     /// For a terminal: stdin and stdout only.
     #[track_caller]
     pub fn make_terminal(node: &Node, name: &str) -> Fifos {

@@ -1,0 +1,604 @@
+//! The hooks around containerd's start, beyond one shim that is dead or hangs: held terminals and
+//! standard inputs, log files, exits that nobody saw, many at once, everything killed at once, and
+//! what the hooks leave alone.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::sync::Arc;
+
+use recoverd_common::record::Exit;
+use recoverd_tests::{
+    Container, Containerd, Fifos, Input, Node, Output, Process, Release, ShimUnderTest, Task,
+    Traces, numbers, oci_spec, wait_for,
+};
+use serde_json::json;
+
+recoverd_tests::tests! {
+    with_each_shim: [
+        a_held_terminal_and_stdin_outlive_a_hung_shim,
+        a_log_file_goes_on_with_what_is_known_of_it,
+        an_exit_that_nobody_saw_is_unknown_and_not_guessed,
+        a_shim_whose_socket_was_removed_is_replaced,
+    ],
+    on_every_release: [
+        fifty_orphans_are_adopted_half_ours_half_stock,
+        everything_killed_at_once_under_load,
+        pre_start_leaves_a_containerd_that_runs_alone,
+        a_dead_bundle_that_would_stall_the_start_is_set_aside,
+        a_foreign_shim_that_hangs_is_ended_only_if_told,
+    ],
+    once: [
+        a_start_a_hook_and_two_repairs_at_once_have_one_winner,
+    ],
+}
+
+/// Both hooks around a start, as the unit runs them; what the second one told of these tasks.
+#[track_caller]
+fn start_with_hooks(containerd: &mut Containerd, adopted: &[&Task]) {
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    containerd.start();
+    let report = containerd.post_start();
+    assert_eq!(report.exit, 0, "{report:#?}");
+    for task in adopted {
+        task.assert_init_alive();
+        let fate = report.fate(task.id());
+        assert_eq!(
+            (fate.became.as_str(), fate.pid),
+            ("adopted", Some(task.init.pid)),
+            "{report:#?}"
+        );
+    }
+}
+
+fn a_held_terminal_and_stdin_outlive_a_hung_shim(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let shell_fifos = Fifos::of_client(&node, "shell", true);
+    let cat_fifos = Fifos::of_client(&node, "cat", false);
+    let output = |fifos: &Fifos| Output::of(&node.path(&fifos.stdio.stdout));
+    let (screen, copy) = (output(&shell_fifos), output(&cat_fifos));
+    let _errors = Output::of(&node.path(&cat_fifos.stdio.stderr));
+    let mut spec = oci_spec("shell", &["sh"]);
+    spec["process"]["terminal"] = json!(true);
+    api.run("shell", &spec, shim, &shell_fifos.stdio);
+    api.run("cat", &oci_spec("cat", &["cat"]), shim, &cat_fifos.stdio);
+    let shell = containerd.task_of(&Container::new("shell").shim(shim));
+    let cat = containerd.task_of(&Container::new("cat").shim(shim));
+    let mut keys = Input::of(&node.path(&shell_fifos.stdio.stdin));
+    let mut lines = Input::of(&node.path(&cat_fifos.stdio.stdin));
+    keys.write("echo before=$((1+1))\n");
+    screen.wait_text("before=2");
+    lines.write("before\n");
+    copy.wait_text("before\n");
+
+    containerd.kill();
+    node.freeze(&shell.shim);
+    node.freeze(&cat.shim);
+    start_with_hooks(&mut containerd, &[&shell, &cat]);
+    assert!(!node.alive(&shell.shim) && !node.alive(&cat.shim));
+
+    // A client whose daemon was away opens its fifos again.
+    let screen = if screen.has_ended() {
+        output(&shell_fifos)
+    } else {
+        screen
+    };
+    let copy = if copy.has_ended() {
+        output(&cat_fifos)
+    } else {
+        copy
+    };
+    keys.write("echo after=$((2+2)); tty\n");
+    screen.wait_text("after=4");
+    screen.wait_text("/dev/pts/0");
+    lines.write("after\n");
+    copy.wait_text("after\n");
+    let api = containerd.api("e2e");
+    // The end of its standard input is told, too: its client closes, and says so.
+    drop(lines);
+    api.close_stdin("cat", "")
+        .unwrap_or_else(|refused| panic!("{refused:?}"));
+    assert_eq!(api.status("cat", ""), 0);
+    keys.write("exit 9\n");
+    assert_eq!(api.status("shell", ""), 9);
+    for (id, status) in [("cat", 0), ("shell", 9)] {
+        let ended = api.delete(id, "");
+        assert_eq!(ended.map(|ended| ended.status), Ok(status), "{id}");
+    }
+}
+
+fn a_log_file_goes_on_with_what_is_known_of_it(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let log = |id: &str| node.folder().join(format!("{id}.log"));
+    let writer = |id: &str| {
+        let line = numbers(
+            &format!("/mnt/{id}-go"),
+            "/mnt/stop",
+            &format!("/mnt/{id}.count"),
+        );
+        let line = format!("{line}; exit 4");
+        let uri = format!("file://{}", log(id).display());
+        let container = Container::new(id).shim(shim).shares(&node).log_uri(&uri);
+        containerd.run(&container.command(["sh", "-c", &line]))
+    };
+    let (killed, hung) = (writer("killed"), writer("hung"));
+    let length = |id: &str| fs::metadata(log(id)).map_or(0, |meta| meta.len());
+    let grows = |id: &str| {
+        let before = length(id);
+        wait_for(&format!("{id}.log to grow"), || {
+            (length(id) > before).then_some(())
+        });
+    };
+    node.tell("hung-go");
+    grows("hung");
+    let ours = shim == ShimUnderTest::Recoverd;
+    // Without its stock shim a writer gets EPIPE (SPEC, F4): it begins after the adoption.
+    if ours {
+        node.tell("killed-go");
+        grows("killed");
+    }
+    containerd.kill();
+    node.kill(&killed.shim);
+    node.freeze(&hung.shim);
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    containerd.start();
+    let report = containerd.post_start();
+    assert_eq!(report.exit, 0, "{report:#?}");
+    node.tell("killed-go");
+    grows("hung");
+    if ours {
+        grows("killed");
+    } else {
+        // Where a stock shim wrote was in its memory only: nothing is guessed, and it is told.
+        let why = &report.fate("killed").why;
+        assert!(why.contains("stdout"), "{report:#?}");
+    }
+    node.tell("stop");
+    for task in [&killed, &hung] {
+        assert_eq!(task.wait("").exit_status, 4);
+        let id = task.id();
+        let count = node.count_in(&format!("{id}.count"));
+        containerd.delete(task, 4);
+        if ours || id == "hung" {
+            let text = fs::read_to_string(log(id)).unwrap_or_else(|error| panic!("{error}"));
+            assert_numbered(&text, count, ours);
+        }
+    }
+}
+
+/// Every number from 1 to `count` in order. A stock shim copies through its own memory: what it had
+/// read and not yet written when it was stopped dies with it, one buffer at most.
+#[track_caller]
+fn assert_numbered(text: &str, count: u64, whole: bool) {
+    const BUFFER: usize = 32 << 10;
+    let all: String = (1..=count).map(|number| format!("{number}\n")).collect();
+    if text == all {
+        return;
+    }
+    let same = |(a, b): &(u8, u8)| a == b;
+    let before = text.bytes().zip(all.bytes()).take_while(same).count();
+    let rest = text.len().saturating_sub(before);
+    let resumes = all.len().saturating_sub(rest);
+    let lost = resumes.saturating_sub(before);
+    let in_order = text.get(before..) == all.get(resumes..);
+    assert!(
+        !whole && in_order && lost <= BUFFER,
+        "{} of {} bytes, the first {before} in order",
+        text.len(),
+        all.len()
+    );
+}
+
+fn an_exit_that_nobody_saw_is_unknown_and_not_guessed(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let before = Traces::of(&node);
+    let waits = |id: &str| {
+        let line = format!("while [ ! -e /mnt/{id}-end ]; do usleep 20000; done; exit 23");
+        Container::new(id)
+            .shim(shim)
+            .shares(&node)
+            .command(["sh", "-c", &line])
+    };
+    let single = containerd.run(&waits("single"));
+    let pause = containerd.run(&waits("pause").pod("pause", "prod", "web-0", None));
+    let app = containerd.run(&waits("app").pod("pause", "prod", "web-0", Some("app")));
+    containerd.kill();
+    node.kill(&single.shim);
+    node.kill(&pause.shim);
+    for task in [&single, &app] {
+        node.tell(&format!("{}-end", task.id()));
+        // Its new parent collects it: from now on nobody can know.
+        wait_for("the init to be collected", || {
+            let now = node.process(task.init.pid);
+            now.is_none_or(|now| now != task.init).then_some(())
+        });
+    }
+    let hook = containerd.pre_start();
+    containerd.start();
+    let report = containerd.post_start();
+    for task in [&single, &app] {
+        let fate = report.fate(task.id());
+        assert_eq!(
+            (fate.became.as_str(), fate.exit),
+            ("exited", None),
+            "{report:#?}"
+        );
+        assert!(!fate.why.is_empty(), "{report:#?}");
+    }
+    pause.assert_init_alive();
+    assert_eq!(report.fate("pause").became, "adopted", "{report:#?}");
+    let row = |id: &str| containerd.task("e2e", id).map(|row| row.status);
+    assert_eq!(row("pause").as_deref(), Some("RUNNING"));
+    // A pod is one shim's: its ended member is known, with the status that containerd itself makes
+    // up where it has none, and the record says that it is none.
+    let known: Vec<&Task> = match shim {
+        ShimUnderTest::Recoverd => {
+            assert_eq!(hook.exit, 0, "{hook:?}");
+            vec![&app, &single]
+        }
+        ShimUnderTest::Stock => {
+            assert!(hook.line.contains("1 lost before"), "{hook:?}");
+            assert_eq!(row("single"), None);
+            vec![&app]
+        }
+    };
+    for task in known {
+        assert_eq!(row(task.id()).as_deref(), Some("STOPPED"));
+        let recorded = task.recorded().exit;
+        assert!(
+            matches!(recorded, Some(Exit::Unknown { .. })),
+            "{recorded:?}"
+        );
+        let stand_in = task.wait("").exit_status;
+        assert!([137, 255].contains(&stand_in), "{stand_in}");
+        containerd.delete(task, stand_in);
+    }
+    containerd.remove(&pause);
+    if shim == ShimUnderTest::Stock {
+        // The socket of the dead stock shim: containerd never removes it, and knows whose it was.
+        let words = [
+            "repair",
+            "--apply",
+            "--only",
+            "stale-socket",
+            "--min-age",
+            "0s",
+        ];
+        let output = node.recoverd(words);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        containerd.ctr_ok("e2e", ["containers", "delete", "single"]);
+    }
+    before.wait_restored(&node);
+}
+
+fn a_shim_whose_socket_was_removed_is_replaced(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let task = containerd.run(&Container::new("lost").shim(shim));
+    // Its address is lost, and it listens: that is put right, and nobody is replaced.
+    let well = containerd.run(&Container::new("moved").shim(shim));
+    containerd.kill();
+    node.run("rm", [task.socket()]);
+    let bundle = well.bundle().display();
+    node.shell(&format!("rm -f {bundle}/address {bundle}/bootstrap.json"));
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    assert!(hook.line.contains("1 address files written"), "{hook:?}");
+    node.wait_gone(&task.shim);
+    containerd.start();
+    for task in [&task, &well] {
+        task.assert_init_alive();
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_eq!(row.as_deref(), Some("RUNNING"), "{}", task.name());
+    }
+    well.assert_shim_alive();
+    let report = containerd.post_start();
+    assert_eq!(report.fate("lost").became, "adopted", "{report:#?}");
+    assert_eq!(report.fate("moved").became, "kept", "{report:#?}");
+}
+
+fn fifty_orphans_are_adopted_half_ours_half_stock(release: &Release) {
+    const EACH: usize = 25;
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let mut tasks: Vec<Task> = Vec::new();
+    for (shim, word) in [
+        (ShimUnderTest::Recoverd, "ours"),
+        (ShimUnderTest::Stock, "stock"),
+    ] {
+        for n in 0..EACH {
+            let id = format!("{word}-{n}");
+            let container = Container::new(&id).shim(shim);
+            tasks.push(containerd.run(&container.command(["sleep", "100000"])));
+        }
+    }
+    containerd.kill();
+    let pids: Vec<String> = tasks.iter().map(|task| task.shim.pid.to_string()).collect();
+    node.shell(&format!("kill -KILL {}", pids.join(" ")));
+    for task in &tasks {
+        node.wait_gone(&task.shim);
+    }
+    let all: Vec<&Task> = tasks.iter().collect();
+    start_with_hooks(&mut containerd, &all);
+    let rows = containerd.tasks("e2e");
+    assert_eq!(rows.len(), tasks.len());
+    assert!(rows.iter().all(|row| row.status == "RUNNING"), "{rows:#?}");
+    let serving: BTreeSet<u32> = tasks.iter().map(|task| task.shim_now().pid).collect();
+    assert_eq!(serving.len(), tasks.len(), "each has a shim of its own");
+    assert_eq!(node.shims().len(), tasks.len(), "and there is no other");
+}
+
+fn everything_killed_at_once_under_load(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let mut steady: Vec<Task> = Vec::new();
+    for (shim, word) in [
+        (ShimUnderTest::Recoverd, "ours"),
+        (ShimUnderTest::Stock, "stock"),
+    ] {
+        for n in 0..2 {
+            let container = Container::new(&format!("{word}-{n}")).shim(shim);
+            steady.push(containerd.run(&container.command(["sleep", "100000"])));
+        }
+    }
+    let address = containerd.address().display().to_string();
+    let ctr = containerd
+        .release()
+        .folder
+        .join("ctr")
+        .display()
+        .to_string();
+    let root = Release::rootfs().display().to_string();
+    let ours = ShimUnderTest::Recoverd.runtime().display().to_string();
+    // Containers and execs come and go in both kinds of shims; some call is always under way.
+    let churn = |runtime: &str, word: &str| {
+        let line = format!(
+            "n=0; while [ ! -e {folder}/over ]; do n=$((n+1))
+             {ctr} --address {address} -n e2e run --rm --env PATH=/bin --runtime {runtime} --rootfs {root} churn-{word}-$n true
+             {ctr} --address {address} -n e2e tasks exec --exec-id e-{word}-$n {word}-0 true
+             echo $n >{folder}/churn-{word}; done",
+            folder = node.folder().display(),
+        );
+        node.spawn("sh", ["-c", &line])
+    };
+    let load = [
+        churn(&ours, "ours"),
+        churn("io.containerd.runc.v2", "stock"),
+    ];
+    wait_for("the load to be under way", || {
+        let round = |word| fs::read_to_string(node.folder().join(format!("churn-{word}"))).ok();
+        (round("ours").is_some() && round("stock").is_some()).then_some(())
+    });
+    // One signal to all of them, so that none sees another's end and acts on it.
+    let daemon = containerd.process();
+    let shims: Vec<Process> = node.shims();
+    let mut pids: Vec<String> = shims.iter().map(|shim| shim.pid.to_string()).collect();
+    pids.push(daemon.pid.to_string());
+    node.output(
+        "kill",
+        ["-KILL"].into_iter().chain(pids.iter().map(String::as_str)),
+    );
+    node.tell("over");
+    containerd.gone();
+    for process in shims
+        .iter()
+        .chain(load.iter().map(|running| &running.process))
+    {
+        node.wait_gone(process);
+    }
+    let all: Vec<&Task> = steady.iter().collect();
+    let hook = containerd.pre_start();
+    assert!(hook.exit == 0 || hook.exit == 1, "{hook:?}");
+    containerd.start();
+    let report = containerd.post_start();
+    for task in &all {
+        task.assert_init_alive();
+        assert_eq!(report.fate(task.id()).became, "adopted", "{report:#?}");
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_eq!(row.as_deref(), Some("RUNNING"));
+        let mut exec = containerd.exec_attached(task, "hello", &["echo", "hello"]);
+        assert!(exec.wait().success(), "{}", exec.text());
+    }
+    // What was half made is gone, or can be ended in the usual way.
+    for row in containerd.tasks("e2e") {
+        if row.id.starts_with("churn-") {
+            containerd.ctr_ok("e2e", ["tasks", "delete", "--force", &row.id]);
+        }
+    }
+}
+
+fn pre_start_leaves_a_containerd_that_runs_alone(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let mut other = node.second_containerd(release, "other");
+    let hung = containerd.run(&Container::new("hung"));
+    let orphan = other.run(&Container::new("orphan"));
+    node.freeze(&hung.shim);
+    other.kill();
+    node.kill(&orphan.shim);
+    let before = node.shims();
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 1, "{hook:?}");
+    let pid = containerd.process().pid;
+    assert!(
+        hook.line
+            .contains(&format!("runs (pid {pid}): nothing done")),
+        "{hook:?}"
+    );
+    assert!(node.alive(&hung.shim));
+    hung.assert_init_alive();
+    assert_eq!(node.shims(), before, "a shim was started or ended");
+    // The other one is down, and is helped while the first one runs; that one's are not touched.
+    start_with_hooks(&mut other, &[&orphan]);
+    assert!(node.alive(&hung.shim));
+    hung.assert_init_alive();
+}
+
+/// A bundle with a dead init and a shim that hangs, as it is found while containerd is down.
+fn dead_and_hung(node: &Arc<Node>, task: &Task) {
+    node.kill(&task.init);
+    // Its shim collects it first: a zombie would still tell its status.
+    wait_for("the init to be collected", || {
+        node.process(task.init.pid)
+            .is_none_or(|now| now != task.init)
+            .then_some(())
+    });
+    node.freeze(&task.shim);
+}
+
+fn a_dead_bundle_that_would_stall_the_start_is_set_aside(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let well = containerd.run(&Container::new("well"));
+    let stock = containerd.run(&Container::new("dead"));
+    let ours = containerd.run(&Container::new("kept").shim(ShimUnderTest::Recoverd));
+    containerd.kill();
+    dead_and_hung(&node, &stock);
+    dead_and_hung(&node, &ours);
+    let hook = containerd.pre_start();
+    assert!(hook.line.contains("1 bundles set aside"), "{hook:?}");
+    assert!(!node.path(stock.bundle()).exists());
+    let kept = node.shell("ls /run/containerd/recoverd-quarantine");
+    assert!(kept.contains("e2e-dead"), "{kept}");
+    containerd.start();
+    well.assert_init_alive();
+    well.assert_shim_alive();
+    assert_eq!(containerd.task("e2e", "dead"), None);
+    let report = containerd.post_start();
+    assert_eq!(report.fate("well").became, "kept");
+    let fate = report.fate("dead");
+    assert_eq!(
+        (fate.became.as_str(), fate.exit),
+        ("exited", None),
+        "{report:#?}"
+    );
+    // Ours had written down how it ended: its successor tells it.
+    let fate = report.fate("kept");
+    assert_eq!(
+        (fate.became.as_str(), fate.exit),
+        ("exited", Some(137)),
+        "{report:#?}"
+    );
+    containerd.delete(&ours, 137);
+    // The id is free at once.
+    containerd.ctr_ok("e2e", ["containers", "delete", "dead"]);
+    node.kill(&stock.shim);
+    node.recoverd(["repair", "--apply", "--allow", "delete", "--min-age", "0s"]);
+    containerd.run(&Container::new("dead"));
+}
+
+fn a_foreign_shim_that_hangs_is_ended_only_if_told(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let program = node.folder().join("containerd-shim-foo-v1");
+    node.run("cp", [containerd.release().stock_shim(), program.clone()]);
+    let foreign = containerd.run(&Container::new("foreign").runtime(&program));
+    let well = containerd.run(&Container::new("well"));
+    containerd.kill();
+    node.freeze(&foreign.shim);
+    let hook = containerd.pre_start();
+    assert!(hook.line.contains("pre-start.foreign"), "{hook:?}");
+    assert!(node.alive(&foreign.shim));
+    foreign.assert_init_alive();
+    let config = node.folder().join("foreign.toml");
+    fs::write(&config, "[pre-start]\nforeign = true\n").unwrap_or_else(|error| panic!("{error}"));
+    let mut args = vec!["--config".to_owned(), config.display().to_string()];
+    args.extend(containerd.flags());
+    args.push("pre-start".into());
+    let output = node.recoverd(&args);
+    let line = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(line.contains("1 foreign shims ended"), "{output:?}");
+    assert!(!node.alive(&foreign.shim));
+    // It is ended, and nothing else is done to it: the rest is containerd's and its runtime's.
+    foreign.assert_init_alive();
+    assert!(node.path(foreign.bundle()).join("config.json").exists());
+    well.assert_shim_alive();
+    let told = node.recoverd(["history", "-o", "json"]);
+    let told = String::from_utf8_lossy(&told.stdout).into_owned();
+    assert!(
+        told.contains("send SIGKILL to containerd-shim-foo-v1"),
+        "{told}"
+    );
+    containerd.start();
+    let report = containerd.post_start();
+    let fate = report.fate("foreign");
+    assert_eq!(fate.became, "lost", "{report:#?}");
+    assert!(fate.why.contains("foreign shim"), "{report:#?}");
+    assert_eq!(report.fate("well").became, "kept", "{report:#?}");
+}
+
+fn a_start_a_hook_and_two_repairs_at_once_have_one_winner(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let well: Vec<Task> = [ShimUnderTest::Recoverd, ShimUnderTest::Stock]
+        .into_iter()
+        .enumerate()
+        .map(|(n, shim)| containerd.run(&Container::new(&format!("well-{n}")).shim(shim)))
+        .collect();
+    let orphans: Vec<Task> = (0..6)
+        .map(|n| {
+            let shim = [ShimUnderTest::Recoverd, ShimUnderTest::Stock][n % 2];
+            containerd.run(&Container::new(&format!("orphan-{n}")).shim(shim))
+        })
+        .collect();
+    containerd.kill();
+    for orphan in &orphans {
+        node.kill(&orphan.shim);
+    }
+    let recoverd = node.built("recoverd").display().to_string();
+    let repair = || {
+        node.spawn(
+            &recoverd,
+            ["repair", "--apply", "--allow", "kill", "--allow", "delete"],
+        )
+    };
+    let mut args = containerd.flags();
+    args.push("pre-start".into());
+    let mut acting = [repair(), node.spawn(&recoverd, &args), repair()];
+    containerd.start();
+    let codes: Vec<Option<i32>> = acting.iter_mut().map(|one| one.wait().code()).collect();
+    let said: Vec<String> = acting.iter().map(|one| one.text()).collect();
+    for code in [codes[0], codes[2]] {
+        assert!(matches!(code, Some(0 | 1 | 3 | 4)), "{codes:?} {said:#?}");
+    }
+    assert_eq!(codes[1], Some(0), "the hook: {said:#?}");
+    for task in &well {
+        task.assert_init_alive();
+        task.assert_shim_alive();
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_eq!(row.as_deref(), Some("RUNNING"), "{said:#?}");
+    }
+    // Whoever came first: none of them is served twice, and none is known in two ways for long.
+    wait_for("one word on every orphan", || {
+        node.recoverd([
+            "repair",
+            "--apply",
+            "--allow",
+            "kill",
+            "--allow",
+            "delete",
+            "--min-age",
+            "0s",
+        ]);
+        let settled = orphans.iter().all(|task| {
+            let listed = containerd
+                .task("e2e", task.id())
+                .is_some_and(|row| row.status == "RUNNING");
+            let shims = node.shims();
+            let serving = shims
+                .iter()
+                .filter(|shim| shim.flag("-id") == Some(task.id()))
+                .count();
+            match node.alive(&task.init) {
+                true => listed && serving == 1,
+                false => serving == 0 || (serving == 1 && !listed),
+            }
+        });
+        settled.then_some(())
+    });
+}

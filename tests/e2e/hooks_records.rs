@@ -1,0 +1,283 @@
+//! What a shim left on disk cannot be trusted, or says something that is no longer so: SPEC's rows
+//! F11 (records of every bad kind, a full `/run`) and F12 (pids that are somebody else's by now, a
+//! reboot), through the hooks and through `repair`.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use recoverd_common::paths::Beside;
+use recoverd_tests::{
+    Container, Containerd, Node, Process, Release, ShimUnderTest, Task, wait_for,
+};
+use serde_json::{Value, json};
+
+recoverd_tests::tests! {
+    on_every_release: [
+        no_record_is_bad_enough_to_cost_a_workload,
+        a_full_run_costs_no_workload,
+        a_pid_that_is_somebody_elses_is_left_alone,
+    ],
+    once: [
+        repair_takes_bad_records_as_the_hook_does,
+        a_record_from_before_a_reboot_names_nobody,
+    ],
+}
+
+/// Ends with 23 when it is asked to.
+const ENDS: [&str; 3] = [
+    "sh",
+    "-c",
+    "trap 'exit 23' TERM; while :; do sleep 1000 & wait $!; done",
+];
+
+/// Every bad record: its name, and the line of shell that makes it of a good one, `$1`.
+const BAD: [(&str, &str); 11] = [
+    ("missing", "rm $1"),
+    ("empty", ": >$1"),
+    ("cut", "truncate -s 100 $1"),
+    ("garbage", "head -c 4096 /dev/urandom >$1"),
+    ("other", "echo '[{\"format\": 1}]' >$1"),
+    (
+        "future",
+        "sed -i 's/\"format\": *1/\"format\":99/' $1; grep -q 99 $1",
+    ),
+    ("link", "rm $1; ln -s /run/precious $1"),
+    ("huge", "truncate -s 1G $1"),
+    ("theirs", "chown 1234 $1"),
+    ("loose", "chmod 0666 $1"),
+    ("fifo", "rm $1; mkfifo $1"),
+];
+
+fn record_of(task: &Task) -> PathBuf {
+    Beside::of(task.socket()).record
+}
+
+/// One orphan of our shim with each bad record; containerd is down.
+#[track_caller]
+fn orphans_with_bad_records(node: &Arc<Node>, containerd: &mut Containerd) -> Vec<Task> {
+    node.shell("echo precious >/run/precious");
+    let run = |(name, _): &(&str, &str)| {
+        let container = Container::new(name).shim(ShimUnderTest::Recoverd);
+        containerd.run(&container.command(ENDS))
+    };
+    let tasks: Vec<Task> = BAD.iter().map(run).collect();
+    containerd.kill();
+    for (task, (_, line)) in tasks.iter().zip(BAD) {
+        node.kill(&task.shim);
+        let record = record_of(task).display().to_string();
+        node.run("sh", ["-ec", line, "sh", &record]);
+    }
+    tasks
+}
+
+/// All live, work, and end with their true status.
+#[track_caller]
+fn assert_well(node: &Arc<Node>, containerd: &Containerd, tasks: &[Task]) {
+    for task in tasks {
+        task.assert_init_alive();
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_eq!(row.as_deref(), Some("RUNNING"), "{}", task.name());
+        assert_eq!(task.shim_now().program(), "containerd-shim-recoverd-v1");
+        node.signal(&task.init, "TERM");
+        assert_eq!(task.wait("").exit_status, 23, "{}", task.name());
+        containerd.delete(task, 23);
+    }
+}
+
+#[track_caller]
+fn assert_precious(node: &Node) {
+    assert_eq!(node.shell("cat /run/precious"), "precious\n");
+}
+
+fn no_record_is_bad_enough_to_cost_a_workload(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let tasks = orphans_with_bad_records(&node, &mut containerd);
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    containerd.start();
+    let report = containerd.post_start();
+    for task in &tasks {
+        assert_eq!(report.fate(task.id()).became, "adopted", "{report:#?}");
+    }
+    assert_well(&node, &containerd, &tasks);
+    assert_precious(&node);
+}
+
+fn repair_takes_bad_records_as_the_hook_does(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let tasks = orphans_with_bad_records(&node, &mut containerd);
+    let output = node.recoverd(["repair", "--apply"]);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    // What was wrong is kept for whoever wants to know, and is a finding no more.
+    let kept = node.shell("ls /run/containerd/recoverd-quarantine");
+    assert!(kept.lines().count() >= BAD.len() - 1, "{kept}");
+    let scan = node.scan();
+    assert_eq!(scan.all_codes(), [""; 0], "{scan:#?}");
+    containerd.start();
+    assert_well(&node, &containerd, &tasks);
+    assert_precious(&node);
+}
+
+fn a_full_run_costs_no_workload(release: &Release) {
+    for (what, limit) in [
+        (
+            "bytes",
+            "size=$(df -k --output=used /run | tail -n1 | tr -d ' ')k",
+        ),
+        (
+            "inodes",
+            "nr_inodes=$(df --output=iused /run | tail -n1 | tr -d ' ')",
+        ),
+    ] {
+        let node = Node::start();
+        let mut containerd = node.containerd(release);
+        let tasks: Vec<Task> = [ShimUnderTest::Recoverd, ShimUnderTest::Stock]
+            .into_iter()
+            .map(|shim| {
+                let id = format!("{shim:?}").to_lowercase();
+                containerd.run(&Container::new(&id).shim(shim).command(ENDS))
+            })
+            .collect();
+        containerd.kill();
+        for task in &tasks {
+            node.kill(&task.shim);
+        }
+        node.shell(&format!("mount -o remount,{limit} /run"));
+        let full = node.output("sh", ["-c", "echo more >/run/more"]);
+        assert!(!full.status.success(), "{what}: there is room");
+        let hook = containerd.pre_start();
+        tasks[0].assert_init_alive();
+        assert_eq!(tasks[0].shim_now().program(), "containerd-shim-recoverd-v1");
+        if what == "bytes" {
+            assert_eq!(hook.exit, 0, "{hook:?}");
+        } else {
+            // Ours has its files already. A stock shim's task has none, and there is none to be had.
+            assert_eq!(hook.exit, 1, "{hook:?}");
+            assert!(
+                hook.line.contains("e2e/stock: lock") && hook.line.contains("No space left"),
+                "{hook:?}"
+            );
+        }
+        node.shell("mount -o remount,size=50%,nr_inodes=1000000 /run");
+        let hook = containerd.pre_start();
+        assert_eq!(hook.exit, 0, "{what}: {hook:?}");
+        containerd.start();
+        assert_well(&node, &containerd, &tasks);
+    }
+}
+
+/// A process of the node that has got this very pid.
+#[track_caller]
+fn stranger(node: &Arc<Node>, pid: u32) -> Process {
+    let line = format!(
+        "echo {} >/proc/sys/kernel/ns_last_pid; setsid sleep 100001 >/dev/null 2>&1 </dev/null & echo $!",
+        pid - 1
+    );
+    wait_for(&format!("a stranger with pid {pid}"), || {
+        let got: u32 = node.shell(&line).trim().parse().ok()?;
+        let process = node.process(got)?;
+        if got == pid {
+            // It begins as a copy of the shell.
+            return wait_for("its program", || {
+                let now = node.process(pid)?;
+                (now.program() == "sleep").then_some(Some(now))
+            });
+        }
+        node.kill(&process);
+        None
+    })
+}
+
+/// Everything that recoverd and containerd do about what is dead leaves these processes alone.
+#[track_caller]
+fn assert_strangers_outlive_everything(
+    node: &Arc<Node>,
+    containerd: &mut Containerd,
+    strangers: &[Process],
+) {
+    let untouched = |after: &str| {
+        for stranger in strangers {
+            assert!(node.alive(stranger), "{stranger:?} was ended by {after}");
+        }
+    };
+    let all = ["repair", "--apply", "--allow", "kill", "--allow", "delete"];
+    containerd.pre_start();
+    untouched("pre-start");
+    node.recoverd(all);
+    untouched("repair");
+    containerd.start();
+    untouched("containerd's start");
+    containerd.post_start();
+    let age = ["--min-age", "0s"];
+    node.recoverd(all.into_iter().chain(age));
+    untouched("the last repair");
+}
+
+fn a_pid_that_is_somebody_elses_is_left_alone(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let tasks: Vec<Task> = [ShimUnderTest::Recoverd, ShimUnderTest::Stock]
+        .into_iter()
+        .map(|shim| {
+            let id = format!("{shim:?}").to_lowercase();
+            containerd.run(&Container::new(&id).shim(shim).command(["sleep", "100000"]))
+        })
+        .collect();
+    containerd.kill();
+    for task in &tasks {
+        node.kill(&task.shim);
+        node.kill(&task.init);
+        wait_for("the pid to be free", || {
+            node.process(task.init.pid).is_none().then_some(())
+        });
+        wait_for("the pid to be free", || {
+            node.process(task.shim.pid).is_none().then_some(())
+        });
+    }
+    let strangers: Vec<Process> = tasks
+        .iter()
+        .flat_map(|task| [task.init.pid, task.shim.pid])
+        .map(|pid| stranger(&node, pid))
+        .collect();
+    // What looks like a shim by its number is none, and what has an init's number is no init.
+    let scan = node.scan();
+    for task in &tasks {
+        let seen = scan.task(&task.name());
+        assert!(seen.shim.is_none(), "{seen:?}");
+        assert_eq!(seen.phase, json!("stopped"), "{seen:?}");
+    }
+    assert_strangers_outlive_everything(&node, &mut containerd, &strangers);
+    for task in &tasks {
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_ne!(row.as_deref(), Some("RUNNING"), "{}", task.name());
+    }
+}
+
+fn a_record_from_before_a_reboot_names_nobody(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let ours = Container::new("before").shim(ShimUnderTest::Recoverd);
+    let task = containerd.run(&ours.command(["sleep", "100000"]));
+    containerd.kill();
+    node.kill(&task.shim);
+    node.kill(&task.init);
+    wait_for("the pid to be free", || {
+        node.process(task.init.pid).is_none().then_some(())
+    });
+    let stranger = stranger(&node, task.init.pid);
+    // By chance the stranger has even the start time: only the boot is another one.
+    let path = node.path(record_of(&task));
+    let text = fs::read(&path).unwrap_or_else(|error| panic!("{error}"));
+    let mut record: Value = serde_json::from_slice(&text).unwrap_or_else(|error| panic!("{error}"));
+    record["boot_id"] = json!("00000000-0000-0000-0000-000000000000");
+    record["tasks"][0]["init"]["start_time"] = json!(stranger.start_time);
+    fs::write(&path, record.to_string()).unwrap_or_else(|error| panic!("{error}"));
+    let scan = node.scan();
+    assert!(scan.all_codes().contains(&"stale-record"), "{scan:#?}");
+    assert_eq!(scan.task("e2e/before").phase, json!("stopped"), "{scan:#?}");
+    assert_strangers_outlive_everything(&node, &mut containerd, &[stranger]);
+    assert_eq!(containerd.task("e2e", "before"), None);
+}

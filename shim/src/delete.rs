@@ -43,7 +43,7 @@ use crate::{
     args::Flags,
     context,
     delete_look::{Observed, look_at, read_state},
-    delete_rule::{CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
+    delete_rule::{Answer, CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
     event_log, lock, mounts,
     remains::{self, Unsent},
     sys::{self, Hold},
@@ -107,10 +107,13 @@ pub fn run(flags: &Flags) -> Result<Outcome, DeleteError> {
     let task = Observed::look(flags, bundle);
     let clean_up = match decide(&task.facts()) {
         Verdict::LeaveAlone => {
-            let remark = format!(
-                "{} is served by a living shim: nothing was touched",
-                task.label
-            );
+            let why = match task.answer {
+                Answer::Claims => "is served by a living shim",
+                Answer::Disclaims | Answer::Silent | Answer::Nobody => {
+                    "lives, and whoever asked for its end has ended"
+                }
+            };
+            let remark = format!("{} {why}: nothing was touched", task.label);
             return Ok(Outcome {
                 answer: Vec::new(),
                 remarks: vec![remark],

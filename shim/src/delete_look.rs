@@ -62,6 +62,8 @@ pub struct Observed {
     pub cgroups: Vec<PathBuf>,
     /// What the runtime has under this id, if that is another bundle's: not ours to touch.
     pub stranger: Option<Stranger>,
+    /// Whoever ran us has ended.
+    pub abandoned: bool,
 }
 
 /// A container of the same id, made from another bundle.
@@ -128,6 +130,7 @@ impl Observed {
             systemd_cgroup,
             cgroups,
             stranger,
+            abandoned: abandoned(&proc),
         }
     }
 
@@ -163,6 +166,7 @@ impl Observed {
             locked_by_us: self.lock.is_some(),
             recorded,
             init: self.init,
+            abandoned: self.abandoned,
         }
     }
 }
@@ -318,6 +322,15 @@ pub fn look_at(proc: &Proc, init: ProcessId) -> Init {
         // Not seen is not gone, but nothing can be ended either; the runtime will try.
         Seen::Unknown(_) => Init::Unknown,
     }
+}
+
+/// A containerd is its verb's parent. One that has ended left it to PID 1, which may be a containerd
+/// itself, in a container; what cannot be told counts as a caller that is there.
+fn abandoned(proc: &Proc) -> bool {
+    const PID_1: i32 = 1;
+    let comm = proc.stat(PID_1).present().map(|stat| stat.comm.clone());
+    let of_pid_1 = nix::unistd::getppid().as_raw() == PID_1;
+    of_pid_1 && comm.is_some_and(|comm| !comm.contains("containerd"))
 }
 
 /// What containerd says for a raw wait status: the code, or 128 and the signal.

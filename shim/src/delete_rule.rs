@@ -7,7 +7,7 @@
 //! | --- | --- | --- |
 //! | yes | yes | nothing is touched, empty answer |
 //! | yes | no (the task was deleted, others of its group live on) | clean up after this id |
-//! | no | - | end what lives, clean up |
+//! | no | - | end what lives, clean up; nothing of it if the caller has ended meanwhile |
 //!
 //! A living shim that answers and claims the id counts whether or not it holds the lock: a stock
 //! shim holds none, and containerd's having lost its connection is no reason to kill its workload
@@ -65,6 +65,8 @@ pub struct Facts {
     pub recorded: Recorded,
     /// The init.
     pub init: Init,
+    /// Whoever asked has ended: nobody hears the answer, or acts on it.
+    pub abandoned: bool,
 }
 
 /// What to do.
@@ -123,6 +125,10 @@ pub enum Group {
 /// Decides.
 pub fn decide(facts: &Facts) -> Verdict {
     if facts.answer == Answer::Claims {
+        return Verdict::LeaveAlone;
+    }
+    // Killed at once with the shim: its next start, or the hook before it, decides about what lives.
+    if facts.abandoned && matches!(facts.init, Init::Alive(_)) {
         return Verdict::LeaveAlone;
     }
     let end = match facts.init {
@@ -192,7 +198,17 @@ mod tests {
             locked_by_us: true,
             recorded: Recorded::Named(None),
             init: Init::Gone(INIT),
+            abandoned: false,
         }
+    }
+
+    #[test]
+    fn nobody_is_ended_for_a_caller_that_is_gone_and_what_is_dead_is_cleaned_up() {
+        let mut facts = facts();
+        facts.abandoned = true;
+        assert!(matches!(decide(&facts), Verdict::CleanUp(_)));
+        facts.init = Init::Alive(INIT);
+        assert_eq!(decide(&facts), Verdict::LeaveAlone);
     }
 
     fn clean_up(facts: &Facts) -> CleanUp {

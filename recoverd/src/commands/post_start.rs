@@ -77,6 +77,7 @@ fn compared(
     }
     failpoint!("poststart.history.after");
     let text = match args.output {
+        TableOrJson::Table if in_journal() => last_line(&line),
         TableOrJson::Table => table(&rows, &line),
         TableOrJson::Json => {
             let all = json!({
@@ -137,11 +138,58 @@ fn told(row: &Row) -> String {
     text
 }
 
+/// Aligned, for people; the line comes last.
 fn table(rows: &[Row], line: &str) -> String {
+    let name = |row: &Row| format!("{}/{}", row.namespace, row.id);
+    let width = rows.iter().map(|row| name(row).len()).max().unwrap_or(0);
     let mut text = String::new();
     for row in rows {
-        text.push_str(&format!("{}/{}  {}\n", row.namespace, row.id, told(row)));
+        text.push_str(&format!("{:<width$}  {}\n", name(row), told(row)));
     }
-    text.push_str(&format!("recoverd: post-start: {line}\n"));
-    text
+    text + &last_line(line)
+}
+
+fn last_line(line: &str) -> String {
+    format!("recoverd: post-start: {line}\n")
+}
+
+/// Standard output is the journal: it gets one line, and the history has the rest.
+fn in_journal() -> bool {
+    let Some(stream) = std::env::var_os("JOURNAL_STREAM") else {
+        return false;
+    };
+    let stat = nix::sys::stat::fstat(io::stdout());
+    stat.is_ok_and(|stat| stream.to_str() == Some(&format!("{}:{}", stat.st_dev, stat.st_ino)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_looks_like_this() {
+        let row = |id: &str, became, pid, exit, why: &str| Row {
+            namespace: "demo".into(),
+            id: id.into(),
+            became,
+            pid,
+            exit,
+            execs: (0, 0),
+            why: why.into(),
+        };
+        let lost = "containerd or a client ended it, or it ended since";
+        let mut rows = vec![
+            row("db", Became::Lost, None, None, lost),
+            row("job", Became::Exited, None, Some(42), ""),
+            row("web-frontend", Became::Adopted, Some(7), None, ""),
+        ];
+        rows[2].execs = (2, 1);
+        let golden = "\
+demo/db            lost: containerd or a client ended it, or it ended since
+demo/job           exited with 42
+demo/web-frontend  adopted, init 7, 1 of 2 execs alive
+recoverd: post-start: 1 lost
+";
+        assert_eq!(table(&rows, "1 lost"), golden);
+    }
 }

@@ -29,6 +29,7 @@ recoverd_tests::tests! {
     ],
     once: [
         a_start_a_hook_and_two_repairs_at_once_have_one_winner,
+        a_verb_of_a_containerd_that_is_gone_ends_no_workload,
     ],
 }
 
@@ -601,4 +602,31 @@ fn a_start_a_hook_and_two_repairs_at_once_have_one_winner(release: &Release) {
         });
         settled.then_some(())
     });
+}
+
+/// Shim and containerd are killed at once, and containerd had just seen the shim's end.
+fn a_verb_of_a_containerd_that_is_gone_ends_no_workload(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let task = containerd.run(&Container::new("task").shim(ShimUnderTest::Recoverd));
+    containerd.kill();
+    node.kill(&task.shim);
+    let said = node.folder().join("said");
+    let verb = format!(
+        "{shim} -namespace e2e -address {address} -publish-binary containerd -id task -bundle {bundle} delete",
+        shim = ShimUnderTest::Recoverd.runtime().display(),
+        address = containerd.address().display(),
+        bundle = task.bundle().display(),
+    );
+    // Its parent has gone before it looks.
+    node.shell(&format!(
+        "sh -c 'sleep 0.5; exec {verb}' >/dev/null 2>{} </dev/null &",
+        said.display()
+    ));
+    wait_for("the verb's word", || {
+        let text = fs::read_to_string(&said).ok()?;
+        text.contains("nothing was touched").then_some(())
+    });
+    task.assert_init_alive();
+    start_with_hooks(&mut containerd, &[&task]);
 }

@@ -6,6 +6,7 @@ use std::{
     io::{BufRead, Read, Write},
     os::unix::{
         ffi::OsStrExt,
+        fs::MetadataExt,
         net::{UnixListener, UnixStream},
     },
     path::Path,
@@ -24,7 +25,7 @@ use recoverd_common::{
 mod daemon;
 mod logged;
 
-use daemon::{Daemon, until};
+use daemon::{Daemon, keeper::keep, until};
 use logged::logged;
 
 #[test]
@@ -293,4 +294,36 @@ fn a_signal_ends_the_shim_and_nothing_else() {
     nix::sys::signal::kill(alive, nix::sys::signal::Signal::SIGKILL).unwrap();
     // The record is there for a successor.
     assert_eq!(daemon.recorded().tasks[0].id, "c");
+}
+
+/// Whoever keeps the shim's descriptors, so that its crash is not seen, must not hide an end that is
+/// meant. And nobody but root reads what it writes down.
+#[test]
+fn an_end_that_is_meant_is_seen_whoever_keeps_its_descriptors() {
+    let daemon = Daemon::new();
+    daemon.create("c", "exit 1", Path::new("")).unwrap();
+    for name in ["socket", "socket.record", "socket.events"] {
+        let mode = fs::metadata(daemon.dir.path().join(name)).unwrap().mode();
+        assert_eq!(mode & 0o777, 0o600, "{name}");
+    }
+    let peer = || {
+        let peer = UnixStream::connect(daemon.socket()).unwrap();
+        peer.set_read_timeout(Some(Duration::from_secs(20)))
+            .unwrap();
+        peer
+    };
+    // One that broke the protocol.
+    let mut mad = peer();
+    daemon.client().connect_task("c").unwrap();
+    let kept = keep(daemon.process.id());
+    mad.write_all(&[0xff; 64]).unwrap();
+    while mad.read(&mut [0; 4096]).unwrap() > 0 {}
+    // All of them.
+    let mut quiet = peer();
+    daemon.client().connect_task("c").unwrap();
+    let more = keep(daemon.process.id());
+    let shim = nix::unistd::Pid::from_raw(i32::try_from(daemon.process.id()).unwrap());
+    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(quiet.read(&mut [0; 9]).unwrap(), 0);
+    assert!(kept.len() > 1 && more.len() > 1);
 }

@@ -39,6 +39,7 @@
 //! | `RECOVERD_FAILPOINT` | the name, or `name:N` for the Nth time that one process comes by |
 //! | `RECOVERD_FAILPOINT_FILE` | made by whoever dies there; while it is there, nobody else does |
 //! | `RECOVERD_FAILPOINT_ALSO` | a file with the pid of a process that is ended first |
+//! | `RECOVERD_NO_PIDFD_STATUS` | not a point: pidfds tell no exit status, as before Linux 6.15 |
 
 /// Where a test may let this process die; see the module's documentation.
 #[cfg(feature = "failpoints")]

@@ -4,6 +4,7 @@
 pub mod adoption;
 pub mod bundle;
 pub mod cgroup;
+pub mod connector;
 pub mod failpoint;
 pub mod handoff;
 pub mod ids;

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
 };
 
 /// A descriptor of the process `pid`; it stays of that process when the number is reused.
@@ -92,10 +92,76 @@ pub fn received(numbers: &[RawFd]) -> Vec<OwnedFd> {
     numbers.iter().map(own).collect()
 }
 
+/// A socket for the kernel's connectors, neither blocking nor inherited. nix does not know their
+/// protocol.
+pub fn connector_socket() -> io::Result<OwnedFd> {
+    let kind = libc::SOCK_DGRAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK;
+    // SAFETY: socket takes three numbers.
+    let fd = unsafe { libc::socket(libc::AF_NETLINK, kind, libc::NETLINK_CONNECTOR) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Has the kernel queue on `socket` only what `program`, in classic BPF, lets through.
+pub fn attach_filter(socket: BorrowedFd<'_>, program: &[libc::sock_filter]) -> io::Result<()> {
+    let len = u16::try_from(program.len()).map_err(io::Error::other)?;
+    let program = libc::sock_fprog {
+        len,
+        filter: program.as_ptr().cast_mut(),
+    };
+    let size = libc::socklen_t::try_from(size_of_val(&program)).map_err(io::Error::other)?;
+    // SAFETY: the kernel reads one sock_fprog, and `len` instructions where it points, of which it
+    // makes a copy; it writes to neither.
+    let set = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::SOL_SOCKET,
+            libc::SO_ATTACH_FILTER,
+            (&raw const program).cast(),
+            size,
+        )
+    };
+    if set == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Whether this kernel's pidfds tell how a process ended after it was collected: tried out on a
+/// child that ends at once.
+pub fn pidfd_tells_status() -> io::Result<bool> {
+    // SAFETY: the child does nothing but end, without running what this process has registered;
+    // that is allowed whatever the other threads of this one are doing.
+    let pid = unsafe { libc::fork() };
+    if pid == 0 {
+        // SAFETY: ends the child.
+        unsafe { libc::_exit(42) };
+    }
+    if pid < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    let pidfd = pidfd_open(pid);
+    let mut status = 0;
+    loop {
+        // SAFETY: waitpid writes one number.
+        if unsafe { libc::waitpid(pid, &raw mut status, 0) } == pid {
+            break;
+        }
+        let error = io::Error::last_os_error();
+        if error.kind() != io::ErrorKind::Interrupted {
+            return Err(error);
+        }
+    }
+    Ok(pidfd_wait_status(pidfd?.as_fd()) == Some(status))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
     #[test]
     fn a_process_gets_the_signal_and_a_number_without_process_is_refused() {

@@ -17,7 +17,10 @@ use std::{
     path::PathBuf,
 };
 
-use recoverd_common::handoff::{self, Misunderstood};
+use recoverd_common::{
+    connector::{Connector, Ledger},
+    handoff::{self, Misunderstood},
+};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::{
@@ -27,6 +30,7 @@ use crate::{
     state::LoopState,
     stdio::Stdio,
     tasks::JobId,
+    witness::Teller,
 };
 
 /// Everything, of the image that leaves.
@@ -56,6 +60,9 @@ pub struct Leaving<'a> {
     pub oom: BTreeMap<String, u64>,
     /// Processes that are not our children.
     pub witnesses: Vec<&'a Witness>,
+    /// Who tells how those ended.
+    #[serde(with = "teller")]
+    pub teller: &'a Teller,
 }
 
 /// The same, of the image that comes.
@@ -85,6 +92,9 @@ pub struct Coming {
     pub oom: BTreeMap<String, u64>,
     /// As above.
     pub witnesses: Vec<Witness>,
+    /// As above.
+    #[serde(with = "teller")]
+    pub teller: Teller,
 }
 
 /// Who reads or writes a message right now.
@@ -245,6 +255,52 @@ pub mod pairs {
     {
         let pairs = Vec::<(K, V)>::deserialize(from)?;
         Ok(pairs.into_iter().collect())
+    }
+}
+
+/// Who tells how processes ended: a subscription goes on, nothing falls in between.
+pub mod teller {
+    use super::{
+        Connector, Deserialize, Deserializer, Ledger, Numbered, OwnedFd, Serialize, Serializer,
+        Teller,
+    };
+    use std::os::fd::{AsFd, BorrowedFd};
+
+    #[derive(Serialize)]
+    enum Leaving<'a> {
+        Pidfd,
+        Connector(Numbered<BorrowedFd<'a>>, &'a Ledger),
+        Nobody(&'a str),
+    }
+
+    #[derive(Deserialize)]
+    enum Coming {
+        Pidfd,
+        Connector(Numbered<OwnedFd>, Ledger),
+        Nobody(String),
+    }
+
+    /// For `#[serde(with)]`.
+    pub fn serialize<S: Serializer>(teller: &Teller, to: S) -> Result<S::Ok, S::Error> {
+        let leaving = match teller {
+            Teller::Pidfd => Leaving::Pidfd,
+            Teller::Connector(connector) => {
+                Leaving::Connector(Numbered(connector.as_fd()), connector.ledger())
+            }
+            Teller::Nobody(why) => Leaving::Nobody(why),
+        };
+        leaving.serialize(to)
+    }
+
+    /// For `#[serde(with)]`.
+    pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Teller, D::Error> {
+        Ok(match Coming::deserialize(from)? {
+            Coming::Pidfd => Teller::Pidfd,
+            Coming::Connector(Numbered(socket), ledger) => {
+                Teller::Connector(Connector::carried(socket, ledger))
+            }
+            Coming::Nobody(why) => Teller::Nobody(why),
+        })
     }
 }
 

@@ -59,6 +59,7 @@ use crate::{
     supervised::Supervised,
     sys,
     tasks::{Effect, Event, JobId, Now},
+    witness::Teller,
 };
 pub use adopted::{Witness, adopt_and_serve};
 pub use effects::Child;
@@ -70,6 +71,7 @@ pub use upgrade::{check, go_on};
 const LISTENER: u64 = 1;
 const SIGNALS: u64 = 2;
 const EVENTS: u64 = 3;
+const TELLER: u64 = 4;
 /// Connections, by their number.
 const CONNECTION: u64 = 1 << 61;
 /// Processes that are not our children, by a count.
@@ -134,6 +136,8 @@ struct Shim {
     last_oom: u64,
     witnesses: BTreeMap<u64, Witness>,
     last_witness: u64,
+    /// Who tells how those ended.
+    teller: Teller,
     roots: Roots,
     log: Log,
     namespace: String,
@@ -311,6 +315,7 @@ fn prepare(
         last_oom: OOM,
         witnesses: BTreeMap::new(),
         last_witness: WITNESS,
+        teller: Teller::default(),
         roots,
         log,
         namespace: namespace.to_owned(),
@@ -399,6 +404,10 @@ impl Shim {
                 self.handle(Input::Tick);
                 worked = true;
             }
+            if self.teller_deadline().is_some_and(|at| at <= now) {
+                self.ask_teller();
+                worked = true;
+            }
             if worked {
                 self.trim_at = Some(now.saturating_add(QUIET_MS));
             } else if self.trim_at.is_some_and(|at| at <= now) {
@@ -421,6 +430,7 @@ impl Shim {
         let deadlines = [
             self.state.deadline(),
             self.stdio.deadline(),
+            self.teller_deadline(),
             self.accept_at,
             self.trim_at,
             self.trial.as_ref().map(Trial::deadline),
@@ -442,6 +452,7 @@ impl Shim {
                 self.events_ready();
                 self.work_off();
             }
+            TELLER => self.told(),
             token if token & OOM != 0 => self.oom_ready(token),
             token if token & WITNESS != 0 => self.witnessed(token),
             token if token & CONNECTION != 0 => {

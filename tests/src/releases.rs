@@ -155,8 +155,18 @@ pub type OnRelease = (&'static str, fn(&Release));
 /// A test that is told which shim to use.
 pub type WithShim = (&'static str, fn(&Release, ShimUnderTest));
 
-/// A test that needs a box of `tests/systemd-box`.
-pub type InBox = (&'static str, fn());
+/// A test that needs something of the machine itself.
+pub type OnMachine = (&'static str, fn());
+
+/// Why this process is not in the first namespaces of its machine.
+fn outside_of_first_namespaces() -> Option<String> {
+    // Process 2 there makes the kernel's own threads, and is in all the first ones.
+    let first = fs::read_to_string("/proc/2/comm").unwrap_or_default();
+    let namespace = |of: &str, kind| fs::read_link(format!("/proc/{of}/ns/{kind}")).ok();
+    let same = |kind| namespace("2", kind).is_some_and(|of| Some(of) == namespace("self", kind));
+    let there = first == "kthreadd\n" && same("net") && same("pid");
+    (!there).then(|| "not in the machine's first network and pid namespaces".to_owned())
+}
 
 /// The tests of one file.
 #[derive(Default)]
@@ -170,9 +180,11 @@ pub struct Tests<'a> {
     /// Run once per shim, on the newest release that is there.
     pub once_with_each_shim: &'a [WithShim],
     /// Run once, each with a [`crate::SystemdBox`].
-    pub in_a_box: &'a [InBox],
+    pub in_a_box: &'a [OnMachine],
     /// Run once, each in a vm of its own.
-    pub in_a_vm: &'a [InBox],
+    pub in_a_vm: &'a [OnMachine],
+    /// Run once, in the first network and pid namespaces of the machine.
+    pub in_first_namespaces: &'a [OnMachine],
 }
 
 impl Tests<'_> {
@@ -209,15 +221,21 @@ impl Tests<'_> {
                 trials.push(trial(title, newest(), move |release| run(release, shim)));
             }
         }
-        let boxed = |tests: &[InBox], kind: BoxKind| {
-            let boxed = |&(test, run): &InBox| {
-                let there = kind.unavailable().map_or(Ok(()), Err);
-                trial(test.to_owned(), there, move |&()| run())
+        let needing = |tests: &[OnMachine], lack: &dyn Fn() -> Option<String>| {
+            let trial = |&(test, run): &OnMachine| {
+                trial(test.to_owned(), lack().map_or(Ok(()), Err), move |&()| {
+                    run()
+                })
             };
-            tests.iter().map(boxed).collect::<Vec<Trial>>()
+            tests.iter().map(trial).collect::<Vec<Trial>>()
         };
-        trials.extend(boxed(self.in_a_box, BoxKind::Container));
-        trials.extend(boxed(self.in_a_vm, BoxKind::Vm));
+        let boxed = |kind: BoxKind| move || kind.unavailable();
+        trials.extend(needing(self.in_a_box, &boxed(BoxKind::Container)));
+        trials.extend(needing(self.in_a_vm, &boxed(BoxKind::Vm)));
+        trials.extend(needing(
+            self.in_first_namespaces,
+            &outside_of_first_namespaces,
+        ));
         libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
     }
 }

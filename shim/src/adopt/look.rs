@@ -26,7 +26,7 @@ use crate::{
     service::Key,
     sys,
     tasks::Process,
-    witness,
+    witness::{self, Answer, Teller},
 };
 
 /// So long a predecessor's runtime commands are waited for; a healthy one takes 50 ms.
@@ -46,13 +46,15 @@ pub struct Look {
     pub members: BTreeMap<Key, (Process, Result<OwnedFd, String>)>,
     /// Loggers that live.
     pub loggers: BTreeMap<Key, (Process, OwnedFd)>,
+    /// Who tells how they ended, or will.
+    pub teller: Teller,
     /// Runtime commands that are at work.
     running: Vec<OwnedFd>,
 }
 
 /// Takes hold of every process of `record`. To be done before its shim is ended: an exit is told
-/// to who has a descriptor only.
-pub fn look(roots: &Roots, record: &Record) -> Look {
+/// to who has a descriptor only, and by a `teller` that was there before.
+pub fn look(roots: &Roots, record: &Record, teller: Teller) -> Look {
     let proc = Proc::new(&roots.proc);
     let booted = match proc.boot_id() {
         Seen::Present(id) => id != record.boot_id,
@@ -70,7 +72,10 @@ pub fn look(roots: &Roots, record: &Record) -> Look {
         }
         Ok(pidfd)
     };
-    let mut look = Look::default();
+    let mut look = Look {
+        teller,
+        ..Look::default()
+    };
     for task in &record.tasks {
         let init = (task.exit.is_none(), task.init, &task.stdio);
         let execs = task.execs.iter().map(|exec| {
@@ -105,7 +110,7 @@ pub fn has_living(socket: &Path) -> bool {
     let Seen::Present(record) = record::read(&Beside::of(socket).record) else {
         return false;
     };
-    let look = look(&Roots::default(), &record);
+    let look = look(&Roots::default(), &record, Teller::default());
     look.members
         .iter()
         .filter_map(|(key, (_, found))| Some((key, found.as_ref().ok()?)))
@@ -158,11 +163,16 @@ impl Look {
         });
     }
 
-    fn life(&self, proc: &Proc, key: &Key) -> Option<Life> {
+    fn life(&mut self, proc: &Proc, key: &Key) -> Option<Life> {
         let (process, found) = self.members.get(key)?;
         Some(match found {
             Err(why) => Life::Gone(why.clone()),
-            Ok(pidfd) => life_of(proc, *process, pidfd),
+            Ok(pidfd) if !witness::has_ended(pidfd) => Life::Living,
+            Ok(pidfd) => match witness::await_answer(&mut self.teller, proc, *process, pidfd) {
+                Answer::Status(status) => Life::Ended(status),
+                Answer::Unknown(why) => Life::Gone(why),
+                Answer::NotYet => Life::Gone(UNSEEN.to_owned()),
+            },
         })
     }
 
@@ -249,16 +259,6 @@ impl Look {
         };
         self.members.insert(key.clone(), (process, found));
         self.life(&proc, key).map(|life| (process, life))
-    }
-}
-
-fn life_of(proc: &Proc, process: Process, pidfd: &OwnedFd) -> Life {
-    if !witness::has_ended(pidfd) {
-        return Life::Living;
-    }
-    match witness::status(proc, process, pidfd) {
-        Some(status) => Life::Ended(status),
-        None => Life::Gone(UNSEEN.to_owned()),
     }
 }
 

@@ -11,6 +11,7 @@ use std::{
         unix::net::UnixListener,
     },
     path::Path,
+    time::Duration,
 };
 
 use nix::{
@@ -27,7 +28,7 @@ use recoverd_common::{
 
 use serde::{Deserialize, Serialize};
 
-use super::{Shim, StartError, failed};
+use super::{Shim, StartError, TELLER, failed, now};
 use crate::{
     adopt::{self, Claimed, Decision, Kept, Look, Loot},
     args::Flags,
@@ -40,7 +41,7 @@ use crate::{
     stdio::{Living, Logger, Wanted},
     sys,
     tasks::{Adoptee, Event, ExecPhase, Phase, Process},
-    witness,
+    witness::{self, Answer, Teller},
 };
 
 /// A process whose parent we are not, watched for its end.
@@ -50,6 +51,8 @@ pub struct Witness {
     process: Process,
     #[serde(with = "carry::fd")]
     pidfd: OwnedFd,
+    /// When it was seen to have ended: from then on its teller is asked how.
+    ended: Option<u64>,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -124,7 +127,7 @@ fn take_over(
         return Ok(());
     }
     let roots = Roots::default();
-    let mut look = adopt::look(&roots, &record);
+    let mut look = adopt::look(&roots, &record, Teller::find());
     let (lock, loot, mut remarks) = claim.enforce()?;
     kept.loot.append(loot);
     failpoint!("adopt.running.before");
@@ -219,6 +222,9 @@ impl Shim {
             said.insert(adoptee.id.clone(), lines);
         }
         let members = std::mem::take(&mut look.members);
+        let pids: Vec<u32> = members.values().map(|(process, _)| process.pid).collect();
+        look.teller.narrow(&pids);
+        self.listen_to(std::mem::take(&mut look.teller));
         failpoint!("adopt.record.before");
         let connections = std::mem::take(&mut kept.connections);
         let resume = self.resume(connections, adoptees, record);
@@ -293,11 +299,29 @@ impl Shim {
         lines
     }
 
+    /// Has a teller wake us when there is something to hear.
+    pub(super) fn listen_to(&mut self, teller: Teller) {
+        if let Teller::Nobody(why) = &teller {
+            let text = format!("exit statuses may remain unknown: {why}");
+            self.log.say(Level::Warning, &text);
+        }
+        if let Some(descriptor) = teller.descriptor()
+            && let Err(e) = self
+                .epoll
+                .add(descriptor, EpollEvent::new(EpollFlags::EPOLLIN, TELLER))
+        {
+            self.log
+                .say(Level::Error, &format!("watch process events: {e}"));
+        }
+        self.teller = teller;
+    }
+
     fn witness(&mut self, whose: Whose, process: Process, pidfd: OwnedFd) {
         self.watch_witness(Witness {
             whose,
             process,
             pidfd,
+            ended: None,
         });
     }
 
@@ -315,30 +339,66 @@ impl Shim {
 
     /// A process has ended whose parent we are not.
     pub(super) fn witnessed(&mut self, token: u64) {
-        let Some(witness) = self.witnesses.remove(&token) else {
+        let Some(witness) = self.witnesses.get_mut(&token) else {
             return;
         };
         let _ = self.epoll.delete(witness.pidfd.as_fd());
+        witness.ended = Some(now().mono_ms);
+        let pid = Pid::from_raw(i32::try_from(witness.process.pid).unwrap_or(0));
         match witness.whose {
             Whose::Logger => {
+                self.witnesses.remove(&token);
                 let mut heard = Vec::new();
-                let pid = Pid::from_raw(i32::try_from(witness.process.pid).unwrap_or(0));
                 self.stdio.logger_exited(pid, &self.epoll, &mut heard);
                 self.hear(heard);
                 self.work_off();
             }
-            Whose::Member(key) => {
-                let proc = Proc::new(&self.roots.proc);
-                let status = witness::status(&proc, witness.process, &witness.pidfd);
-                if key.is_init() {
-                    // The exit may be seen before what caused it.
-                    self.look_for_oom(&key.id.clone());
-                }
-                let status = status.ok_or_else(|| {
-                    "its parent has collected it, and this kernel tells nobody else".to_owned()
-                });
-                self.handle(Input::Event(Event::Ended { key, status }));
+            Whose::Member(_) => self.ask_teller(),
+        }
+    }
+
+    /// The teller has something to say.
+    pub(super) fn told(&mut self) {
+        self.teller.hear();
+        self.ask_teller();
+    }
+
+    /// When the teller is to be asked again, whether or not it has said anything.
+    pub(super) fn teller_deadline(&self) -> Option<u64> {
+        let now = now().mono_ms;
+        let ends = self.witnesses.values().filter_map(|witness| witness.ended);
+        let again = |ended: u64| {
+            let ago = Teller::again(Duration::from_millis(now.saturating_sub(ended)));
+            ended.saturating_add(u64::try_from(ago.as_millis()).unwrap_or(u64::MAX))
+        };
+        ends.map(again).min()
+    }
+
+    /// Hears how those ended that have.
+    pub(super) fn ask_teller(&mut self) {
+        let proc = Proc::new(&self.roots.proc);
+        let now = now().mono_ms;
+        let mut known = Vec::new();
+        for (token, witness) in &self.witnesses {
+            let (Whose::Member(key), Some(ended)) = (&witness.whose, witness.ended) else {
+                continue;
+            };
+            let (process, pidfd) = (witness.process, &witness.pidfd);
+            let ago = Duration::from_millis(now.saturating_sub(ended));
+            let status = match witness::answer(&mut self.teller, &proc, process, pidfd, ago) {
+                Answer::Status(status) => Ok(status),
+                Answer::Unknown(why) => Err(why),
+                Answer::NotYet => continue,
+            };
+            known.push((*token, key.clone(), status));
+        }
+        for (token, key, status) in known {
+            self.witnesses.remove(&token);
+            if key.is_init() {
+                // The exit may be seen before what caused it.
+                self.look_for_oom(&key.id.clone());
             }
+            self.handle(Input::Event(Event::Ended { key, status }));
         }
     }
 

@@ -276,6 +276,7 @@ impl Shim {
                 .map(|(id, (_, watch))| (id.clone(), watch.seen()))
                 .collect(),
             witnesses: self.witnesses.values().collect(),
+            teller: &self.teller,
         };
         carry::write(&leaving).map_err(|e| format!("write the message: {e}"))
     }
@@ -320,6 +321,7 @@ impl Shim {
         for (id, seen) in coming.oom {
             self.watch_oom_again(id, seen);
         }
+        self.listen_to(coming.teller);
         for witness in coming.witnesses {
             self.watch_witness(witness);
         }

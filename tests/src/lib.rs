@@ -69,6 +69,6 @@ pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
 pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim};
 pub use stream::{Reader, numbers};
-pub use systemd_box::{BoxKind, BoxTask, Instance, SystemdBox, run_in_vm};
+pub use systemd_box::{BoxKind, BoxTask, InVm, Instance, SystemdBox, run_in_vm};
 pub use traces::Traces;
 pub use wait::{beside, wait_for, wait_within};

@@ -20,6 +20,8 @@ use crate::wait::{wait_for, wait_within};
 const LIFE_SECONDS: &str = "1800";
 /// containerd's namespace of every container here, `ctr`'s own default.
 const NAMESPACE: &str = "default";
+/// Where the README says how the hooks are installed.
+const HOOKS: &str = "## Hooks around containerd's start";
 /// Where the box has what a clone of this project has.
 const CLONE: &str = "/root/recoverd";
 
@@ -98,23 +100,42 @@ fn succeed(mut command: Command) -> String {
     String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
-/// Runs a line of shell in a vm that is made for it, with this project's clone and `files`
-/// (`SRC:DEST`) in it, for at most so many seconds; its exit code and what it wrote.
-pub fn run_in_vm(files: &[String], seconds: u32, line: &str) -> (Option<i32>, String) {
+/// How what ran in a vm ended.
+#[derive(Debug)]
+pub struct InVm {
+    /// Its exit code.
+    pub code: Option<i32>,
+    /// What it wrote.
+    pub text: String,
+}
+
+/// Runs a shell script in a vm that is made for it, for at most so many seconds. It finds a clone of
+/// this project at `/root/recoverd` and, as the script `/root/install`, what the README says to do
+/// with it; what it leaves in `/box/out` is in the folder `out` then.
+pub fn run_in_vm(lines: &Path, seconds: u32, out: &Path) -> InVm {
+    let install = out.join("install");
+    let commands = readme_commands(HOOKS);
+    fs::write(&install, commands).unwrap_or_else(|e| panic!("write {}: {e}", install.display()));
     let mut command = script();
     command.args(["run", "--box", "vm", "--timeout", &seconds.to_string()]);
-    for copy in clone_of_project().iter().chain(files) {
+    command.arg("--out").arg(out);
+    let own = [
+        (&install, "/root/install"),
+        (&lines.to_owned(), "/root/run"),
+    ]
+    .map(|(from, to)| format!("{}:{to}", from.display()));
+    for copy in clone_of_project().iter().chain(&own) {
         command.args(["--copy", copy]);
     }
-    command.args(["--", "bash", "-ec", line]);
+    command.args(["--", "bash", "/root/run"]);
     let output = command
         .output()
         .unwrap_or_else(|error| panic!("start {command:?}: {error}"));
     let text = [output.stdout, output.stderr].concat();
-    (
-        output.status.code(),
-        String::from_utf8_lossy(&text).into_owned(),
-    )
+    InVm {
+        code: output.status.code(),
+        text: String::from_utf8_lossy(&text).into_owned(),
+    }
 }
 
 /// A running box. Destroyed, with all that runs in it, when dropped.
@@ -142,7 +163,7 @@ impl SystemdBox {
     #[track_caller]
     pub fn start() -> SystemdBox {
         let host = SystemdBox::without_hooks();
-        host.shell(&readme_commands("## Hooks around containerd's start"));
+        host.shell(&readme_commands(HOOKS));
         host
     }
 

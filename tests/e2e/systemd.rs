@@ -342,8 +342,8 @@ fn a_hook_that_hangs_does_not_stop_containerd() {
          while :; do sleep 1000; done\nSCRIPT",
     );
     let took = restart_at_once(&host, "hooks that hang");
-    // As the drop-in says, of the 90 s that systemd gives a unit by default.
-    assert!(took < 90.0, "the start took {took} s");
+    // As the drop-in says: 30 s for each, and what a busy machine adds.
+    assert!(took < 120.0, "the start took {took} s");
     assert_run(&host, &Instance::DEBIAN, &[&task]);
     let left = host.shell("pgrep --full '[r]ecoverd --address' || true");
     assert_eq!(left, "", "a hook was left behind");

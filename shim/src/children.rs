@@ -104,22 +104,62 @@ const READY_MS: u16 = 10_000;
 /// Longest text of a failure, bytes.
 const MAX_WORDS: u64 = 4096;
 
-/// Starts a child; gives its pid and the other end of its words. It leads a process group.
-pub fn spawn(plan: Plan) -> io::Result<(Pid, OwnedFd)> {
+/// A child that was started.
+#[derive(Debug)]
+pub struct Spawned {
+    /// Its pid. It leads a process group.
+    pub pid: Pid,
+    /// The other end of its words.
+    pub words: OwnedFd,
+    /// It waits.
+    pub gate: Gate,
+}
+
+/// What a child waits at before it does anything. Whoever started it writes its pid down first,
+/// and dies in between: then nothing was done that nobody knows of.
+#[derive(Debug)]
+pub struct Gate(OwnedFd);
+
+impl Gate {
+    /// Lets the child go. Dropped instead, the child ends.
+    pub fn open(self) {
+        // It waits, or has been ended: the pipe is empty.
+        let _ = nix::unistd::write(&self.0, b"g");
+    }
+}
+
+/// Starts a child.
+pub fn spawn(plan: Plan) -> io::Result<Spawned> {
     let (words, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;
+    let (gate, ours) = pipe2(OFlag::O_CLOEXEC)?;
     match sys::fork()? {
         ForkResult::Parent { child } => {
             // Both sides do it: whoever comes first. EACCES: it has executed already.
             let _ = setpgid(child, child);
-            Ok((child, words))
+            Ok(Spawned {
+                pid: child,
+                words,
+                gate: Gate(ours),
+            })
         }
-        ForkResult::Child => be_child(plan, &theirs),
+        ForkResult::Child => {
+            // Only the parent may open it. A sibling that waits has it too, and ends before us.
+            drop(ours);
+            be_child(plan, &theirs, &gate)
+        }
     }
 }
 
-fn be_child(plan: Plan, words: &OwnedFd) -> ! {
+fn be_child(plan: Plan, words: &OwnedFd, gate: &OwnedFd) -> ! {
     let _ = setpgid(Pid::from_raw(0), Pid::from_raw(0));
     sys::default_signals();
+    loop {
+        match nix::unistd::read(gate, &mut [0]) {
+            Err(Errno::EINTR) => {}
+            Ok(1..) => break,
+            Ok(_) | Err(_) => sys::last_words(-1, b"", 1),
+        }
+    }
     let (place, error) = match arrange(&plan.files, words) {
         Ok(place) => match work(&plan) {
             Ok(()) => (place, None),
@@ -364,7 +404,8 @@ mod tests {
     // Tests have threads, so that a fork's child must not allocate while another thread does;
     // they take turns through this lock and allocate little.
     fn outcome(plan: Plan) -> (i32, String) {
-        let (pid, words) = spawn(plan).unwrap();
+        let Spawned { pid, words, gate } = spawn(plan).unwrap();
+        gate.open();
         let WaitStatus::Exited(_, status) = waitpid(pid, None).unwrap() else {
             panic!("killed")
         };
@@ -380,6 +421,17 @@ mod tests {
             argv: argv.iter().map(|word| (*word).to_owned()).collect(),
             env: None,
         }
+    }
+
+    #[test]
+    fn a_child_that_is_not_let_go_does_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut plan = plan(&["true"]);
+        plan.steps.push(Step::MakeFolder(dir.path().join("made")));
+        let Spawned { pid, gate, .. } = spawn(plan).unwrap();
+        drop(gate);
+        assert_eq!(waitpid(pid, None).unwrap(), WaitStatus::Exited(pid, 1));
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

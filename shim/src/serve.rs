@@ -518,6 +518,7 @@ impl Shim {
             if self.state.tasks.take_dirty() {
                 self.write_record();
             }
+            self.let_go();
         }
         self.tell_supervisor();
         failpoint!("serve.answer.before");

@@ -23,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::Shim;
 use crate::{
     carry,
-    children::{self, ChildFile, Plan, Step},
+    children::{self, ChildFile, Gate, Plan, Spawned, Step},
     config::Config,
     log::Level,
     reaper,
@@ -42,6 +42,9 @@ pub struct Child {
     pub(super) pid: Pid,
     #[serde(with = "carry::fd")]
     words: OwnedFd,
+    /// Until its pid is on record, which is before anything else is done.
+    #[serde(skip)]
+    gate: Option<Gate>,
     key: Key,
     pub(super) work: Work,
     log: PathBuf,
@@ -209,11 +212,13 @@ impl Shim {
         }
         let program = task.options.binary().to_owned();
         failpoint!("serve.spawn.before");
-        let (pid, words) = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+        let Spawned { pid, words, gate } =
+            children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
         failpoint!("serve.spawn.after");
         Ok(Child {
             pid,
             words,
+            gate: Some(gate),
             key: key.clone(),
             work: work.clone(),
             log,
@@ -222,6 +227,16 @@ impl Shim {
             private_pids,
             memory_limit,
         })
+    }
+
+    /// The children that were started are on record: they begin.
+    pub(super) fn let_go(&mut self) {
+        let waiting = self.children.values_mut();
+        for gate in waiting.filter_map(|child| child.gate.take()) {
+            failpoint!("serve.gate.before");
+            gate.open();
+            failpoint!("serve.gate.after");
+        }
     }
 
     /// A short-lived child has ended; the kernel still knows it.

@@ -35,7 +35,7 @@ use super::{EVENTS, Shim, failed, now, prepare};
 use crate::{
     args::Flags,
     carry::{self, Coming, Leaving, Numbered},
-    children::{self, ChildFile, Plan},
+    children::{self, ChildFile, Plan, Spawned},
     info,
     log::{Level, Log},
     oom::OomWatch,
@@ -148,7 +148,10 @@ impl Shim {
             env: None,
         };
         failpoint!("upgrade.trial.before");
-        let (pid, words) = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+        let Spawned { pid, words, gate } =
+            children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+        // It reads, and says what it thinks of it: should we die now, nobody listens.
+        gate.open();
         failpoint!("upgrade.trial.after");
         Ok(Trial {
             executable,

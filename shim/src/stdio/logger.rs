@@ -11,7 +11,7 @@ use super::{
     pipes::{set_nonblocking, two_way_pipe},
 };
 use crate::{
-    children::{self, ChildFile, Plan, Step},
+    children::{self, ChildFile, Plan, Spawned, Step},
     reaper,
 };
 
@@ -50,7 +50,10 @@ pub(super) fn start_logger(
             format!("CONTAINER_NAMESPACE={}", wanted.namespace),
         ]),
     };
-    let (pid, words) = children::spawn(plan).map_err(|e| format!("start logger: {e}"))?;
+    let Spawned { pid, words, gate } =
+        children::spawn(plan).map_err(|e| format!("start logger: {e}"))?;
+    // Should nobody write it down any more, its input ends, and it with that.
+    gate.open();
     held.logger = Some(Logger {
         pid,
         start_time: reaper::start_time(pid),
@@ -89,7 +92,8 @@ pub(super) fn start_copier(
         argv: Vec::new(),
         env: None,
     };
-    let (pid, words) = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+    let Spawned { pid, words, gate } = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
+    gate.open();
     held.logger = Some(Logger {
         pid,
         start_time: reaper::start_time(pid),

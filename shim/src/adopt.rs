@@ -37,7 +37,7 @@ use crate::{
     tasks::{self, AdoptedExec, AdoptedMember, Adoptee, ExecPhase, News, Process},
 };
 
-pub use bundles::write as write_bundle;
+pub use bundles::{forget as forget_bundle, write as write_bundle};
 pub use claim::{Claimed, claim};
 pub use kept::{Kept, inherited, streams_within};
 pub use launch::{ADOPTED, BACK, REFUSED, Refused, executable, launch, record_of, run};
@@ -239,6 +239,8 @@ fn decide_exec(
                 news.extend(lost(Some(life)));
                 ExecPhase::Starting
             }
+            // Its start was never answered and has left no process: it can be started again.
+            None if seen.prepared => ExecPhase::Added,
             None => ExecPhase::Failed,
         },
         (None, Phase::Stopped) => ExecPhase::Failed,

@@ -125,6 +125,8 @@ pub struct LoopState {
     leaving: Leaving,
     /// Without tasks: when it leaves.
     empty_until: Option<u64>,
+    /// So long it stays without tasks, milliseconds.
+    empty_ms: u64,
     /// Tasks that were announced and have not come, and until when they are waited for.
     joining: Vec<(String, u64)>,
     /// Who waits for an upgrade.
@@ -144,6 +146,7 @@ impl LoopState {
             timers: Vec::new(),
             leaving: Leaving::No,
             empty_until: None,
+            empty_ms: EMPTY_MS,
             joining: Vec::new(),
             upgrading: None,
             no_room: None,
@@ -234,7 +237,7 @@ impl LoopState {
             self.empty_until = None;
             return;
         }
-        let later = now.mono_ms.saturating_add(EMPTY_MS);
+        let later = now.mono_ms.saturating_add(self.empty_ms);
         let until = *self.empty_until.get_or_insert(later);
         if until <= now.mono_ms {
             self.empty_until = None;
@@ -330,8 +333,12 @@ impl LoopState {
                 let until = now.mono_ms.saturating_add(EMPTY_MS);
                 self.joining.push((id.clone(), until));
                 self.empty_until = None;
+                self.empty_ms = EMPTY_MS;
             }
-            Call::Create(create) => self.joining.retain(|(id, _)| *id != create.id),
+            Call::Create(create) => {
+                self.joining.retain(|(id, _)| *id != create.id);
+                self.empty_ms = EMPTY_MS;
+            }
             _ => {}
         }
         self.event(Event::Request { from, call, until }, now, out);
@@ -362,6 +369,12 @@ impl LoopState {
         if let Event::JobEnded { job, .. } = &event {
             let done = Timer::Job(*job);
             self.timers.retain(|(_, timer)| *timer != done);
+        }
+        if let Event::Adopt(adoptees) = &event
+            && adoptees.iter().all(Adoptee::is_undone)
+        {
+            // Nobody knows of it, and nobody will tell it to go.
+            self.empty_ms = 0;
         }
         for effect in self.tasks.handle(event, now) {
             match effect {

@@ -13,6 +13,7 @@ use recoverd_common::{
     failpoint,
     pb::task::Status,
     proc::FileId,
+    record::Phase,
     seen::Seen,
     shim_client::{CallError, ShimClient},
 };
@@ -301,8 +302,13 @@ fn verify(order: &Order, adopted: &Adopted) -> Result<(), String> {
     let talk = |what: &str, error: CallError| format!("{what}: {error}");
     let mut client = ShimClient::connect(socket, &order.namespace, deadline)
         .map_err(|error| talk("connect", error))?;
+    // What was half made is undone: nobody may know of it.
+    let unmade = |id: &str| {
+        let mut tasks = adopted.tasks.iter();
+        tasks.any(|task| task.id == id && task.phase == Phase::Creating)
+    };
     let living = order.members.iter().filter_map(|m| Some((m, m.init?)));
-    for (member, init) in living {
+    for (member, init) in living.filter(|(member, _)| !unmade(&member.name.1)) {
         let id = &member.name.1;
         let greeting = client
             .connect_task(id)

@@ -8,9 +8,12 @@ use std::{
     path::Path,
 };
 
-use recoverd_common::failpoint;
+use recoverd_common::{failpoint, read::read_text, seen::Seen};
 
 use crate::start;
+
+/// Longest file that names an address, bytes.
+const MAX_ADDRESS: u64 = 4096;
 
 /// Makes `bundle` name the shim at `socket` and the executable `exe`. Files that say so already
 /// are left alone; what could not be written is told.
@@ -29,6 +32,26 @@ pub fn write(bundle: &Path, socket: &Path, exe: &Path) -> Vec<String> {
             let result = replace(&path, text.as_bytes(), mode);
             let error = result.err()?;
             Some(format!("write {}: {error}", path.display()))
+        })
+        .collect()
+}
+
+/// Makes `bundle` name no shim, if it names the one at `socket`, which does not know its task: to
+/// containerd it is then one whose Create has failed half-way. Found at a shim that answers, release
+/// 1.6 would list a task that is none, for ever.
+pub fn forget(bundle: &Path, socket: &Path) -> Vec<String> {
+    let address = format!("unix://{}", socket.display());
+    ["address", "bootstrap.json"]
+        .into_iter()
+        .filter_map(|name| {
+            let path = bundle.join(name);
+            let text = match read_text(&path, MAX_ADDRESS) {
+                Seen::Present(text) => text,
+                Seen::Absent | Seen::Unknown(_) => return None,
+            };
+            let named = text == address || text == start::json(&address, 2);
+            let error = named.then(|| fs::remove_file(&path))?.err()?;
+            Some(format!("remove {}: {error}", path.display()))
         })
         .collect()
 }
@@ -73,6 +96,18 @@ fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
 mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
+
+    #[test]
+    fn a_bundle_forgets_only_the_shim_that_it_named() {
+        let dir = tempfile::tempdir().unwrap();
+        write(dir.path(), "/run/s/0".as_ref(), "/opt/ours".as_ref());
+        let files = || fs::read_dir(dir.path()).unwrap().count();
+        assert_eq!(forget(dir.path(), "/run/s/1".as_ref()), [""; 0]);
+        assert_eq!(files(), 3);
+        assert_eq!(forget(dir.path(), "/run/s/0".as_ref()), [""; 0]);
+        assert_eq!(files(), 1);
+        assert_eq!(forget(dir.path(), "/run/s/0".as_ref()), [""; 0]);
+    }
 
     #[test]
     fn a_stock_shims_bundle_becomes_ours_for_every_containerd() {

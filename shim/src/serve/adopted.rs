@@ -152,7 +152,11 @@ fn take_over(
     let mut told: Vec<AdoptedTask> = Vec::new();
     for (id, mut said) in tasks {
         if let Some(task) = shim.state.tasks.get(&id) {
-            said.extend(adopt::write_bundle(Path::new(&task.bundle), &place, &exe));
+            let bundle = Path::new(&task.bundle);
+            said.extend(match task.phase {
+                Phase::Creating => adopt::forget_bundle(bundle, &place),
+                _ => adopt::write_bundle(bundle, &place, &exe),
+            });
         }
         for line in &said {
             shim.log.say(Level::Warning, &format!("{id}: {line}"));
@@ -206,6 +210,7 @@ impl Shim {
                 Decision::Drop(why) => {
                     let text = format!("{} is not adopted: {why}", task.id);
                     self.log.say(Level::Warning, &text);
+                    adopt::forget_bundle(Path::new(&task.bundle), &self.socket);
                 }
             }
         }

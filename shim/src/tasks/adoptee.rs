@@ -94,6 +94,13 @@ pub enum News {
     EndRest,
 }
 
+impl Adoptee {
+    /// Nobody was ever told of it, and nobody will be.
+    pub fn is_undone(&self) -> bool {
+        self.news.contains(&News::Undo)
+    }
+}
+
 impl AdoptedMember {
     fn into_member(self, told: bool) -> Member {
         Member {

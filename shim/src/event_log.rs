@@ -1,25 +1,25 @@
 //! `<socket>.events`: events accepted and not yet acknowledged by containerd, in order, so that a
-//! successor can send what its predecessor could not.
-//!
-//! ```text
-//! "rcvd-ev1"  then entries:  length u32 · sum u32 · number u64 · flags u32 · payload, zeros to 8
-//! ```
+//! successor can send what its predecessor could not. How it looks and is read is in
+//! [`recoverd_common::event_log`].
 //!
 //! Entries are appended; one is acknowledged by setting a flag in place, and when all are, the
-//! file begins anew, at the length that it is asked to keep. A length of zero ends it. Every entry carries a sum, so that one which was
-//! cut by a SIGKILL is no entry. Room for later events is made before something runs that will
-//! cause them: a full `/run` loses none.
+//! file begins anew, at the length that it is asked to keep. Room for later events is made before
+//! something runs that will cause them: a full `/run` loses none.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io::{self, BufReader, Read},
+    io,
     os::unix::fs::{FileExt, OpenOptionsExt},
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::OFlag;
-use recoverd_common::{failpoint, read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
+pub use recoverd_common::event_log::{Kept, read};
+use recoverd_common::{
+    event_log::{ACKNOWLEDGED, ECHO, HEAD, MAGIC, open, sum},
+    failpoint,
+    seen::Seen,
+};
 
 use serde::{Deserialize, Serialize};
 
@@ -28,10 +28,6 @@ use crate::{
     sys::{self, Hold},
 };
 
-const MAGIC: &[u8; 8] = b"rcvd-ev1";
-const HEAD: usize = 20;
-const ACKNOWLEDGED: u32 = 1;
-const ECHO: u32 = 2;
 /// Room is made in steps of this, bytes.
 const GRAIN: u64 = 4096;
 /// Room beyond what is needed that is not given back, bytes.
@@ -51,37 +47,6 @@ pub struct EventLog {
     open: BTreeMap<u64, (u64, u32)>,
 }
 
-/// One entry as read.
-pub type Kept = (u64, bool, Vec<u8>);
-
-/// FNV-1a over number and payload. Flags change in place and are not in it.
-fn sum(number: u64, payload: &[u8]) -> u32 {
-    let step = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    let sum = number.to_le_bytes().iter().fold(0x811c_9dc5, step);
-    payload.iter().fold(sum, step)
-}
-
-/// The unacknowledged entries of the log at `path`, in order; up to where it is whole. Read entry
-/// by entry: a night without containerd makes a log that is longer than anything we read at once.
-pub fn read(path: &Path) -> Seen<Vec<Kept>> {
-    let file = match open(File::options().read(true), path) {
-        Ok(file) => file,
-        Err(error) => return absent_or_unknown(&error),
-    };
-    let mut reader = BufReader::new(file);
-    let mut magic = [0; MAGIC.len()];
-    if reader.read_exact(&mut magic).is_err() || magic != *MAGIC {
-        return Seen::Unknown("is no log of events".to_owned());
-    }
-    let mut kept = Vec::new();
-    while let Some((number, flags, payload)) = entry(&mut reader) {
-        if flags & ACKNOWLEDGED == 0 {
-            kept.push((number, flags & ECHO != 0, payload));
-        }
-    }
-    Seen::Present(kept)
-}
-
 /// Whether the log at `path` holds events that are worth keeping: somebody is at work on them, or
 /// `unsent` ones count too and there are some.
 pub fn is_wanted(path: &Path, unsent: bool) -> bool {
@@ -91,43 +56,6 @@ pub fn is_wanted(path: &Path, unsent: bool) -> bool {
     // Released with the file. An error is no reason to remove what may be wanted.
     !sys::try_lock(&file, Hold::Shared).unwrap_or(false)
         || unsent && matches!(read(path), Seen::Present(kept) if !kept.is_empty())
-}
-
-fn open(options: &mut fs::OpenOptions, path: &Path) -> io::Result<File> {
-    let file = options
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-        .open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
-    } else {
-        Err(io::Error::other("is not a regular file"))
-    }
-}
-
-/// The next entry; none at the end, and where the log is broken.
-fn entry(reader: &mut impl Read) -> Option<(u64, u32, Vec<u8>)> {
-    let mut head = [0; HEAD];
-    reader.read_exact(&mut head).ok()?;
-    let (length, rest) = head.split_first_chunk::<4>()?;
-    let (stored, rest) = rest.split_first_chunk::<4>()?;
-    let (number, rest) = rest.split_first_chunk::<8>()?;
-    let flags = rest.first_chunk::<4>()?;
-    let length = usize::try_from(u32::from_le_bytes(*length)).ok()?;
-    // A longer one was never written: it would fit into no frame.
-    if !(1..=MAX_PAYLOAD).contains(&length) {
-        return None;
-    }
-    let number = u64::from_le_bytes(*number);
-    let mut payload = vec![0; length];
-    reader.read_exact(&mut payload).ok()?;
-    if sum(number, &payload) != u32::from_le_bytes(*stored) {
-        return None;
-    }
-    let padding = length.next_multiple_of(8).saturating_sub(length);
-    let mut zeros = [0; 8];
-    // Cut off, it is the last one, and whole all the same.
-    let _ = reader.read_exact(zeros.get_mut(..padding)?);
-    Some((number, u32::from_le_bytes(*flags), payload))
 }
 
 /// Where a log is that takes the place of the one at `path` when it is whole, as

@@ -9,6 +9,7 @@ use std::{
 };
 
 use recoverd_common::{
+    event_log,
     paths::Beside,
     proc::{FileId, Proc},
     read::read_file,
@@ -41,7 +42,7 @@ pub fn observe(proc: &Path, examined: &Examined) -> Grounds {
         let events = Beside::of(Path::new(&file.socket)).events;
         grounds
             .unsent
-            .insert(file.socket.clone(), has_content(&events));
+            .insert(file.socket.clone(), event_log::holds_any(&events));
     }
     let wanted = |code| examined.suspicions.iter().any(|s| s.finding.code == code);
     if wanted(Code::LeakedShim) {
@@ -94,13 +95,6 @@ fn paths(examined: &Examined) -> Vec<PathBuf> {
 /// The files of a group, the lock last.
 pub fn of_group(socket: &Path) -> [PathBuf; 7] {
     Beside::of(socket).all()
-}
-
-fn has_content(path: &Path) -> Seen<bool> {
-    match std::fs::symlink_metadata(path) {
-        Ok(meta) => Seen::Present(meta.len() > 0),
-        Err(error) => recoverd_common::read::absent_or_unknown(&error),
-    }
 }
 
 fn add(a: Seen<usize>, b: Seen<usize>) -> Seen<usize> {

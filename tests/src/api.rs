@@ -115,10 +115,17 @@ impl Api {
         shim: ShimUnderTest,
         options: Option<Any>,
     ) {
+        self.container_on(id, spec, &shim.runtime(), options);
+    }
+
+    /// The same with any runtime, a name or a shim's path.
+    #[track_caller]
+    pub fn container_on(&self, id: &str, spec: &Value, runtime: &Path, options: Option<Any>,
+    ) {
         let container = pb::Container {
             id: id.into(),
             runtime: Some(pb::container::Runtime {
-                name: shim.runtime().display().to_string(),
+                name: runtime.display().to_string(),
                 options,
             }),
             spec: Some(Any {
@@ -134,6 +141,16 @@ impl Api {
             ContainersClient::new(channel).create(request).await
         })
         .unwrap_or_else(|refused| panic!("create container {id}: {refused:?}"));
+    }
+
+    /// Removes a container, which has no task any more.
+    #[track_caller]
+    pub fn remove_container(&self, id: &str) {
+        let request = pb::DeleteContainerRequest { id: id.into() };
+        self.call(request, |channel, request| async {
+            ContainersClient::new(channel).delete(request).await
+        })
+        .unwrap_or_else(|refused| panic!("delete container {id}: {refused:?}"));
     }
 
     /// Create of the task API; the init's pid.

@@ -40,6 +40,7 @@ pub struct Containerd {
     log_level: &'static str,
     /// The part of its configuration that says how Kubernetes' pods are run; none without them.
     pods: Option<String>,
+    environment: Vec<(String, String)>,
     running: Option<Running>,
 }
 
@@ -74,6 +75,7 @@ impl Containerd {
             root,
             log_level: "info",
             pods: None,
+            environment: Vec::new(),
             running: None,
         };
         containerd.write_config();
@@ -172,6 +174,32 @@ impl Containerd {
         });
     }
 
+    /// With these variables, which its shims inherit, from the next start on.
+    pub fn environment(&mut self, environment: Vec<(String, String)>) {
+        self.environment = environment;
+    }
+
+    /// Whether it still runs; it may have been ended by somebody else.
+    pub fn is_alive(&mut self) -> bool {
+        self.running.as_mut().is_some_and(Running::is_running)
+    }
+
+    /// SIGSTOPs it.
+    #[track_caller]
+    pub fn freeze(&self) {
+        self.node.freeze(&self.process());
+        if let Some(running) = &self.running {
+            running.wait_frozen();
+        }
+    }
+
+    /// Lets it go on.
+    pub fn thaw(&self) {
+        if let Some(running) = &self.running {
+            running.thaw();
+        }
+    }
+
     /// Starts it and returns at once: for starts that hang.
     #[track_caller]
     pub fn launch(&mut self) {
@@ -183,7 +211,7 @@ impl Containerd {
             "PATH={shims}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{ours}"
         );
         let line = "log=$1; shift; exec \"$@\" >>\"$log\" 2>&1";
-        let command = self.node.command(
+        let mut command = self.node.command(
             "env",
             [
                 path.as_ref(),
@@ -197,6 +225,7 @@ impl Containerd {
                 self.config.as_os_str(),
             ],
         );
+        command.envs(self.environment.iter().cloned());
         let mut running = self.node.spawn_command(command);
         // Read once more: until now it may have been the shell before it.
         running.process = wait_for("containerd's process", || {
@@ -240,6 +269,7 @@ impl Containerd {
         let Some(mut running) = self.running.take() else {
             panic!("containerd does not run")
         };
+        running.thaw();
         running.wait();
         self.node.wait_gone(&running.process);
     }

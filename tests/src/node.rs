@@ -383,6 +383,16 @@ impl Running {
         matches!(self.child.try_wait(), Ok(None))
     }
 
+    /// Waits until what waits for it here has stopped itself as well.
+    #[track_caller]
+    pub(crate) fn wait_frozen(&self) {
+        let stat = format!("/proc/{}/stat", self.child.id());
+        wait_for("a stopped nsenter", || {
+            let text = fs::read_to_string(&stat).ok()?;
+            text.rsplit_once(") ")?.1.starts_with('T').then_some(())
+        });
+    }
+
     /// What waits for it here has stopped itself if it was frozen (see [`Node::freeze`]).
     pub(crate) fn thaw(&self) {
         let pid = self.child.id().to_string();

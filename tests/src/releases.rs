@@ -241,7 +241,7 @@ impl Tests<'_> {
 }
 
 /// A test that needs something of the machine: what it is, or why it cannot be had.
-fn trial<T: Send + 'static>(
+pub fn trial<T: Send + 'static>(
     name: String,
     needed: Result<T, String>,
     run: impl FnOnce(&T) + Send + 'static,

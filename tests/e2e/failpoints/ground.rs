@@ -1,0 +1,135 @@
+//! A node with one containerd, on which one scenario after the other is played, each for one
+//! point; every one leaves it as it was.
+
+use std::fs;
+use std::process::{Command, Output};
+use std::sync::Arc;
+
+use recoverd_tests::{Api, Armed, Containerd, Failpoints, Node, Release, Running, Traces};
+
+/// The containerd namespace of everything here.
+pub const NAMESPACE: &str = "e2e";
+
+pub struct Ground {
+    pub node: Arc<Node>,
+    pub containerd: Containerd,
+    pub built: Failpoints,
+    api: Option<Api>,
+    before: Traces,
+    round: u32,
+}
+
+impl Ground {
+    #[track_caller]
+    pub fn new(release: &Release, built: &Failpoints) -> Ground {
+        let node = Node::start();
+        let containerd = node.containerd(release);
+        // Everything counts as old, and nothing as in transition.
+        fs::write(config(&node), "[scan]\nsettle = \"0s\"\n")
+            .unwrap_or_else(|error| panic!("write configuration: {error}"));
+        let before = Traces::of(&node);
+        Ground {
+            node,
+            containerd,
+            built: built.clone(),
+            api: None,
+            before,
+            round: 0,
+        }
+    }
+
+    /// A word that no other round's names begin with.
+    pub fn round(&mut self) -> String {
+        self.round += 1;
+        format!("r{}", self.round)
+    }
+
+    /// A client of containerd as it runs now.
+    #[track_caller]
+    pub fn api(&mut self) -> &Api {
+        self.api
+            .get_or_insert_with(|| self.containerd.api(NAMESPACE))
+    }
+
+    /// SIGKILLs containerd.
+    #[track_caller]
+    pub fn kill(&mut self) {
+        self.api = None;
+        self.containerd.kill();
+    }
+
+    /// containerd was killed together with who died.
+    #[track_caller]
+    pub fn wait_ended(&mut self) {
+        self.api = None;
+        self.containerd.gone();
+    }
+
+    /// Starts containerd; who it starts may die at `armed`.
+    #[track_caller]
+    pub fn start(&mut self, armed: Option<&Armed>) {
+        let environment = armed.map(Armed::environment).unwrap_or_default();
+        self.containerd.environment(environment);
+        self.containerd.start();
+    }
+
+    fn command(&self, args: &[&str], armed: Option<&Armed>) -> Command {
+        let config = config(&self.node).display().to_string();
+        let mut command = self
+            .node
+            .command(self.built.recoverd(), ["--config", &config]);
+        command.args(self.containerd.flags()).args(args);
+        command.envs(armed.map(Armed::environment).unwrap_or_default());
+        command
+    }
+
+    /// Runs `recoverd` to its end; it, or who it starts, may die at `armed`.
+    #[track_caller]
+    pub fn recoverd(&self, args: &[&str], armed: Option<&Armed>) -> Output {
+        let mut command = self.command(args, armed);
+        command
+            .output()
+            .unwrap_or_else(|error| panic!("start {command:?}: {error}"))
+    }
+
+    /// Starts `recoverd`.
+    #[track_caller]
+    pub fn spawn_recoverd(&self, args: &[&str]) -> Running {
+        self.node.spawn_command(self.command(args, None))
+    }
+
+    /// `recoverd repair` with every word, again and again until nothing is left to do.
+    #[track_caller]
+    pub fn repair(&self) {
+        const ROUNDS: usize = 4;
+        let all = [
+            "repair",
+            "--apply",
+            "--allow",
+            "kill",
+            "--allow",
+            "delete",
+            "--min-age",
+            "0s",
+        ];
+        let mut last = None;
+        for _ in 0..ROUNDS {
+            let output = self.recoverd(&all, None);
+            if output.status.code() == Some(0) {
+                return;
+            }
+            last = Some(output);
+        }
+        panic!("repair is not done after {ROUNDS} runs: {last:?}");
+    }
+
+    /// Fails unless the node is as it was.
+    #[track_caller]
+    pub fn assert_restored(&self) {
+        self.before.wait_restored(&self.node);
+    }
+}
+
+fn config(node: &Node) -> std::path::PathBuf {
+    node.folder().join("any-age.toml")
+}

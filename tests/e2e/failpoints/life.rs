@@ -1,0 +1,616 @@
+//! The life of a pod, call by call: what was asked for, what was answered, and so what has to be
+//! true after whoever served it has died, at whatever instant. It goes on from there to its end.
+
+use std::fs::File;
+use std::path::PathBuf;
+
+use recoverd_common::record::Exit;
+use recoverd_tests::{
+    Armed, Code, Events, Process, Reader, Refused, Status, Stdio, make_fifo, oci_process, oci_spec,
+    record_at, wait_for,
+};
+use serde_json::json;
+
+use crate::ground::{Ground, NAMESPACE};
+
+/// Somebody has died at the armed point.
+#[derive(Debug)]
+pub struct Died;
+
+/// How far a task or an exec is. Those in -ing were asked for and not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Stage {
+    Nothing,
+    Creating,
+    Created,
+    Starting,
+    Started,
+    Ending,
+    Ended,
+    Deleting,
+    Deleted,
+}
+
+/// How it comes to end.
+enum Ends {
+    ByItself,
+    /// When the file of this name is there.
+    Told(String),
+    Killed,
+}
+
+/// A task's init or an exec.
+struct Member {
+    id: String,
+    exec_id: String,
+    line: String,
+    ends: Ends,
+    status: u32,
+    stage: Stage,
+    process: Option<Process>,
+    /// It ended while nobody looked.
+    unknown: bool,
+    stream: Option<Stream>,
+}
+
+/// Numbered lines on a fifo of which the client keeps an end, as containerd's do.
+struct Stream {
+    path: PathBuf,
+    count: String,
+    reader: Reader,
+    kept: File,
+}
+
+/// What is done next.
+#[derive(Clone, Copy)]
+pub enum Goal {
+    To(Who, Stage),
+    Pause,
+    Resume,
+    /// containerd is stopped while two of them end: their events wait.
+    Backlog,
+}
+
+/// The pod's processes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Who {
+    /// Writes, is told to end.
+    First,
+    /// An exec in it that does the same.
+    Session,
+    /// An exec that ends by itself.
+    Short,
+    /// The other container, killed in the end.
+    Second,
+}
+
+const ALL: [Who; 4] = [Who::First, Who::Session, Who::Short, Who::Second];
+
+/// All of it.
+pub const WHOLE: [Goal; 19] = [
+    Goal::To(Who::First, Stage::Created),
+    Goal::To(Who::First, Stage::Started),
+    Goal::To(Who::Session, Stage::Created),
+    Goal::To(Who::Session, Stage::Started),
+    Goal::To(Who::Short, Stage::Created),
+    Goal::To(Who::Short, Stage::Started),
+    Goal::To(Who::Short, Stage::Ended),
+    Goal::To(Who::Short, Stage::Deleted),
+    Goal::Pause,
+    Goal::Resume,
+    Goal::To(Who::Second, Stage::Created),
+    Goal::To(Who::Second, Stage::Started),
+    Goal::Backlog,
+    Goal::To(Who::Session, Stage::Ended),
+    Goal::To(Who::Session, Stage::Deleted),
+    Goal::To(Who::Second, Stage::Ended),
+    Goal::To(Who::Second, Stage::Deleted),
+    Goal::To(Who::First, Stage::Ended),
+    Goal::To(Who::First, Stage::Deleted),
+];
+
+/// Until everything runs.
+pub const RUNNING: [Goal; 3] = [
+    Goal::To(Who::First, Stage::Started),
+    Goal::To(Who::Session, Stage::Started),
+    Goal::To(Who::Second, Stage::Started),
+];
+
+pub struct Life {
+    round: String,
+    members: Vec<Member>,
+    containers: Vec<String>,
+    paused: bool,
+    runtime: PathBuf,
+    events: Option<Events>,
+}
+
+/// As `numbers` of the harness, slower: many of these run beside each other.
+fn writer(go: &str, stop: &str, count: &str) -> String {
+    format!(
+        "n=0; while [ ! -e /mnt/{stop} ]; do n=$((n+1)); echo $n; \
+         [ $((n % 10)) -ne 0 ] || usleep 10000; done; echo $n >/mnt/{count}; \
+         while [ ! -e /mnt/{go} ]; do usleep 20000; done"
+    )
+}
+
+impl Life {
+    /// Nothing is made yet.
+    #[track_caller]
+    pub fn new(ground: &mut Ground) -> Life {
+        let round = ground.round();
+        let first = format!("{round}-first");
+        let member = |id: &str, exec_id: &str, line: String, ends: Ends, status: u32| Member {
+            id: id.into(),
+            exec_id: exec_id.into(),
+            line,
+            ends,
+            status,
+            stage: Stage::Nothing,
+            process: None,
+            unknown: false,
+            stream: None,
+        };
+        let told = |name: &str, status: u32| {
+            let end = format!("{round}-{name}-end");
+            let lines = writer(&end, &format!("{round}-stop"), &format!("{round}-{name}"));
+            (format!("{lines}; exit {status}"), Ends::Told(end))
+        };
+        let ((init, init_ends), (session, session_ends)) = (told("init", 23), told("session", 7));
+        let mut members = vec![
+            member(&first, "", init, init_ends, 23),
+            member(&first, "session", session, session_ends, 7),
+            member(&first, "short", "exit 5".into(), Ends::ByItself, 5),
+            member(
+                &format!("{round}-second"),
+                "",
+                "while :; do sleep 1000; done".into(),
+                Ends::Killed,
+                137,
+            ),
+        ];
+        for (who, name) in [(Who::First, "init"), (Who::Session, "session")] {
+            let path = make_fifo(&ground.node, &format!("{round}-{name}-stdout"));
+            let kept = File::options().read(true).write(true).open(&path);
+            let kept = kept.unwrap_or_else(|error| panic!("open {}: {error}", path.display()));
+            members[who as usize].stream = Some(Stream {
+                reader: Reader::open(&path),
+                path,
+                count: format!("{round}-{name}"),
+                kept,
+            });
+        }
+        Life {
+            round,
+            members,
+            containers: Vec::new(),
+            paused: false,
+            runtime: ground.built.shim(),
+            events: None,
+        }
+    }
+
+    fn member(&mut self, who: Who) -> &mut Member {
+        &mut self.members[who as usize]
+    }
+
+    /// The stage of one of them.
+    pub fn stage(&self, who: Who) -> Stage {
+        self.members[who as usize].stage
+    }
+
+    /// The id of a task.
+    pub fn id(&self, who: Who) -> &str {
+        &self.members[who as usize].id
+    }
+
+    /// The process of a member that was created.
+    #[track_caller]
+    pub fn process(&self, who: Who) -> &Process {
+        let process = self.members[who as usize].process.as_ref();
+        process.unwrap_or_else(|| panic!("{who:?} has no process"))
+    }
+
+    /// Where its shim is to be found.
+    pub fn socket(&self, ground: &Ground) -> PathBuf {
+        let folder = recoverd_common::paths::SOCKET_DIR.as_ref();
+        let address = ground.containerd.address().display().to_string();
+        recoverd_common::paths::socket(folder, &address, NAMESPACE, self.id(Who::First))
+    }
+
+    /// The shim that serves the pod.
+    #[track_caller]
+    pub fn shim(&self, ground: &Ground) -> Process {
+        let pid = record_at(&ground.node, &self.socket(ground))
+            .shim
+            .process
+            .pid;
+        let shim = ground.node.process(pid);
+        shim.unwrap_or_else(|| panic!("the record's shim {pid} is not there"))
+    }
+
+    /// Calls that were not answered when somebody died: for those nothing is promised but that
+    /// they were done or not.
+    pub fn in_flight(&self) -> bool {
+        self.members.iter().any(|member| {
+            matches!(
+                member.stage,
+                Stage::Creating | Stage::Starting | Stage::Ending | Stage::Deleting
+            )
+        })
+    }
+
+    /// Makes the containers, which are containerd's own matter.
+    fn container(&mut self, ground: &mut Ground, who: Who) {
+        let id = self.member(who).id.clone();
+        if self.containers.contains(&id) {
+            return;
+        }
+        let line = self.member(who).line.clone();
+        let mut spec = oci_spec(&id, &["sh", "-c", &line]);
+        spec["annotations"] = json!({"io.containerd.runc.v2.group": self.id(Who::First)});
+        let shared = json!({
+            "type": "bind", "source": ground.node.folder(), "destination": "/mnt",
+            "options": ["rbind", "rw"],
+        });
+        if let Some(mounts) = spec["mounts"].as_array_mut() {
+            mounts.push(shared);
+        }
+        let runtime = self.runtime.clone();
+        ground.api().container_on(&id, &spec, &runtime, None);
+        self.containers.push(id);
+    }
+
+    /// Works off `goals`; stops when somebody has died at `armed`.
+    #[track_caller]
+    pub fn run(
+        &mut self,
+        ground: &mut Ground,
+        goals: &[Goal],
+        armed: Option<&Armed>,
+    ) -> Result<(), Died> {
+        for goal in goals {
+            match *goal {
+                Goal::To(who, stage) => self.advance(ground, who, stage, armed)?,
+                Goal::Pause if self.stage(Who::First) == Stage::Started => {
+                    let id = self.id(Who::First).to_owned();
+                    self.paused = true;
+                    let answer = ground.api().pause(&id);
+                    self.answered(ground, answer, armed)?;
+                }
+                Goal::Resume if self.paused => {
+                    let id = self.id(Who::First).to_owned();
+                    let answer = ground.api().resume(&id);
+                    self.answered(ground, answer, armed)?;
+                    self.paused = false;
+                }
+                Goal::Backlog
+                    if self.stage(Who::Session) == Stage::Started
+                        && self.stage(Who::Second) == Stage::Started =>
+                {
+                    self.backlog(ground, armed)?;
+                }
+                Goal::Pause | Goal::Resume | Goal::Backlog => {}
+            }
+        }
+        Ok(())
+    }
+
+    #[track_caller]
+    fn backlog(&mut self, ground: &Ground, armed: Option<&Armed>) -> Result<(), Died> {
+        ground.containerd.freeze();
+        for who in [Who::Session, Who::Second] {
+            self.member(who).stage = Stage::Ending;
+        }
+        ground.node.kill(self.process(Who::Second));
+        ground.node.tell(&format!("{}-stop", self.round));
+        ground.node.tell(&format!("{}-session-end", self.round));
+        wait_for("two exits on record", || {
+            if armed.is_some_and(|armed| armed.was_hit(&ground.node)) {
+                return Some(());
+            }
+            let ended = |who| self.recorded(ground, who).is_some();
+            (ended(Who::Session) && ended(Who::Second)).then_some(())
+        });
+        ground.containerd.thaw();
+        self.answered(ground, Ok(()), armed)
+    }
+
+    #[track_caller]
+    fn answered<T>(
+        &self,
+        ground: &Ground,
+        answer: Result<T, Refused>,
+        armed: Option<&Armed>,
+    ) -> Result<T, Died> {
+        match (
+            answer,
+            armed.is_some_and(|armed| armed.was_hit(&ground.node)),
+        ) {
+            (_, true) => Err(Died),
+            (Ok(answer), false) => Ok(answer),
+            (Err(refused), false) => panic!("{}: nobody has died, but {refused:?}", self.round),
+        }
+    }
+
+    #[track_caller]
+    fn advance(
+        &mut self,
+        ground: &mut Ground,
+        who: Who,
+        goal: Stage,
+        armed: Option<&Armed>,
+    ) -> Result<(), Died> {
+        while self.stage(who) < goal {
+            let (id, exec_id) = {
+                let member = self.member(who);
+                (member.id.clone(), member.exec_id.clone())
+            };
+            let stage = self.stage(who);
+            match stage {
+                Stage::Nothing | Stage::Creating => {
+                    let stdio = self.stdio(who);
+                    let line = self.member(who).line.clone();
+                    let task = exec_id.is_empty();
+                    if task {
+                        self.container(ground, who);
+                    }
+                    self.member(who).stage = Stage::Creating;
+                    let api = ground.api();
+                    let answer = match task {
+                        true => api.create(&id, &stdio),
+                        false => {
+                            let process = oci_process(&["sh", "-c", &line]);
+                            api.exec(&id, &exec_id, &process, &stdio).map(|()| 0)
+                        }
+                    };
+                    if let Ok(pid @ 1..) = answer {
+                        self.member(who).process = ground.node.process(pid);
+                    }
+                    let created = answer.is_ok();
+                    if created {
+                        self.member(who).stage = Stage::Created;
+                    }
+                    self.answered(ground, answer, armed)?;
+                }
+                Stage::Created | Stage::Starting => {
+                    self.member(who).stage = Stage::Starting;
+                    let answer = ground.api().start(&id, &exec_id);
+                    if let Ok(pid) = answer {
+                        self.member(who).process = ground.node.process(pid);
+                        self.member(who).stage = Stage::Started;
+                    }
+                    self.answered(ground, answer, armed)?;
+                }
+                Stage::Started | Stage::Ending => {
+                    self.member(who).stage = Stage::Ending;
+                    self.end(ground, who, armed)?;
+                    let answer = ground.api().wait(&id, &exec_id);
+                    if let Ok(ended) = &answer {
+                        self.member(who).stage = Stage::Ended;
+                        self.assert_status(ground, who, ended.status);
+                    }
+                    self.answered(ground, answer, armed)?;
+                }
+                Stage::Ended | Stage::Deleting => {
+                    self.member(who).stage = Stage::Deleting;
+                    let answer = ground.api().delete(&id, &exec_id);
+                    if let Ok(ended) = &answer {
+                        self.assert_status(ground, who, ended.status);
+                        self.member(who).stage = Stage::Deleted;
+                    }
+                    self.answered(ground, answer, armed)?;
+                }
+                Stage::Deleted => {}
+            }
+        }
+        Ok(())
+    }
+
+    #[track_caller]
+    fn end(&mut self, ground: &mut Ground, who: Who, armed: Option<&Armed>) -> Result<(), Died> {
+        let id = self.member(who).id.clone();
+        match &self.member(who).ends {
+            Ends::ByItself => Ok(()),
+            Ends::Told(file) => {
+                let file = file.clone();
+                // Both writers stop, and the last numbers come.
+                ground.node.tell(&format!("{}-stop", self.round));
+                ground.node.tell(&file);
+                Ok(())
+            }
+            Ends::Killed => {
+                let answer = match ground.api().kill(&id, "", 9) {
+                    // It was killed by the call that nobody answered.
+                    Err(refused) if refused.code == Code::NotFound => Ok(()),
+                    other => other,
+                };
+                self.answered(ground, answer, armed)
+            }
+        }
+    }
+
+    fn stdio(&self, who: Who) -> Stdio {
+        let stream = self.members[who as usize].stream.as_ref();
+        Stdio {
+            stdout: stream.map_or_else(String::new, |stream| stream.path.display().to_string()),
+            ..Stdio::default()
+        }
+    }
+
+    /// The true status; or a stand-in, if it is recorded as one and nobody could see the end.
+    #[track_caller]
+    fn assert_status(&mut self, ground: &Ground, who: Who, status: u32) {
+        let member = &self.members[who as usize];
+        if status == member.status && !member.unknown {
+            return;
+        }
+        assert!(
+            member.unknown && status == 137,
+            "{} {:?} ended with {status}, not {}; {:?}",
+            member.id,
+            member.exec_id,
+            member.status,
+            self.recorded(ground, who),
+        );
+    }
+
+    fn recorded(&self, ground: &Ground, who: Who) -> Option<Exit> {
+        let member = &self.members[who as usize];
+        let record = record_at(&ground.node, &self.socket(ground));
+        let task = record.tasks.into_iter().find(|task| task.id == member.id)?;
+        match member.exec_id.as_str() {
+            "" => task.exit,
+            exec_id => task.execs.into_iter().find(|e| e.id == exec_id)?.exit,
+        }
+    }
+
+    /// containerd runs again: fails unless everything is as it was answered before somebody died.
+    #[track_caller]
+    pub fn check(&mut self, ground: &mut Ground) {
+        self.events = Some(Events::of(&ground.containerd));
+        for who in ALL {
+            self.check_one(ground, who);
+        }
+        let first = self.id(Who::First).to_owned();
+        if self.stage(Who::First) == Stage::Started
+            && ground.api().phase(&first, "") == Status::Paused
+        {
+            assert!(self.paused, "{first} is paused, and nobody wanted that");
+            let resumed = ground.api().resume(&first);
+            resumed.unwrap_or_else(|refused| panic!("resume {first}: {refused:?}"));
+        }
+        self.paused = false;
+        for who in [Who::First, Who::Session] {
+            let running = self.stage(who) == Stage::Started;
+            let told = ground.node.folder().join(format!("{}-stop", self.round));
+            if let Some(stream) = self.members[who as usize].stream.as_ref()
+                && running
+                && !told.exists()
+            {
+                stream.reader.wait_advance();
+            }
+        }
+        // It is not only there: it works.
+        if self.stage(Who::First) == Stage::Started {
+            let process = oci_process(&["sh", "-c", "exit 3"]);
+            let api = ground.api();
+            let pid = api.run_exec(&first, "again", &process, &Stdio::default());
+            assert_eq!(api.status(&first, "again"), 3, "exec {pid}");
+            let deleted = api.delete(&first, "again");
+            deleted.unwrap_or_else(|refused| panic!("delete exec: {refused:?}"));
+        }
+    }
+
+    #[track_caller]
+    fn check_one(&mut self, ground: &mut Ground, who: Who) {
+        let member = &self.members[who as usize];
+        let (id, exec_id, stage) = (member.id.clone(), member.exec_id.clone(), member.stage);
+        let label = format!("{id} {exec_id:?}, {stage:?} when somebody died");
+        if stage == Stage::Nothing {
+            return;
+        }
+        let answer = ground.api().state(&id, &exec_id);
+        let state = match answer {
+            Err(refused) if refused.code == Code::NotFound => {
+                // The init that a call half done has made does not stay behind either.
+                let now = match stage {
+                    Stage::Creating => Stage::Nothing,
+                    Stage::Deleting | Stage::Deleted => Stage::Deleted,
+                    // Its task is gone, and it with that.
+                    _ if !exec_id.is_empty() && self.stage(Who::First) == Stage::Deleted => {
+                        Stage::Deleted
+                    }
+                    _ => panic!("{label}: {refused:?}"),
+                };
+                self.member(who).stage = now;
+                return;
+            }
+            Err(refused) => panic!("{label}: {refused:?}"),
+            Ok(state) => state,
+        };
+        let living = ground.node.process(state.pid);
+        let now = match (stage, state.status()) {
+            (Stage::Creating | Stage::Created | Stage::Starting, Status::Created) => Stage::Created,
+            (Stage::Starting | Stage::Started | Stage::Ending, Status::Running)
+            | (Stage::Started, Status::Paused) => Stage::Started,
+            // An exec that ends by itself does so at any moment.
+            (Stage::Starting | Stage::Started, Status::Stopped) if who == Who::Short => {
+                Stage::Ended
+            }
+            (Stage::Ending | Stage::Ended | Stage::Deleting, Status::Stopped) => Stage::Ended,
+            (_, status) => panic!("{label}: is {status:?} now"),
+        };
+        if now == Stage::Ended && stage != Stage::Ended {
+            // Seen by the one that died, or by his successor, or by nobody.
+            self.member(who).unknown =
+                matches!(self.recorded(ground, who), Some(Exit::Unknown { .. }));
+        }
+        if now == Stage::Ended {
+            self.assert_status(ground, who, state.exit_status);
+        } else if now != Stage::Created || exec_id.is_empty() {
+            let living = living.unwrap_or_else(|| panic!("{label}: no process {}", state.pid));
+            assert!(ground.node.alive(&living), "{label}: {living:?}");
+            if let Some(before) = &self.member(who).process {
+                let (before, now) = (
+                    (before.pid, before.start_time),
+                    (living.pid, living.start_time),
+                );
+                assert_eq!(before, now, "{label}: another process");
+            }
+            self.member(who).process = Some(living);
+        }
+        self.member(who).stage = now;
+    }
+
+    /// Everything was deleted: nothing is lost, and nothing left.
+    #[track_caller]
+    pub fn finish(mut self, ground: &mut Ground) {
+        for who in ALL {
+            assert_eq!(self.stage(who), Stage::Deleted, "{who:?}");
+        }
+        self.assert_streams(ground);
+        for id in std::mem::take(&mut self.containers) {
+            ground.api().remove_container(&id);
+        }
+    }
+
+    /// No number is lost or doubled.
+    #[track_caller]
+    pub fn assert_streams(&mut self, ground: &Ground) {
+        for member in &mut self.members {
+            if let Some(stream) = member.stream.take() {
+                let count = ground.node.count_in(&stream.count);
+                drop(stream.kept);
+                stream.reader.finish(count);
+            }
+        }
+    }
+
+    /// Its tasks are gone: so is everything else.
+    #[track_caller]
+    pub fn abandon(mut self, ground: &mut Ground) {
+        for who in [Who::First, Who::Second] {
+            let id = self.id(who).to_owned();
+            let answer = ground.api().state(&id, "");
+            assert!(
+                matches!(&answer, Err(refused) if refused.code == Code::NotFound),
+                "{id}: {answer:?}"
+            );
+        }
+        self.members.clear();
+        for id in std::mem::take(&mut self.containers) {
+            ground.api().remove_container(&id);
+        }
+        ground.assert_restored();
+    }
+
+    /// The bundle of a task.
+    pub fn bundle(&self, ground: &Ground, who: Who) -> PathBuf {
+        let tasks = ground
+            .containerd
+            .state()
+            .join("io.containerd.runtime.v2.task");
+        tasks.join(NAMESPACE).join(self.id(who))
+    }
+}

@@ -1,0 +1,134 @@
+//! Every step at which a process of ours may die: the binaries print the list, this test walks all
+//! of it, on real containerd with real containers. A scenario is played until somebody dies at the
+//! point; what was at work is done again, and then SPEC's promises hold: the workload lives, its
+//! exit is true or *unknown, because*, no byte is lost or doubled, nothing is left behind.
+//!
+//! A point that no scenario comes by is a failure: a new point needs a scenario at most, and none
+//! when one passes there already. Most points are passed many times; the first, the third, the
+//! ninth… time is a death of its own, up to `RECOVERD_WALK_TIMES`.
+//!
+//! Each step (`adopt.lock` of `adopt.lock.after`) is a test of its own, on one containerd release,
+//! in turn.
+
+mod again;
+mod crash;
+mod delete;
+mod ground;
+mod hooks;
+mod life;
+mod random;
+mod repair;
+mod retired;
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use libtest_mimic::{Arguments, Failed, Trial};
+use recoverd_tests::{Armed, Failpoints, Release};
+
+use ground::Ground;
+
+/// Plays for one armed point, and says whether somebody has died there.
+type Scenario = fn(&mut Ground, &Armed) -> bool;
+
+/// So often one point is died at, if nothing else is said.
+const TIMES: u64 = 3;
+
+/// The scenarios that may come by a point, by its first word; those of an area that is not named
+/// here are all tried.
+fn scenarios(area: &str) -> Vec<Scenario> {
+    let all: [Scenario; 9] = [
+        crash::play,
+        again::play,
+        hooks::play_killed,
+        hooks::play_hung,
+        again::play_dead_group,
+        delete::play,
+        repair::play,
+        repair::play_untold,
+        retired::play,
+    ];
+    match area {
+        "record" | "events" | "serve" | "retire" => vec![crash::play, retired::play],
+        "start" | "daemon" => vec![again::play, again::play_dead_group],
+        "delete" => vec![delete::play],
+        "adopt" | "order" | "prestart" | "poststart" | "history" => {
+            vec![hooks::play_killed, hooks::play_hung]
+        }
+        "repair" | "quarantine" => vec![repair::play, repair::play_untold],
+        _ => all.to_vec(),
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let found = Failpoints::find().and_then(|built| Ok((built.names()?, built)));
+    let trials = match found {
+        Ok((names, built)) => trials(names, &built),
+        Err(why) => vec![Trial::test("failpoints_are_built", || {
+            Err(Failed::from(why))
+        })],
+    };
+    libtest_mimic::run(&arguments, trials).exit_code()
+}
+
+fn trials(names: Vec<String>, built: &Failpoints) -> Vec<Trial> {
+    let mut steps: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    for name in names {
+        let step: Vec<&str> = name.split('.').take(2).collect();
+        steps.entry(step.join(".")).or_default().push(name);
+    }
+    let releases = ["1.6", "1.7", "2.1"];
+    let turn = releases.iter().cycle();
+    let newest = Release::available().pop();
+    let newest = newest.ok_or_else(|| "no release of containerd is there".to_owned());
+    let killed = {
+        let built = built.clone();
+        recoverd_tests::trial("killed_at_random_instants".into(), newest, move |release| {
+            random::killed_at_random_instants(release, &built);
+        })
+    };
+    steps
+        .into_iter()
+        .zip(turn)
+        .map(|((step, points), release)| {
+            let built = built.clone();
+            let title = format!("{step}::containerd_{}", release.replace('.', "_"));
+            recoverd_tests::trial(title, Release::find(release), move |release| {
+                walk(release, &built, &points);
+            })
+        })
+        .chain([killed])
+        .collect()
+}
+
+fn walk(release: &Release, built: &Failpoints, points: &[String]) {
+    let times = std::env::var("RECOVERD_WALK_TIMES").ok();
+    let times = times.and_then(|times| times.parse().ok()).unwrap_or(TIMES);
+    let mut ground = Ground::new(release, built);
+    for point in points {
+        let area = point.split('.').next().unwrap_or_default();
+        let reached = scenarios(area)
+            .into_iter()
+            .find(|scenario| die(&mut ground, *scenario, point, 1));
+        let Some(scenario) = reached else {
+            panic!("no scenario comes by {point}");
+        };
+        let mut time = 3;
+        while time <= times && die(&mut ground, scenario, point, time) {
+            time *= 3;
+        }
+    }
+}
+
+/// One death, or none.
+fn die(ground: &mut Ground, scenario: Scenario, point: &str, time: u64) -> bool {
+    let point = format!("{point}:{time}");
+    let armed = Armed::new(&ground.node, &point);
+    let began = std::time::Instant::now();
+    // A failed test shows this line.
+    eprintln!("-- {point}");
+    let died = scenario(ground, &armed);
+    eprintln!("-- {point}: {died}, {} ms", began.elapsed().as_millis());
+    died
+}

@@ -1,0 +1,76 @@
+//! recoverd itself is killed at any instant, again and again (SPEC, F10): run to its end once more,
+//! ten tasks are as they were.
+
+use std::thread;
+use std::time::{Duration, SystemTime};
+
+use recoverd_tests::{Failpoints, Release};
+
+use crate::ground::Ground;
+use crate::life::{Goal, Life, Stage, WHOLE, Who};
+
+/// Pods of two tasks each.
+const PODS: usize = 5;
+/// Deaths of each command.
+const DEATHS: u32 = 5;
+/// A command is done by then, mostly.
+const LONGEST_MS: u64 = 1200;
+
+/// One run; its seed is shown and may be given by `RECOVERD_WALK_SEED`.
+pub fn killed_at_random_instants(release: &Release, built: &Failpoints) {
+    let given = std::env::var("RECOVERD_WALK_SEED").ok();
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
+    let now = since.map_or(1, |since| u64::from(since.subsec_nanos()));
+    let mut seed = given.and_then(|seed| seed.parse().ok()).unwrap_or(now) | 1;
+    eprintln!("RECOVERD_WALK_SEED={seed}");
+    let mut random = || {
+        // xorshift
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        seed
+    };
+    let mut ground = Ground::new(release, built);
+    let mut lives: Vec<Life> = (0..PODS).map(|_| Life::new(&mut ground)).collect();
+    let running = [
+        Goal::To(Who::First, Stage::Started),
+        Goal::To(Who::Second, Stage::Started),
+    ];
+    for life in &mut lives {
+        assert!(life.run(&mut ground, &running, None).is_ok());
+    }
+    let commands: [&[&str]; 3] = [
+        &["pre-start", "--strict"],
+        &["adopt"],
+        &["repair", "--apply", "--allow", "kill", "--min-age", "0s"],
+    ];
+    for command in commands {
+        let shims: Vec<_> = lives.iter().map(|life| life.shim(&ground)).collect();
+        ground.kill();
+        for shim in &shims {
+            ground.node.kill(shim);
+        }
+        for _ in 0..DEATHS {
+            let mut running = ground.spawn_recoverd(command);
+            // No wait for a condition: any instant will do.
+            thread::sleep(Duration::from_millis(random() % LONGEST_MS));
+            if ground.node.alive(&running.process) {
+                // It may end in between.
+                let pid = running.process.pid.to_string();
+                ground.node.output("kill", ["-s", "KILL", &pid]);
+            }
+            running.wait();
+        }
+        let output = ground.recoverd(command, None);
+        assert_eq!(output.status.code(), Some(0), "{output:?}");
+        ground.start(None);
+        for life in &mut lives {
+            life.check(&mut ground);
+        }
+    }
+    for mut life in lives {
+        assert!(life.run(&mut ground, &WHOLE, None).is_ok());
+        life.finish(&mut ground);
+    }
+    ground.assert_restored();
+}

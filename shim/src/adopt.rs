@@ -85,6 +85,8 @@ pub struct Facts {
     pub private_pids: bool,
     /// Its memory limit.
     pub memory_limit: Option<u64>,
+    /// How often the kernel has killed in its cgroup.
+    pub oom_kills: Option<u64>,
     /// Where it runs.
     pub cgroup: Option<Cgroup>,
 }
@@ -172,6 +174,13 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
         }
     };
     if recorded.is_none() && !half_made {
+        // Before the exit that it may have brought about.
+        if let (Some(then), Some(now)) = (task.oom_kills, facts.oom_kills)
+            && now > then
+        {
+            let at = usize::from(news.first() == Some(&News::Started));
+            news.insert(at, News::Oom(now));
+        }
         let status = match facts.init {
             Some(Life::Living) => None,
             Some(Life::Ended(status)) => Some(Ok(status)),
@@ -204,6 +213,7 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
         memory_limit: facts.memory_limit,
         created_at: task.created_at,
         oom: task.oom,
+        oom_kills: facts.oom_kills.or(task.oom_kills),
         news,
     }))
 }

@@ -195,6 +195,7 @@ fn task_of(id: &str, task: &Task, namespace: &str, deleting: bool, stdio: &Stdio
         created_at: task.created_at,
         exit: exit(&task.init, task.oom),
         oom: task.oom,
+        oom_kills: task.oom_kills,
         execs: task
             .execs
             .iter()

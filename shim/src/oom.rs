@@ -66,10 +66,11 @@ impl OomWatch {
     /// record says of an adopted task; `None`: only what happens from now on).
     pub fn new(cgroup: &Cgroup, already: Option<u64>) -> Result<Self, WatchError> {
         let folder = cgroup.folder("memory").ok_or(WatchError::NoMemoryCgroup)?;
-        let (source, counter) = match cgroup {
-            Cgroup::V1(_) => (watch_v1(folder)?, folder.join("memory.oom_control")),
-            Cgroup::V2(_) => (watch_v2(folder)?, folder.join("memory.events")),
+        let source = match cgroup {
+            Cgroup::V1(_) => watch_v1(folder)?,
+            Cgroup::V2(_) => watch_v2(folder)?,
         };
+        let counter = counter(cgroup, folder);
         // Looked at after the watch began: nothing falls between the two.
         let seen = already.or_else(|| kills(&counter)).unwrap_or(0);
         Ok(Self {
@@ -125,6 +126,19 @@ impl AsFd for OomWatch {
             Source::V2(inotify) => inotify.as_fd(),
         }
     }
+}
+
+/// How often the kernel has killed in `cgroup`; none when it does not say.
+pub fn kills_of(cgroup: &Cgroup) -> Option<u64> {
+    kills(&counter(cgroup, cgroup.folder("memory")?))
+}
+
+/// The file with the counter.
+fn counter(cgroup: &Cgroup, folder: &Path) -> PathBuf {
+    folder.join(match cgroup {
+        Cgroup::V1(_) => "memory.oom_control",
+        Cgroup::V2(_) => "memory.events",
+    })
 }
 
 /// The counter `oom_kill` of a file of `key value` lines.
@@ -201,8 +215,16 @@ mod tests {
     fn an_adopter_learns_of_kills_that_happened_while_nobody_watched() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join("memory.events"), "oom_kill 3\n").unwrap();
-        let mut watch = OomWatch::new(&Cgroup::V2(dir.path().into()), Some(1)).unwrap();
+        let cgroup = Cgroup::V2(dir.path().into());
+        let mut watch = OomWatch::new(&cgroup, Some(1)).unwrap();
         assert_eq!(watch.read(), 2);
+        assert_eq!(kills_of(&cgroup), Some(3));
+        // v1 names it in another file.
+        let cgroup = Cgroup::V1(vec![("memory".into(), dir.path().into())]);
+        assert_eq!(kills_of(&cgroup), None);
+        let text = "oom_kill_disable 0\nunder_oom 0\noom_kill 7\n";
+        fs::write(dir.path().join("memory.oom_control"), text).unwrap();
+        assert_eq!(kills_of(&cgroup), Some(7));
     }
 
     #[test]

@@ -700,7 +700,7 @@ impl Shim {
                 self.inbox.push_back(Input::Event(event));
             }
             Effect::Signal { process, signal } => self.signal(process, signal),
-            Effect::WatchOom { id } => self.watch_oom(id),
+            Effect::WatchOom { id, already } => self.watch_oom(id, already),
             Effect::FinishStdio(key) => {
                 let heard = self.stdio.finish(&key, &self.epoll);
                 self.hear(heard);

@@ -119,6 +119,9 @@ pub enum Event {
     Oom {
         /// In which task.
         id: String,
+        /// How often by now.
+        #[serde(default)]
+        kills: u64,
     },
     /// A process's stdio has nothing more to carry.
     Drained {
@@ -236,6 +239,8 @@ pub enum Effect {
     WatchOom {
         /// Which.
         id: String,
+        /// What its counter was at the last look; none: what happens from now on is new.
+        already: Option<u64>,
     },
     /// No process writes any more: `Drained` follows when all is carried.
     FinishStdio(Key),
@@ -547,6 +552,9 @@ pub struct Task {
     pub created_at: Timestamp,
     /// An OOM kill was told.
     pub oom: bool,
+    /// Its cgroup's counter of them at the last look; none before there is one.
+    #[serde(default)]
+    pub oom_kills: Option<u64>,
     busy: Option<Busy>,
     queue: Vec<Queued>,
 }
@@ -737,7 +745,7 @@ impl Tasks {
             }
             Event::Adopt(adoptees) => self.adopt(adoptees, now, &mut out),
             Event::Settle { from, what } => self.settle(from, what, now, &mut out),
-            Event::Oom { id } => self.oom(id, &mut out),
+            Event::Oom { id, kills } => self.oom(id, kills, &mut out),
             Event::Drained { key } => self.drained(&key, now, &mut out),
             Event::Disconnected { connection } => self.disconnected(connection, now, &mut out),
             Event::Timer(timer) => self.timer(timer, now, &mut out),
@@ -910,6 +918,7 @@ impl Tasks {
             memory_limit: None,
             created_at: now.wall,
             oom: false,
+            oom_kills: None,
             busy: Some(Busy::Job(job)),
             queue: Vec::new(),
         };
@@ -1435,7 +1444,12 @@ impl Tasks {
                 task.memberships = report.memberships;
                 task.private_pids = report.private_pids;
                 task.memory_limit = report.memory_limit;
-                out.push(Effect::WatchOom { id: id.clone() });
+                // A cgroup that was there before may say more; then the watch tells.
+                task.oom_kills = Some(0);
+                out.push(Effect::WatchOom {
+                    id: id.clone(),
+                    already: None,
+                });
                 out.push(Effect::Publish(Notice::Create {
                     id: id.clone(),
                     bundle: task.bundle.clone(),
@@ -1710,9 +1724,20 @@ impl Tasks {
         }
     }
 
-    fn oom(&mut self, id: String, out: &mut Vec<Effect>) {
+    /// A task's cgroup is older than the task: what its counter said at the beginning.
+    pub fn oom_kills_began(&mut self, id: &str, kills: u64) {
+        if let Some(task) = self.tasks.get_mut(id)
+            && task.oom_kills != Some(kills)
+        {
+            task.oom_kills = Some(kills);
+            self.dirty = true;
+        }
+    }
+
+    fn oom(&mut self, id: String, kills: u64, out: &mut Vec<Effect>) {
         if let Some(task) = self.tasks.get_mut(&id) {
             task.oom = true;
+            task.oom_kills = Some(kills);
             self.dirty = true;
             out.push(Effect::Publish(Notice::Oom(id)));
         }

@@ -287,6 +287,7 @@ fn recorded(id: &str, init: Option<Process>, exit: Option<Exit>) -> Task {
         created_at: Timestamp::now(),
         exit,
         oom: false,
+        oom_kills: None,
         execs: vec![],
     }
 }

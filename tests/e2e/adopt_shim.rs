@@ -87,6 +87,7 @@ fn stock_record(containerd: &Containerd, task: &Task, terminal: bool) -> Record 
             created_at: Timestamp::now(),
             exit: None,
             oom: false,
+            oom_kills: None,
             execs: Vec::new(),
         }],
         context: record::Context {

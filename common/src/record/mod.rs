@@ -175,6 +175,9 @@ pub struct Task {
     pub exit: Option<Exit>,
     /// An OOM kill was seen and told.
     pub oom: bool,
+    /// How far its cgroup's counter of OOM kills was when it was last looked at; none before it was
+    /// started, and where nobody has said.
+    pub oom_kills: Option<u64>,
     /// Its execs.
     pub execs: Vec<Exec>,
 }
@@ -316,6 +319,7 @@ pub(crate) mod tests {
                     oom: true,
                 }),
                 oom: true,
+                oom_kills: Some(3),
                 execs: vec![Exec {
                     id: "e".into(),
                     phase: Phase::Running,

@@ -237,6 +237,8 @@ persisted!(Task {
     exit: Option<Exit>,
     #[serde(default)]
     oom: bool,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    oom_kills: Option<u64>,
     execs: List<Exec>,
 });
 
@@ -365,6 +367,19 @@ mod tests {
         let kept: serde_json::Value = serde_json::from_slice(&golden).unwrap();
         assert_eq!(ours, kept);
         assert!(encode(&full()).starts_with(b"{\"format\":1,"));
+    }
+
+    #[test]
+    fn format_1_as_it_was_before_oom_kills_were_counted_is_read() {
+        let path = concat!(
+            env!("CARGO_MANIFEST_DIR"),
+            "/tests/golden/record-1-uncounted.json"
+        );
+        let mut expected = full();
+        for task in &mut expected.tasks {
+            task.oom_kills = None;
+        }
+        assert_eq!(decode(&std::fs::read(path).unwrap()).unwrap(), expected);
     }
 
     #[test]

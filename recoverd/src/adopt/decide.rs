@@ -645,6 +645,8 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
         created_at: Timestamp::from(created_at(case)),
         exit,
         oom: false,
+        // What its stock shim has told of is unknown.
+        oom_kills: None,
         execs: init.map_or_else(Vec::new, |init| execs_of(look, case, init, clues)),
     })
 }

@@ -21,6 +21,7 @@ use recoverd_common::{
 use super::{Container, ExecFacts, Facts, Life};
 use crate::{
     config::Config,
+    oom,
     options::{DEFAULT_BINARY, Options},
     runc::Place,
     service::Key,
@@ -215,6 +216,7 @@ impl Look {
             container: container(&options.root(namespace).join(&task.id)),
             private_pids: config.as_ref().is_some_and(Config::private_pids),
             memory_limit: config.as_ref().and_then(Config::memory_limit),
+            oom_kills: cgroup.as_ref().and_then(oom::kills_of),
             cgroup,
             options,
         }

@@ -122,6 +122,7 @@ fn case() -> impl Strategy<Value = (Task, Record, Facts)> {
             created_at: WRITTEN,
             exit,
             oom: false,
+            oom_kills: None,
             execs: named,
         };
         let record = Record {
@@ -163,6 +164,7 @@ fn case() -> impl Strategy<Value = (Task, Record, Facts)> {
             options: Options::default(),
             private_pids,
             memory_limit: None,
+            oom_kills: None,
             cgroup: None,
         };
         (task, record, facts)
@@ -197,6 +199,23 @@ proptest! {
             }
             prop_assert!(!(living && exec_id.is_empty()), "it lives: {adoptee:#?}");
         }
+    }
+
+    #[test]
+    fn oom_kills_are_told_if_they_are_new_and_before_an_exit(
+        (mut task, record, mut facts) in case(),
+        then in option::of(0..3_u64),
+        now in option::of(0..3_u64),
+    ) {
+        (task.oom_kills, facts.oom_kills) = (then, now);
+        let Decision::Adopt(adoptee) = decide(&task, &record, facts) else { return Ok(()) };
+        let at = |wanted: fn(&News) -> bool| adoptee.news.iter().position(wanted);
+        let told = at(|news| matches!(news, News::Oom(_)));
+        let exit = at(|news| matches!(news, News::Ended { .. }));
+        let open = task.exit.is_none() && task.phase != Phase::Creating;
+        let new = matches!((then, now), (Some(then), Some(now)) if now > then);
+        prop_assert_eq!(told.is_some(), open && new, "{:#?}", adoptee);
+        prop_assert!(told.is_none_or(|told| exit.is_none_or(|exit| told < exit)));
     }
 
     #[test]

@@ -22,7 +22,7 @@ use crate::{
 impl Shim {
     // ---- out of memory ----
 
-    pub(super) fn watch_oom(&mut self, id: String) {
+    pub(super) fn watch_oom(&mut self, id: String, already: Option<u64>) {
         let Some(cgroup) = self
             .state
             .tasks
@@ -31,8 +31,18 @@ impl Shim {
         else {
             return;
         };
-        let watch = OomWatch::new(cgroup, None);
-        self.add_oom_watch(id, watch);
+        let watch = OomWatch::new(cgroup, already);
+        if already.is_none()
+            && let Ok(watch) = &watch
+        {
+            self.state.tasks.oom_kills_began(&id, watch.seen());
+        }
+        self.add_oom_watch(id.clone(), watch);
+        if already.is_some() {
+            // What was before the watch wakes nobody.
+            let event = self.new_kills(&id);
+            self.inbox.extend(event.map(Input::Event));
+        }
     }
 
     pub(super) fn add_oom_watch(&mut self, id: String, watch: Result<OomWatch, WatchError>) {
@@ -68,11 +78,18 @@ impl Shim {
     }
 
     pub(super) fn look_for_oom(&mut self, id: &str) {
-        let kills = self.oom.get_mut(id).map_or(0, |(_, watch)| watch.read());
-        if kills > 0 {
-            let event = Event::Oom { id: id.to_owned() };
+        if let Some(event) = self.new_kills(id) {
             self.handle(Input::Event(event));
         }
+    }
+
+    fn new_kills(&mut self, id: &str) -> Option<Event> {
+        let (_, watch) = self.oom.get_mut(id)?;
+        let new = watch.read() > 0;
+        new.then(|| Event::Oom {
+            id: id.to_owned(),
+            kills: watch.seen(),
+        })
     }
 
     // ---- looks at the host ----

@@ -44,6 +44,9 @@ pub struct Adoptee {
     pub created_at: Timestamp,
     /// An OOM kill was told.
     pub oom: bool,
+    /// Its cgroup's counter of them.
+    #[serde(default)]
+    pub oom_kills: Option<u64>,
     /// What has happened since, in this order.
     pub news: Vec<News>,
 }
@@ -81,6 +84,8 @@ pub enum News {
     Resumed,
     /// An exec was started.
     ExecStarted(String),
+    /// The kernel killed for want of memory, this often by now.
+    Oom(u64),
     /// An exec, or the init (empty), has ended.
     Ended {
         /// Which.
@@ -125,7 +130,10 @@ impl Tasks {
             news.push((id.clone(), adoptee.news.clone()));
             let task = task(adoptee);
             if task.init.exit.is_none() && task.cgroup.is_some() && task.phase != Phase::Creating {
-                out.push(Effect::WatchOom { id: id.clone() });
+                out.push(Effect::WatchOom {
+                    id: id.clone(),
+                    already: task.oom_kills,
+                });
             }
             self.tasks.insert(id, task);
         }
@@ -160,6 +168,7 @@ impl Tasks {
                     out.push(Effect::Publish(Notice::ExecStarted { key, pid }));
                 }
             }
+            News::Oom(kills) => self.oom(id.to_owned(), kills, out),
             News::Ended { exec_id, status } => {
                 let exit = match status {
                     Ok(status) => Exit::observed(status, now.wall),
@@ -216,6 +225,7 @@ fn task(adoptee: Adoptee) -> Task {
         memory_limit: adoptee.memory_limit,
         created_at: adoptee.created_at,
         oom: adoptee.oom,
+        oom_kills: adoptee.oom_kills,
         busy: None,
         queue: Vec::new(),
     }

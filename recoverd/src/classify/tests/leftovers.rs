@@ -282,6 +282,7 @@ fn recorded_task() -> record::Task {
         },
         exit: None,
         oom: false,
+        oom_kills: None,
         execs: Vec::new(),
     }
 }

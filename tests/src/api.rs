@@ -120,8 +120,7 @@ impl Api {
 
     /// The same with any runtime, a name or a shim's path.
     #[track_caller]
-    pub fn container_on(&self, id: &str, spec: &Value, runtime: &Path, options: Option<Any>,
-    ) {
+    pub fn container_on(&self, id: &str, spec: &Value, runtime: &Path, options: Option<Any>) {
         let container = pb::Container {
             id: id.into(),
             runtime: Some(pb::container::Runtime {

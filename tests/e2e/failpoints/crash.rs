@@ -17,7 +17,8 @@ pub fn play(ground: &mut Ground, armed: &Armed) -> bool {
     // The last answer may come before the death.
     let died = died || armed.was_hit(&ground.node);
     if died {
-        recover(ground, &mut life);
+        ground.wait_ended();
+        recover(ground, &mut life, || ());
         let rest = life.run(ground, &WHOLE, None);
         rest.unwrap_or_else(|_| panic!("died twice"));
     }
@@ -26,16 +27,17 @@ pub fn play(ground: &mut Ground, armed: &Armed) -> bool {
     died || armed.was_hit(&ground.node)
 }
 
-/// What systemd does with the drop-in.
+/// What systemd does with the drop-in, containerd having ended; `between` its first hook and the
+/// start.
 #[track_caller]
-pub fn recover(ground: &mut Ground, life: &mut Life) {
-    ground.wait_ended();
+pub fn recover(ground: &mut Ground, life: &mut Life, between: impl FnOnce()) {
     let hook = ground.recoverd(&["pre-start", "--strict"], None);
     let code = hook.status.code();
     assert!(
         code == Some(0) || code == Some(1) && life.in_flight(),
         "{hook:?}"
     );
+    between();
     ground.start(None);
     let hook = ground.recoverd(&["post-start", "--strict"], None);
     let code = hook.status.code();

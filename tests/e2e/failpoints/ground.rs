@@ -2,10 +2,13 @@
 //! point; every one leaves it as it was.
 
 use std::fs;
+use std::path::Path;
 use std::process::{Command, Output};
 use std::sync::Arc;
 
-use recoverd_tests::{Api, Armed, Containerd, Failpoints, Node, Release, Running, Traces};
+use recoverd_tests::{
+    Api, Armed, Containerd, Failpoints, Node, Release, Running, Traces, record_at, wait_for,
+};
 
 /// The containerd namespace of everything here.
 pub const NAMESPACE: &str = "e2e";
@@ -56,6 +59,27 @@ impl Ground {
     pub fn kill(&mut self) {
         self.api = None;
         self.containerd.kill();
+    }
+
+    /// SIGKILLs containerd and then the shim of the record beside `socket`, while `call` is under
+    /// way and has come to where this file is made.
+    #[track_caller]
+    pub fn kill_during(&mut self, call: impl FnOnce(&Api) + Send, reached: &Path, socket: &Path) {
+        self.api();
+        let Some(api) = self.api.take() else {
+            unreachable!("there is a client")
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| call(&api));
+            wait_for("the runtime to come to its wait", || {
+                reached.exists().then_some(())
+            });
+            self.containerd.kill();
+            let shim = record_at(&self.node, socket).shim.process.pid;
+            let shim = self.node.process(shim);
+            let shim = shim.unwrap_or_else(|| panic!("the record's shim is not there"));
+            self.node.kill(&shim);
+        });
     }
 
     /// containerd was killed together with who died.

@@ -2,12 +2,14 @@
 //! true after whoever served it has died, at whatever instant. It goes on from there to its end.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use prost_types::Any;
+use recoverd_common::pb::runc::Options;
 use recoverd_common::record::Exit;
 use recoverd_tests::{
-    Armed, Code, Events, Process, Reader, Refused, Status, Stdio, make_fifo, oci_process, oci_spec,
-    record_at, wait_for,
+    Api, Armed, Code, Events, Process, Reader, Refused, Status, Stdio, make_fifo, oci_process,
+    oci_spec, record_at, runc_options, wait_for,
 };
 use serde_json::json;
 
@@ -122,6 +124,7 @@ pub struct Life {
     containers: Vec<String>,
     paused: bool,
     runtime: PathBuf,
+    options: Option<Any>,
     events: Option<Events>,
 }
 
@@ -186,6 +189,7 @@ impl Life {
             containers: Vec::new(),
             paused: false,
             runtime: ground.built.shim(),
+            options: None,
             events: None,
         }
     }
@@ -257,8 +261,48 @@ impl Life {
             mounts.push(shared);
         }
         let runtime = self.runtime.clone();
-        ground.api().container_on(&id, &spec, &runtime, None);
+        let options = self.options.clone();
+        ground.api().container_on(&id, &spec, &runtime, options);
         self.containers.push(id);
+    }
+
+    /// Its containers have this runtime instead of runc.
+    pub fn runtime_binary(&mut self, path: &Path) {
+        self.options = Some(runc_options(&Options {
+            binary_name: path.display().to_string(),
+            ..Options::default()
+        }));
+    }
+
+    /// Makes the next call for one of them, which containerd and the shim do not outlive.
+    #[track_caller]
+    pub fn die_during(&mut self, ground: &mut Ground, who: Who, reached: &Path) {
+        let (id, exec_id) = {
+            let member = self.member(who);
+            (member.id.clone(), member.exec_id.clone())
+        };
+        let (stdio, stage, socket) = (self.stdio(who), self.stage(who), self.socket(ground));
+        if stage == Stage::Nothing {
+            self.container(ground, who);
+        }
+        let next = match stage {
+            Stage::Nothing | Stage::Creating => Stage::Creating,
+            Stage::Created | Stage::Starting => Stage::Starting,
+            Stage::Started | Stage::Ending => Stage::Ending,
+            Stage::Ended | Stage::Deleting | Stage::Deleted => Stage::Deleting,
+        };
+        self.member(who).stage = next;
+        let call = |api: &Api| {
+            // Nobody answers.
+            match next {
+                Stage::Creating => drop(api.create(&id, &stdio)),
+                Stage::Starting => drop(api.start(&id, &exec_id)),
+                // A plain one is a signal, and no command of the runtime's.
+                Stage::Ending => drop(api.kill_all(&id, 9)),
+                _ => drop(api.delete(&id, &exec_id)),
+            }
+        };
+        ground.kill_during(call, reached, &socket);
     }
 
     /// Works off `goals`; stops when somebody has died at `armed`.
@@ -275,7 +319,7 @@ impl Life {
                 Goal::Pause if self.stage(Who::First) == Stage::Started => {
                     let id = self.id(Who::First).to_owned();
                     self.paused = true;
-                    let answer = ground.api().pause(&id);
+                    let answer = self.pause(ground, &id);
                     self.answered(ground, answer, armed)?;
                 }
                 Goal::Resume if self.paused => {
@@ -294,6 +338,20 @@ impl Life {
             }
         }
         Ok(())
+    }
+
+    /// On a loaded machine runc gives up on a cgroup that forks all the time, and says so.
+    fn pause(&self, ground: &mut Ground, id: &str) -> Result<(), Refused> {
+        const TRIES: usize = 20;
+        let mut answer = Ok(());
+        for _ in 0..TRIES {
+            answer = ground.api().pause(id);
+            match &answer {
+                Err(refused) if refused.message.contains("unable to freeze") => {}
+                _ => break,
+            }
+        }
+        answer
     }
 
     #[track_caller]

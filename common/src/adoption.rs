@@ -22,6 +22,7 @@ use crate::record::{
     Exit, Phase, Process, Record,
     version::{self, Plain, Unreadable},
 };
+use crate::timestamp::Timestamp;
 
 /// The format of both messages.
 const FORMAT: u32 = 1;
@@ -42,6 +43,19 @@ pub struct Adoption {
     /// Descriptors of a predecessor that has died, kept by who starts the successor: this one is
     /// started with them at 3, 4, 5…, and here are their names (see [`crate::handoff`]).
     pub descriptors: Vec<String>,
+    /// How processes ended that nobody may be able to say of any more, as a supervisor saw it.
+    pub observed: Vec<Observed>,
+}
+
+/// An end that somebody has witnessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Observed {
+    /// Who.
+    pub process: Process,
+    /// Exit code, or 128 + signal.
+    pub status: u32,
+    /// When it was seen.
+    pub at: Timestamp,
 }
 
 /// What became of one task.
@@ -95,6 +109,15 @@ struct AdoptionOnWire {
     predecessor: Option<version::Process>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     descriptors: Vec<String>,
+    #[serde(default)]
+    observed: Vec<ObservedOnWire>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct ObservedOnWire {
+    process: version::Process,
+    status: u32,
+    at: Timestamp,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -141,6 +164,15 @@ impl Adoption {
             record: record.and_then(|bytes| serde_json::from_slice(&bytes).ok()),
             predecessor: Plain::of(&self.predecessor),
             descriptors: self.descriptors.clone(),
+            observed: self
+                .observed
+                .iter()
+                .map(|seen| ObservedOnWire {
+                    process: Plain::of(&seen.process),
+                    status: seen.status,
+                    at: seen.at,
+                })
+                .collect(),
         };
         // Only a path that is not UTF-8 can make this fail; a socket's is hexadecimal.
         serde_json::to_vec(&wire).unwrap_or_default()
@@ -165,6 +197,15 @@ impl Adoption {
             record,
             predecessor: wire.predecessor.back(),
             descriptors: wire.descriptors,
+            observed: wire
+                .observed
+                .into_iter()
+                .map(|seen| Observed {
+                    process: seen.process.back(),
+                    status: seen.status,
+                    at: seen.at,
+                })
+                .collect(),
         })
     }
 }
@@ -225,6 +266,14 @@ mod tests {
                 record,
                 predecessor: Some(SHIM),
                 descriptors: vec!["listener".into(), "connection".into()],
+                observed: vec![Observed {
+                    process: SHIM,
+                    status: 143,
+                    at: Timestamp {
+                        seconds: 9,
+                        nanos: 8,
+                    },
+                }],
             };
             assert_eq!(Adoption::decode(&sent.encode()), Ok(sent));
         }

@@ -46,10 +46,30 @@ use std::io::Write;
 
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
+use crate::record::Process;
+
 /// The socket on which the shim accepts connections.
 pub const LISTENER: &str = "listener";
 /// An accepted connection.
 pub const CONNECTION: &str = "connection";
+
+/// What the name of a pidfd begins with: of a process of the shim, opened while that lived. Here
+/// the name counts, for a pidfd of a process that was collected says no longer whose it is.
+const PIDFD: &str = "pidfd:";
+
+/// The name of the pidfd of this process.
+pub fn pidfd_name(process: Process) -> String {
+    format!("{PIDFD}{}.{}", process.pid, process.start_time)
+}
+
+/// Whose pidfd bears this name; none if it is the name of something else.
+pub fn pidfd_of(name: &str) -> Option<Process> {
+    let (pid, start_time) = name.strip_prefix(PIDFD)?.split_once('.')?;
+    Some(Process {
+        pid: pid.parse().ok()?,
+        start_time: start_time.parse().ok()?,
+    })
+}
 
 /// More descriptors than a shim has.
 pub const MAX_DESCRIPTORS: usize = 4096;
@@ -145,6 +165,18 @@ mod tests {
         for bad in [&b""[..], b"{}", b"[]", br#"{"format":1}"#, b"\xff"] {
             let found = decode::<Vec<u32>>(bad);
             assert!(matches!(found, Err(Misunderstood::Malformed(_))));
+        }
+    }
+
+    #[test]
+    fn the_name_of_a_pidfd_says_whose_it_is() {
+        let process = Process {
+            pid: 7,
+            start_time: 1 << 40,
+        };
+        assert_eq!(pidfd_of(&pidfd_name(process)), Some(process));
+        for other in ["listener", "pidfd:", "pidfd:7", "pidfd:7.", "pidfd:-1.2"] {
+            assert_eq!(pidfd_of(other), None);
         }
     }
 }

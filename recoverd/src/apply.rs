@@ -219,7 +219,11 @@ fn is_kept(promise: &Promise, hands: &Hands<'_>) -> Result<(), String> {
 }
 
 /// How successors are started by a repair.
-pub fn how(binary: Option<&std::path::Path>, run: &str) -> Result<How, String> {
+pub fn how(
+    binary: Option<&std::path::Path>,
+    run: &str,
+    run_dir: &std::path::Path,
+) -> Result<How, String> {
     const DEADLINE: Duration = Duration::from_secs(20);
     Ok(How {
         binary: adopt::run::find_binary(binary)?,
@@ -227,5 +231,6 @@ pub fn how(binary: Option<&std::path::Path>, run: &str) -> Result<How, String> {
         until: Instant::now() + DEADLINE,
         at_once: 1,
         run: run.to_owned(),
+        run_dir: run_dir.to_owned(),
     })
 }

@@ -92,6 +92,14 @@ pub enum Command {
     PreStart(PreStart),
     /// After containerd started: tell what became of every task
     PostStart(PostStart),
+    /// Keep watch, so that no shim is lost: the daemon
+    #[command(
+        after_help = "Runs until it is asked to stop, by systemd/recoverd.service. Gives a shim of ours that crashes a\n\
+                      successor before containerd notices; witnesses how every init and exec ends; ends nothing\n\
+                      itself. Metrics on RUN-DIR/metrics.sock, and as supervise.* of the configuration says.\n\
+                      Exits 4 when another one runs."
+    )]
+    Supervise,
     /// Show what would mend what is wrong, and do it with --apply
     Repair(Repair),
     /// Tell what recoverd did

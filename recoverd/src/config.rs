@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeMap,
     fmt,
+    net::SocketAddr,
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -51,6 +52,8 @@ pub struct Config {
     pub pre_start: PreStart,
     /// Of mending.
     pub repair: Repair,
+    /// Of the daemon.
+    pub supervise: Supervise,
     origin: Origin,
 }
 
@@ -107,6 +110,15 @@ pub struct PreStart {
 pub struct Repair {
     /// Steps in one run.
     pub max_actions: u16,
+}
+
+/// The `[supervise]` table.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Supervise {
+    /// Metrics by HTTP on this loopback address, beside the socket in the run folder.
+    pub metrics_listen: Option<SocketAddr>,
+    /// Metrics in this file, for node_exporter's textfile collector.
+    pub textfile: Option<PathBuf>,
 }
 
 /// Where values come from.
@@ -185,6 +197,7 @@ impl Default for Config {
                 deadline: Duration::from_secs(20),
             },
             repair: Repair { max_actions: 50 },
+            supervise: Supervise::default(),
             origin: Origin::default(),
         }
     }
@@ -356,10 +369,49 @@ const KEYS: &[Key] = &[
         },
         show: |config| i64::from(config.repair.max_actions).into(),
     },
+    Key {
+        table: "supervise",
+        name: "metrics-listen",
+        about: "metrics by HTTP there too; \"\" is nowhere",
+        allowed: "a loopback address with a port, such as \"127.0.0.1:9464\", or \"\"",
+        set: |config, value| {
+            config.supervise.metrics_listen = match value.as_str()? {
+                "" => None,
+                text => {
+                    let address: SocketAddr = text.parse().ok()?;
+                    // They tell everybody how many tasks there are.
+                    address.ip().is_loopback().then_some(())?;
+                    Some(address)
+                }
+            };
+            Some(())
+        },
+        show: |config| {
+            let address = config.supervise.metrics_listen;
+            address.map_or_else(String::new, |a| a.to_string()).into()
+        },
+    },
+    Key {
+        table: "supervise",
+        name: "textfile",
+        about: "metrics for node_exporter's textfile collector; \"\" is none",
+        allowed: "an absolute path or \"\"",
+        set: |config, value| {
+            config.supervise.textfile = match value.as_str()? {
+                "" => None,
+                _ => Some(absolute(value)?),
+            };
+            Some(())
+        },
+        show: |config| {
+            let path = config.supervise.textfile.as_deref();
+            path.map_or_else(String::new, shown).into()
+        },
+    },
 ];
 
 /// Tables of [`KEYS`], in order.
-const TABLES: [&str; 4] = ["scan", "adopt", "pre-start", "repair"];
+const TABLES: [&str; 5] = ["scan", "adopt", "pre-start", "repair", "supervise"];
 /// The keys of a `[[containerd]]` table.
 const CONTAINERD_KEYS: &str = "address, state, root";
 

@@ -20,6 +20,8 @@ use recoverd_common::{
     seen::Seen,
 };
 
+use crate::witnessed::Witnessed;
+
 /// What files and processes say may hold anything: shown, it is one line of bounded length that
 /// moves no terminal's cursor.
 pub fn one_line(text: &str) -> String {
@@ -73,6 +75,8 @@ pub struct Look {
     pub execs: Vec<Exec>,
     /// Files of ours beside the sockets.
     pub records: Vec<RecordFile>,
+    /// What `recoverd supervise` has seen over time.
+    pub witnessed: Witnessed,
     /// File systems that must not fill up.
     pub filesystems: Vec<Filesystem>,
     /// What could not be seen, and why.

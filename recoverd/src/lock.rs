@@ -54,7 +54,12 @@ pub enum Refused {
 
 /// Tries once. `who` is the command, as its line will say.
 pub fn take(run_dir: &Path, who: &str) -> Result<Lock, Refused> {
-    let path = run_dir.join("lock");
+    take_named(run_dir, "lock", who)
+}
+
+/// As [`take`], a lock of another name: of what there is to be one only, whatever others do.
+pub fn take_named(run_dir: &Path, name: &str, who: &str) -> Result<Lock, Refused> {
+    let path = run_dir.join(name);
     let failed = |path: &Path| {
         let path = path.to_owned();
         move |error| Refused::Failed { path, error }

@@ -23,7 +23,10 @@ mod plan;
 mod preflight;
 mod quarantine;
 mod report;
+mod supervise;
+mod sys;
 mod verify;
+mod witnessed;
 
 use std::{
     io::{self, Write},
@@ -90,8 +93,9 @@ fn main() -> ExitCode {
 }
 
 /// What `-v` asks for, on standard error.
-fn tell_steps(verbose: u8) {
+fn tell_steps(verbose: u8, daemon: bool) {
     let level = match verbose {
+        0 if daemon => tracing::Level::INFO,
         0 => return,
         1 => tracing::Level::INFO,
         _ => tracing::Level::DEBUG,
@@ -106,7 +110,10 @@ fn tell_steps(verbose: u8) {
 }
 
 fn run(cli: &Cli) -> Result<Verdict, Failure> {
-    tell_steps(cli.global.verbose);
+    tell_steps(
+        cli.global.verbose,
+        matches!(cli.command, Command::Supervise),
+    );
     if let Command::Explain(args) = &cli.command {
         let text = commands::explain::text(args).map_err(|e| Failure::Usage(e.to_string()))?;
         commands::explain::run(&text, &mut io::stdout().lock())?;
@@ -144,6 +151,7 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
             }
             commands::repair::run(args, &cli.global, &config)
         }
+        Command::Supervise => commands::supervise::run(&cli.global, &config),
         Command::History(args) => commands::history::run(args, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
         #[cfg(feature = "failpoints")]

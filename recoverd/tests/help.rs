@@ -34,6 +34,7 @@ fn help_of_every_command_is_what_was_agreed() {
         "adopt",
         "pre-start",
         "post-start",
+        "supervise",
         "repair",
         "history",
         "explain",

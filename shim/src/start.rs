@@ -43,6 +43,7 @@ use recoverd_common::{
     read::{self, read_file},
     seen::Seen,
     shim_client::{CallError, ShimClient},
+    supervision,
 };
 
 use crate::{
@@ -188,13 +189,19 @@ fn adopt_group(socket: &Path, flags: &Flags, group: &str) -> Result<(), StartErr
         group: Some(group.to_owned()),
         ..flags.clone()
     };
+    // A supervisor may have given the group up, and kept what it had.
+    let run_dir = Path::new(supervision::RUN_DIR);
+    let (names, kept) = supervision::fetch(run_dir, socket, supervision::PATIENCE)
+        .into_iter()
+        .unzip();
     let adoption = Adoption {
         socket: socket.to_owned(),
         record: None,
         predecessor: None,
-        descriptors: Vec::new(),
+        descriptors: names,
+        observed: Vec::new(),
     };
-    adopt::launch(&flags, &adoption, Vec::new())
+    adopt::launch(&flags, &adoption, kept)
         .map(drop)
         .map_err(|cause| StartError::Adopt {
             group: group.to_owned(),

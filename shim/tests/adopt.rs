@@ -99,6 +99,7 @@ fn adoption(daemon: &Daemon) -> Adoption {
         record: None,
         predecessor: None,
         descriptors: Vec::new(),
+        observed: Vec::new(),
     }
 }
 

@@ -120,6 +120,7 @@ fn adopt_as(
             start_time: task.shim.start_time,
         }),
         descriptors: Vec::new(),
+        observed: Vec::new(),
     };
     let address = containerd.address().display().to_string();
     let mut command = node.command(

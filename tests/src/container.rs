@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use crate::containerd::Containerd;
+use crate::direct::serving;
 use crate::node::Node;
 use crate::process::Process;
 use crate::releases::{ShimUnderTest, rootfs};
@@ -210,11 +211,13 @@ impl Task {
         let group = container.group.as_deref().unwrap_or(container.id());
         let address = containerd.address().to_str();
         let shim = wait_for(&format!("shim of {}", container.id()), || {
-            node.shims().into_iter().find(|process| {
+            let named = node.shims().into_iter().find(|process| {
                 process.flag("-address") == address
                     && process.flag("-namespace") == Some(container.namespace())
                     && process.flag("-id") == Some(group)
-            })
+            });
+            // A successor is named after a task that is still there.
+            named.or_else(|| serving(node, &socket, container.id()))
         });
         Task {
             node: Arc::clone(node),

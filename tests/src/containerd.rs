@@ -1,8 +1,9 @@
 //! A real containerd in a node.
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -345,14 +346,26 @@ impl Containerd {
     /// Runs a container detached; it is running when this returns.
     #[track_caller]
     pub fn run(&self, container: &Container) -> Task {
-        let mut args: Vec<String> = vec!["run".into(), "--detach".into()];
-        args.extend(container.run_args());
+        let args = self.run_words(container);
         if container.has_terminal() {
             // `ctr` wants a terminal of its own for that, even detached.
             self.on_terminal(container.namespace(), &args).wait();
         } else {
             self.ctr_ok(container.namespace(), &args);
         }
+        self.running(container)
+    }
+
+    /// What `ctr` is told to run a container detached.
+    pub fn run_words(&self, container: &Container) -> Vec<String> {
+        let mut args: Vec<String> = vec!["run".into(), "--detach".into()];
+        args.extend(container.run_args());
+        args
+    }
+
+    /// The task of a container that was started; it is running when this returns.
+    #[track_caller]
+    pub fn running(&self, container: &Container) -> Task {
         let task = Task::new(self, container);
         wait_for(&format!("{} to run", task.name()), || {
             let row = self.task(container.namespace(), container.id())?;
@@ -372,11 +385,57 @@ impl Containerd {
     pub fn run_attached(&self, container: &Container) -> (Task, Running) {
         let mut args: Vec<String> = vec!["run".into()];
         args.extend(container.run_args());
-        let mut running = if container.has_terminal() {
+        let running = if container.has_terminal() {
             self.on_terminal(container.namespace(), &args)
         } else {
             self.ctr_spawn(container.namespace(), &args)
         };
+        self.attached(container, running)
+    }
+
+    /// Runs a container with a terminal that `typed` is typed into; running when this returns.
+    #[track_caller]
+    pub fn run_typed(&self, container: &Container, typed: Stdio) -> (Task, Running) {
+        let mut args: Vec<String> = vec!["run".into()];
+        args.extend(container.run_args());
+        let running = self.on_typed_terminal(container.namespace(), &args, typed);
+        self.attached(container, running)
+    }
+
+    /// Runs a container with `ctr` attached to it, whose stdin ends after these words, to its end.
+    #[track_caller]
+    pub fn run_to_end(&self, container: &Container, words: &str) -> Output {
+        let mut args: Vec<String> = vec!["run".into()];
+        args.extend(container.run_args());
+        let mut command = self.ctr(container.namespace(), &args);
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut child = command
+            .spawn()
+            .unwrap_or_else(|e| panic!("start {command:?}: {e}"));
+        let written = child
+            .stdin
+            .as_mut()
+            .map(|stdin| stdin.write_all(words.as_bytes()));
+        assert!(matches!(written, Some(Ok(()))), "{written:?}");
+        // Only then does `ctr` pass on an end.
+        wait_for(&format!("{} to run", container.id()), || {
+            let row = self.task(container.namespace(), container.id())?;
+            (row.status == "RUNNING").then_some(())
+        });
+        drop(child.stdin.take());
+        wait_for(&format!("the end of {command:?}"), || {
+            child.try_wait().ok().flatten()
+        });
+        child
+            .wait_with_output()
+            .unwrap_or_else(|e| panic!("{command:?}: {e}"))
+    }
+
+    #[track_caller]
+    fn attached(&self, container: &Container, mut running: Running) -> (Task, Running) {
         wait_for(&format!("{} to run", container.id()), || {
             assert!(
                 running.is_running(),
@@ -392,6 +451,12 @@ impl Containerd {
     /// `ctr` on a terminal of its own; what the terminal shows is [`Running::text`].
     #[track_caller]
     pub fn on_terminal(&self, namespace: &str, args: &[String]) -> Running {
+        self.on_typed_terminal(namespace, args, Stdio::null())
+    }
+
+    /// The same; what is typed comes from `typed`.
+    #[track_caller]
+    pub fn on_typed_terminal(&self, namespace: &str, args: &[String], typed: Stdio) -> Running {
         let ctr = self.release.folder.join("ctr").display().to_string();
         let mut words = vec![ctr, "--address".into(), self.address.display().to_string()];
         words.extend(["--namespace".to_owned(), namespace.to_owned()]);
@@ -400,17 +465,18 @@ impl Containerd {
             .iter()
             .map(|word| format!("'{}'", word.replace('\'', r"'\''")))
             .collect();
-        self.node.spawn(
-            "script",
-            [
-                "--quiet",
-                "--return",
-                "--flush",
-                "--command",
-                &quoted.join(" "),
-                "/dev/null",
-            ],
-        )
+        let line = quoted.join(" ");
+        let args = [
+            "--quiet",
+            "--return",
+            "--flush",
+            "--command",
+            &line,
+            "/dev/null",
+        ];
+        let mut command = self.node.command("script", args);
+        command.stdin(typed);
+        self.node.spawn_command(command)
     }
 
     /// Runs a command in a task, detached, and returns when it runs.

@@ -11,6 +11,7 @@ use recoverd_common::shim_client::{CallError, ShimClient, TASK_SERVICES};
 
 use crate::container::Task;
 use crate::node::Node;
+use crate::process::Process;
 
 /// Generous, yet a call that hangs fails its test and not the whole run.
 pub(crate) const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
@@ -43,7 +44,23 @@ pub fn refusal<R: std::fmt::Debug>(result: Result<R, CallError>) -> (i32, String
     }
 }
 
+/// The process of the shim that answers at `socket`.
+pub(crate) fn serving(node: &Node, socket: &Path, id: &str) -> Option<Process> {
+    let request = task::ConnectRequest { id: id.into() };
+    let answer: task::ConnectResponse = call(node, socket, "Connect", &request).ok()?;
+    node.process(answer.shim_pid)
+}
+
 impl Task {
+    /// Its shim's word on one of its execs; none if there is no such exec.
+    pub fn exec_state(&self, exec_id: &str) -> Option<task::StateResponse> {
+        let request = task::StateRequest {
+            id: self.id().into(),
+            exec_id: exec_id.into(),
+        };
+        self.call("State", &request).ok()
+    }
+
     /// Calls `method` of its shim's task service.
     pub fn call<R: Message + Default>(
         &self,

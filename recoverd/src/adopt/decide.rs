@@ -198,7 +198,12 @@ impl<'a> Selection<'a> {
     /// Takes a group in, or refuses its members.
     fn take(&mut self, look: &Look, mut group: Group<'a>) {
         // Only what has a living process, or an exit on record, is worth a shim.
-        let worth = |case: &&Case<'_>| case.init.alive().is_some() || zombie(look, case).is_some();
+        let worth = |case: &&Case<'_>| {
+            let seen_to_end = |id: &ProcessId| witnessed(look, *id);
+            case.init.alive().is_some()
+                || zombie(look, case).is_some()
+                || matches!(&case.init, Init::Dead(Some(id), _) if seen_to_end(id))
+        };
         if !group.recorded && !group.members.iter().any(worth) {
             for case in &group.members {
                 self.refused.push(lost(case));
@@ -455,6 +460,28 @@ fn zombie(look: &Look, case: &Case<'_>) -> Option<ProcessId> {
     (stat.id == *id && !stat.alive()).then_some(*id)
 }
 
+/// A supervisor has seen how this very process ended.
+fn witnessed(look: &Look, id: ProcessId) -> bool {
+    let process = process(id);
+    let exit = look.witnessed.exit_of((process.pid, process.start_time));
+    exit.is_some_and(|exit| exit.status.is_some())
+}
+
+/// As its shim said while it lived, to a supervisor; else what its client's fifos tell.
+fn stdio_of(
+    look: &Look,
+    case: &Case<'_>,
+    init: Option<ProcessId>,
+    clue: Option<&super::clues::TaskClues>,
+) -> record::Stdio {
+    let said = init.map(process).and_then(|init| {
+        let init = (init.pid, init.start_time);
+        look.witnessed.stdio_of(&case.name, init)
+    });
+    said.or_else(|| clue.map(|clue| clue.stdio.clone()))
+        .unwrap_or_default()
+}
+
 fn created_at(case: &Case<'_>) -> SystemTime {
     let bundle = case.bundle;
     let written = bundle.and_then(|b| Some(b.init_pid.present()?.written_at));
@@ -529,6 +556,7 @@ fn order(look: &Look, group: &Group<'_>, clues: &Clues) -> Result<Order, String>
             record,
             predecessor: group.predecessor.map(|shim| process(shim.id)),
             descriptors: Vec::new(),
+            observed: look.witnessed.observed(&group.namespace),
         },
         members: group
             .members
@@ -598,8 +626,10 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
     let clue = clues.tasks.get(&bundle.path);
     let (init, exit) = match &case.init {
         Init::Alive(id) => (Some(*id), None),
-        // The successor reads a zombie's status itself.
-        Init::Dead(Some(id), _) if zombie(look, case).is_some() => (Some(*id), None),
+        // The successor reads a zombie's status itself, and is told what a supervisor has seen.
+        Init::Dead(Some(id), _) if zombie(look, case).is_some() || witnessed(look, *id) => {
+            (Some(*id), None)
+        }
         Init::Dead(id, why) => {
             let why = format!("it ended before it was adopted ({why})");
             (
@@ -640,7 +670,7 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
             })
             .collect(),
         cgroup: clue.map(|clue| clue.cgroup.clone()).unwrap_or_default(),
-        stdio: clue.map(|clue| clue.stdio.clone()).unwrap_or_default(),
+        stdio: stdio_of(look, case, init, clue),
         terminal,
         created_at: Timestamp::from(created_at(case)),
         exit,

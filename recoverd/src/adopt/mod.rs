@@ -24,7 +24,7 @@ use crate::{
 };
 
 pub use decide::{Decision, Wish};
-pub use run::{How, Outcome, Verdict, run};
+pub use run::{How, Kept, Outcome, Verdict, run, run_with};
 
 /// One group to be adopted, with all that its successor needs.
 #[derive(Debug, Clone, PartialEq)]

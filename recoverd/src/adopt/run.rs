@@ -3,8 +3,10 @@
 //! with what, is decided in `decide`.
 
 use std::{
+    os::fd::OwnedFd,
     path::{Path, PathBuf},
     process::Stdio,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -16,6 +18,7 @@ use recoverd_common::{
     record::Phase,
     seen::Seen,
     shim_client::{CallError, ShimClient},
+    supervision, sys,
 };
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -46,7 +49,15 @@ pub struct How {
     pub at_once: usize,
     /// Which run of which command, as the history says it.
     pub run: String,
+    /// Below it a supervisor may have kept descriptors.
+    pub run_dir: PathBuf,
 }
+
+/// For a supervisor to hand out what it keeps.
+const FETCH: Duration = Duration::from_secs(1);
+
+/// Descriptors with their names.
+pub type Kept = Vec<(String, Arc<OwnedFd>)>;
 
 /// What became of one order.
 #[derive(Debug)]
@@ -137,7 +148,10 @@ pub async fn run(orders: Vec<Order>, how: &How) -> Vec<Outcome> {
             let until = time::Instant::from_std(how.until);
             // Nobody closes the semaphore: the only error is the time.
             let verdict = match timeout_at(until, places.acquire()).await {
-                Ok(_place) => one(&order, &how).await,
+                Ok(_place) => {
+                    let kept = fetch(&order, &how).await;
+                    one(&order, &kept, &how).await
+                }
                 Err(_) => Verdict::Failed(Failed::NoTime),
             };
             tracing::info!(group = order.group, ?verdict, "adopted");
@@ -159,7 +173,35 @@ pub async fn run(orders: Vec<Order>, how: &How) -> Vec<Outcome> {
     outcomes
 }
 
-async fn one(order: &Order, how: &How) -> Verdict {
+/// Starts one successor with what the caller has kept.
+pub async fn run_with(order: Order, kept: &Kept, how: &How) -> Outcome {
+    let began = Instant::now();
+    let verdict = one(&order, kept, how).await;
+    Outcome {
+        order,
+        verdict,
+        took: began.elapsed(),
+    }
+}
+
+/// What a supervisor keeps of the group. It is told of a predecessor's end, so that it does not
+/// start a successor of its own.
+async fn fetch(order: &Order, how: &How) -> Kept {
+    let socket = order.adoption.socket.clone();
+    let (run_dir, predecessor) = (how.run_dir.clone(), order.adoption.predecessor);
+    let asked = tokio::task::spawn_blocking(move || {
+        if let Some(predecessor) = predecessor {
+            supervision::announce_end(&run_dir, &socket, predecessor);
+        }
+        supervision::fetch(&run_dir, &socket, FETCH)
+    });
+    match asked.await {
+        Ok(kept) => kept.into_iter().map(|(n, fd)| (n, Arc::new(fd))).collect(),
+        Err(error) => std::panic::resume_unwind(error.into_panic()),
+    }
+}
+
+async fn one(order: &Order, kept: &Kept, how: &How) -> Verdict {
     let left = how.until.saturating_duration_since(Instant::now());
     if left.is_zero() {
         return Verdict::Failed(Failed::NoTime);
@@ -167,7 +209,7 @@ async fn one(order: &Order, how: &How) -> Verdict {
     let deadline = how.deadline.min(left);
     clear(order, &how.run);
     failpoint!("order.start.before");
-    let done = match ask(order, how, deadline).await {
+    let done = match ask(order, kept, how, deadline).await {
         Ok(done) => done,
         Err(failed) => return Verdict::Failed(failed),
     };
@@ -222,8 +264,9 @@ struct Done {
     complaint: String,
 }
 
-async fn ask(order: &Order, how: &How, deadline: Duration) -> Result<Done, Failed> {
-    let mut child = Command::new(&how.binary)
+async fn ask(order: &Order, kept: &Kept, how: &How, deadline: Duration) -> Result<Done, Failed> {
+    let mut command = Command::new(&how.binary);
+    command
         .args(["-namespace", &order.namespace])
         .args(["-address", &order.address])
         .args(["-id", &order.group])
@@ -233,15 +276,27 @@ async fn ask(order: &Order, how: &How, deadline: Duration) -> Result<Done, Faile
         .stderr(Stdio::piped())
         // It would take its service manager's messages for its own.
         .env_remove("NOTIFY_SOCKET")
+        .env_remove("WATCHDOG_USEC")
+        .env_remove("WATCHDOG_PID")
+        .env_remove("LISTEN_FDS")
+        .env_remove("LISTEN_PID")
+        .env_remove("LISTEN_FDNAMES")
         .current_dir("/")
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|cause| Failed::Start {
-            binary: how.binary.clone(),
-            cause,
-        })?;
+        .kill_on_drop(true);
+    let failed = |cause| Failed::Start {
+        binary: how.binary.clone(),
+        cause,
+    };
+    let files: Vec<&OwnedFd> = kept.iter().map(|(_, fd)| &**fd).collect();
+    sys::give(command.as_std_mut(), &files, false).map_err(failed)?;
+    let mut child = command.spawn().map_err(failed)?;
+    // Its duplicates of what is kept.
+    drop(command);
+    let mut adoption = order.adoption.clone();
+    adoption.descriptors = kept.iter().map(|(name, _)| name.clone()).collect();
+    let message = adoption.encode();
     failpoint!("order.start.after");
-    match time::timeout(deadline, talk(&mut child, order)).await {
+    match time::timeout(deadline, talk(&mut child, &message)).await {
         Ok(done) => done,
         Err(_) => {
             // The verb, a child of ours, and not what it may have started: a successor that serves
@@ -252,14 +307,13 @@ async fn ask(order: &Order, how: &How, deadline: Duration) -> Result<Done, Faile
     }
 }
 
-async fn talk(child: &mut Child, order: &Order) -> Result<Done, Failed> {
-    let message = order.adoption.encode();
+async fn talk(child: &mut Child, message: &[u8]) -> Result<Done, Failed> {
     let stdin = child.stdin.take();
     let (stdout, stderr) = (child.stdout.take(), child.stderr.take());
     let tell = async {
         if let Some(mut stdin) = stdin {
             // A verb that refuses its arguments does not read; what it says then counts.
-            let _ = stdin.write_all(&message).await;
+            let _ = stdin.write_all(message).await;
             failpoint!("order.told.after");
         }
     };

@@ -31,6 +31,9 @@ impl Context<'_> {
             facts.push(evidence("kernel", format!("nobody listens on {address}")));
         }
         facts.push(evidence("kernel", "no shim process serves the task"));
+        let address = case.written.as_ref().or(case.address.as_ref());
+        let death = address.and_then(|address| self.look.witnessed.death_at(address));
+        facts.extend(death.map(|death| evidence("supervisor", death)));
         match case.bundle {
             Some(bundle) => facts.push(evidence("bundle", bundle.path.display().to_string())),
             None => facts.push(no_bundle(case)),

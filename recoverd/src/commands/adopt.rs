@@ -75,6 +75,7 @@ pub fn run(args: &cli::Adopt, global: &cli::Global, config: &Config) -> Result<V
         until: Instant::now() + TOTAL,
         at_once: AT_ONCE,
         run: history.run().to_owned(),
+        run_dir: config.run_dir.clone(),
     };
     let mut complaint = Complaint::default();
     let outcomes = if orders.is_empty() {

@@ -41,6 +41,7 @@ pub fn plan(global: &Global, config: &Config) -> Plan {
             socket_dir: config.socket_dir.clone(),
             runc_root: config.runc_root.clone(),
             fifo_dir: config.fifo_dir.clone(),
+            run_dir: config.run_dir.clone(),
         },
         named,
         limits: Limits {

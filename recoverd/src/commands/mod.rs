@@ -12,3 +12,4 @@ pub mod preflight;
 pub mod repair;
 pub mod scan;
 pub mod show;
+pub mod supervise;

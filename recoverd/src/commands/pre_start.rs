@@ -293,6 +293,7 @@ impl<'a> Hook<'a> {
             until: self.until(),
             at_once: AT_ONCE,
             run: self.history.run().to_owned(),
+            run_dir: self.config.run_dir.clone(),
         };
         let (hung, orphaned): (Vec<Order>, Vec<Order>) = decision
             .orders

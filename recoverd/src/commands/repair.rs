@@ -197,7 +197,11 @@ fn apply_all(
         runtime,
         proc: Proc::new(&looking.roots.proc),
         proc_root: looking.roots.proc.clone(),
-        shim: apply::how(config.adopt.binary.as_deref(), history.run()),
+        shim: apply::how(
+            config.adopt.binary.as_deref(),
+            history.run(),
+            &config.run_dir,
+        ),
         _lock: &lock,
     };
     let mut complaint = Complaint::default();

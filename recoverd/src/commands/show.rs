@@ -17,6 +17,9 @@ use crate::{
     report::{Report, json},
 };
 
+/// A supervisor may have seen thousands of execs of one task.
+const SHOWN_EXITS: usize = 10;
+
 /// Looks and prints.
 pub fn run(args: &Show, global: &Global, config: &Config) -> Result<Verdict, Failure> {
     let name = look::task_name(&args.task)?;
@@ -192,6 +195,13 @@ fn facts(look: &Look, case: &Case<'_>) -> Vec<Evidence> {
         }
         ShimOf::None => say("kernel", "no shim process serves the task".into()),
         ShimOf::Unknown(why) => say("kernel", format!("shim unknown: {why}")),
+    }
+    let address = case.written.as_ref().or(case.address.as_ref());
+    if let Some(death) = address.and_then(|address| look.witnessed.death_at(address)) {
+        say("supervisor", death);
+    }
+    for exit in look.witnessed.exits_of(&case.name).take(SHOWN_EXITS) {
+        say("supervisor", exit);
     }
     if let Some(bundle) = case.bundle {
         say("bundle", bundle.path.display().to_string());

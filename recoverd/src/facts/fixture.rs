@@ -153,6 +153,7 @@ pub fn empty() -> Look {
         fifos: Vec::new(),
         execs: Vec::new(),
         records: Vec::new(),
+        witnessed: crate::witnessed::Witnessed::default(),
         filesystems: vec![Filesystem {
             path: "/run".into(),
             tmpfs: true,

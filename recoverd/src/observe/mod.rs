@@ -21,9 +21,12 @@ mod unit;
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 
-use recoverd_common::proc::Proc;
+use recoverd_common::{proc::Proc, seen::Seen};
 
-use crate::facts::{Address, Gap, Look};
+use crate::{
+    facts::{Address, Gap, Host, Look},
+    witnessed::{self, Witnessed},
+};
 
 /// Where to look.
 #[derive(Debug, Clone)]
@@ -38,6 +41,8 @@ pub struct Roots {
     pub runc_root: PathBuf,
     /// `/run/containerd/fifo`, where clients make fifos.
     pub fifo_dir: PathBuf,
+    /// `/run/recoverd`, our own runtime files.
+    pub run_dir: PathBuf,
 }
 
 /// A containerd that the command line or the configuration names.
@@ -103,6 +108,32 @@ fn joined<T>(result: Result<T, tokio::task::JoinError>) -> T {
     }
 }
 
+/// What a supervisor has seen, whether it runs or not. One that never ran is no gap.
+fn witnessed(roots: &Roots, host: &Host, gaps: &mut Vec<Gap>) -> Witnessed {
+    let boot_id = host.boot_id.as_deref().unwrap_or_default();
+    match witnessed::read(&roots.run_dir, boot_id) {
+        Seen::Present(witnessed) => witnessed,
+        Seen::Absent => Witnessed::default(),
+        Seen::Unknown(why) => {
+            if host.root {
+                let path = roots.run_dir.join(witnessed::FILE);
+                gaps.push(Gap::new(path.display().to_string(), why));
+            }
+            Witnessed::default()
+        }
+    }
+}
+
+/// The state folder of every containerd of the node: a walk over all processes.
+pub fn states(plan: &Plan) -> BTreeSet<PathBuf> {
+    let proc = Proc::new(&plan.roots.proc);
+    let mut gaps = Vec::new();
+    let host = host::observe(&plan.roots, &mut gaps);
+    let seen = processes::observe(&proc, &plan.roots, &host, None, &mut gaps);
+    let instances = instances::observe(plan, &seen, &mut gaps);
+    instances.into_iter().filter_map(|i| i.state).collect()
+}
+
 /// Looks once. `progress` is told, in a few words, what is being looked at.
 pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) -> Look {
     let at = std::time::SystemTime::now();
@@ -158,6 +189,7 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
     let execs = leftovers::execs(&proc, &shims, &bundles, &runc, &table, &cgroups);
     let fifos = leftovers::fifo_users(&proc, rest.fifos, &bundles, &runc, &table);
     let records = bundles::observe_records(roots);
+    let witnessed = witnessed(roots, &host, &mut gaps);
 
     gaps.sort();
     gaps.dedup();
@@ -180,6 +212,7 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
         fifos,
         execs,
         records,
+        witnessed,
         filesystems: rest.filesystems,
         gaps,
     }

@@ -1,5 +1,6 @@
 //! Descriptors of a predecessor that somebody else has kept while it died: see
-//! `recoverd_common::handoff`. Each is looked at; what it is called counts for nothing.
+//! `recoverd_common::handoff`. Each is looked at; what it is called counts for nothing, but for a
+//! pidfd.
 
 use std::{
     os::{
@@ -20,10 +21,13 @@ use nix::{
     },
     unistd::geteuid,
 };
-use recoverd_common::ttrpc::{HEADER, Header};
+use recoverd_common::{
+    handoff,
+    ttrpc::{HEADER, Header},
+};
 
 use super::Loot;
-use crate::sys;
+use crate::{sys, tasks::Process};
 
 /// A shim takes what it has looked at before it looks at more, bytes.
 const LOOKED_AT: usize = 96 << 10;
@@ -37,6 +41,9 @@ pub struct Kept {
     pub connections: Vec<UnixStream>,
     /// Terminals, pipes, fifos.
     pub loot: Loot,
+    /// Processes of the shim, as its keeper took hold of them: of one that has been collected
+    /// since, nobody else can say how it ended.
+    pub pidfds: Vec<(Process, OwnedFd)>,
 }
 
 /// Takes over the `count` descriptors from `first` on that this process was started with. To be
@@ -50,9 +57,13 @@ pub fn inherited(first: RawFd, count: usize) -> Result<Vec<OwnedFd>, String> {
 
 impl Kept {
     /// Sorts descriptors of the shim at `place`; those that are of no use are closed.
-    pub fn sort(descriptors: Vec<OwnedFd>, place: &Path) -> Self {
+    pub fn sort(descriptors: Vec<OwnedFd>, names: &[String], place: &Path) -> Self {
         let mut kept = Self::default();
-        for fd in descriptors {
+        for (fd, name) in descriptors.into_iter().zip(names) {
+            if let Some(process) = handoff::pidfd_of(name) {
+                kept.pidfds.push((super::process(process), fd));
+                continue;
+            }
             let kind = fstat(&fd).map_or(SFlag::empty(), |stat| {
                 SFlag::from_bits_truncate(stat.st_mode) & SFlag::S_IFMT
             });
@@ -142,14 +153,15 @@ mod tests {
             accepted.into(),
             listener.try_clone().unwrap().into(),
         ];
-        let kept = Kept::sort(all, &place);
+        let names = vec!["whatever".to_owned(); all.len()];
+        let kept = Kept::sort(all, &names, &place);
         assert!(kept.listener.is_some());
         let inodes = kept.connections.iter().map(|c| fstat(c).unwrap().st_ino);
         assert_eq!(inodes.collect::<Vec<_>>(), [inode]);
         assert!(kept.loot.has_pipe((meta.st_dev, meta.st_ino)));
         // Nobody would find it there.
         std::fs::remove_file(&place).unwrap();
-        let kept = Kept::sort(vec![listener.into()], &place);
+        let kept = Kept::sort(vec![listener.into()], &names, &place);
         assert!(kept.listener.is_none());
     }
 

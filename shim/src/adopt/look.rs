@@ -10,6 +10,7 @@ use std::{
 };
 
 use recoverd_common::{
+    adoption::Observed,
     cgroup::{Cgroup, Roots, parse_memberships},
     paths::Beside,
     proc::Proc,
@@ -51,21 +52,33 @@ pub struct Look {
     pub teller: Teller,
     /// Runtime commands that are at work.
     running: Vec<OwnedFd>,
+    /// What a supervisor has seen of those that nobody can say of any more.
+    observed: Vec<(Process, u32)>,
 }
 
 /// Takes hold of every process of `record`. To be done before its shim is ended: an exit is told
 /// to who has a descriptor only, and by a `teller` that was there before.
-pub fn look(roots: &Roots, record: &Record, teller: Teller) -> Look {
+pub fn look(
+    roots: &Roots,
+    record: &Record,
+    teller: Teller,
+    observed: &[Observed],
+    mut pidfds: Vec<(Process, OwnedFd)>,
+) -> Look {
     let proc = Proc::new(&roots.proc);
     let booted = match proc.boot_id() {
         Seen::Present(id) => id != record.boot_id,
         Seen::Absent | Seen::Unknown(_) => false,
     };
-    let open = |process: Process, cgroup: &[String]| {
+    let mut open = |process: Process, cgroup: &[String]| {
         if booted {
             return Err("the machine has booted since it was started".to_owned());
         }
-        let pidfd = witness::open(&proc, process)?;
+        let kept = pidfds.iter().position(|(other, _)| *other == process);
+        let pidfd = match kept {
+            Some(at) => pidfds.swap_remove(at).1,
+            None => witness::open(&proc, process)?,
+        };
         // A zombie has left its groups.
         if !is_within(roots, process.pid, cgroup) && !witness::has_ended(&pidfd) {
             let pid = process.pid;
@@ -73,8 +86,10 @@ pub fn look(roots: &Roots, record: &Record, teller: Teller) -> Look {
         }
         Ok(pidfd)
     };
+    let seen = |seen: &Observed| (super::process(seen.process), seen.status);
     let mut look = Look {
         teller,
+        observed: observed.iter().map(seen).collect(),
         ..Look::default()
     };
     for task in &record.tasks {
@@ -111,7 +126,7 @@ pub fn has_living(socket: &Path) -> bool {
     let Seen::Present(record) = record::read(&Beside::of(socket).record) else {
         return false;
     };
-    let look = look(&Roots::default(), &record, Teller::default());
+    let look = look(&Roots::default(), &record, Teller::default(), &[], Vec::new());
     look.members
         .iter()
         .filter_map(|(key, (_, found))| Some((key, found.as_ref().ok()?)))
@@ -166,7 +181,7 @@ impl Look {
 
     fn life(&mut self, proc: &Proc, key: &Key) -> Option<Life> {
         let (process, found) = self.members.get(key)?;
-        Some(match found {
+        let life = match found {
             Err(why) => Life::Gone(why.clone()),
             Ok(pidfd) if !witness::has_ended(pidfd) => Life::Living,
             Ok(pidfd) => match witness::await_answer(&mut self.teller, proc, *process, pidfd) {
@@ -174,6 +189,12 @@ impl Look {
                 Answer::Unknown(why) => Life::Gone(why),
                 Answer::NotYet => Life::Gone(UNSEEN.to_owned()),
             },
+        };
+        let mut observed = self.observed.iter();
+        let observed = observed.find(|(other, _)| other == process);
+        Some(match (life, observed) {
+            (Life::Gone(_), Some((_, status))) => Life::Ended(*status),
+            (life, _) => life,
         })
     }
 

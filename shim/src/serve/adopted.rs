@@ -103,7 +103,7 @@ fn take_over(
         pid: process.pid,
         start_time: process.start_time,
     });
-    let mut kept = Kept::sort(descriptors, &place);
+    let mut kept = Kept::sort(descriptors, &adoption.descriptors, &place);
     let listener = kept.listener.take();
     let id = flags.id.as_str();
     let claim = match adopt::claim(&place, namespace, id, predecessor, listener.is_some())? {
@@ -127,7 +127,13 @@ fn take_over(
         return Ok(());
     }
     let roots = Roots::default();
-    let mut look = adopt::look(&roots, &record, Teller::find());
+    let mut look = adopt::look(
+        &roots,
+        &record,
+        Teller::find(),
+        &adoption.observed,
+        std::mem::take(&mut kept.pidfds),
+    );
     let (lock, loot, mut remarks) = claim.enforce()?;
     kept.loot.append(loot);
     failpoint!("adopt.running.before");

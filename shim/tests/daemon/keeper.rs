@@ -63,6 +63,7 @@ pub fn run(daemon: &Daemon, executable: &Path, kept: &[OwnedFd]) -> Output {
         record: None,
         predecessor: None,
         descriptors: kept.iter().map(|_| "whatever".to_owned()).collect(),
+        observed: Vec::new(),
     };
     // A shell puts them where they belong.
     let mut places = String::new();

@@ -1,0 +1,281 @@
+use super::*;
+
+const S: &str = "/s/0";
+
+fn p(pid: u32) -> Process {
+    Process {
+        pid,
+        start_time: u64::from(pid) + 1000,
+    }
+}
+
+fn m(id: &str, exec_id: &str) -> Member {
+    Member {
+        id: id.into(),
+        exec_id: exec_id.into(),
+    }
+}
+
+fn sighting(kind: Kind, shim: u32, members: &[(&str, &str, u32)]) -> Sighting {
+    Sighting {
+        kind,
+        namespace: "k8s.io".into(),
+        address: "/a".into(),
+        group: "g".into(),
+        shim: p(shim),
+        members: members
+            .iter()
+            .map(|(id, exec_id, pid)| (m(id, exec_id), p(*pid)))
+            .collect(),
+        tasks: members
+            .iter()
+            .filter(|(_, exec, _)| exec.is_empty())
+            .count(),
+    }
+}
+
+fn watching(kind: Kind) -> State {
+    let mut state = State::default();
+    state.step(
+        Input::Seen(S.into(), sighting(kind, 1, &[("a", "", 10)])),
+        0,
+    );
+    state
+}
+
+fn ended(shim: u32, how: How) -> Input {
+    Input::ShimEnded(S.into(), p(shim), how)
+}
+
+const KILLED: How = How::Signalled(9);
+
+fn resumes(out: &[Output]) -> bool {
+    out.contains(&Output::Resume(S.into()))
+}
+
+fn follows(out: &[Output]) -> Option<Follows> {
+    out.iter().find_map(|output| match output {
+        Output::Died(_, _, _, follows) => Some(*follows),
+        _ => None,
+    })
+}
+
+#[test]
+fn what_is_seen_is_watched_once_and_what_has_gone_is_not() {
+    let mut state = State::default();
+    let first = sighting(Kind::Ours, 1, &[("a", "", 10), ("a", "e", 11)]);
+    let out = state.step(Input::Seen(S.into(), first.clone()), 0);
+    assert_eq!(
+        out,
+        [
+            Output::WatchShim(S.into(), p(1)),
+            Output::WatchMember(S.into(), m("a", ""), p(10)),
+            Output::WatchMember(S.into(), m("a", "e"), p(11)),
+        ]
+    );
+    assert_eq!(state.step(Input::Seen(S.into(), first), 0), []);
+    // The exec's id is used again; another container of the pod.
+    let next = sighting(
+        Kind::Ours,
+        1,
+        &[("a", "", 10), ("a", "e", 12), ("b", "", 20)],
+    );
+    let out = state.step(Input::Seen(S.into(), next), 0);
+    assert_eq!(
+        out,
+        [
+            Output::Unwatch(p(11)),
+            Output::WatchMember(S.into(), m("a", "e"), p(12)),
+            Output::WatchMember(S.into(), m("b", ""), p(20)),
+        ]
+    );
+    assert_eq!(state.count(Kind::Ours).inits, 2);
+    let out = state.step(Input::Gone(S.into()), 0);
+    assert_eq!(out.len(), 3, "{out:?}");
+    // It retires and ends.
+    let out = state.step(ended(1, How::Exited(0)), 0);
+    assert!(
+        out.contains(&Output::DropAll(S.into())) && !resumes(&out),
+        "{out:?}"
+    );
+    assert_eq!(state.sockets().count(), 0);
+}
+
+#[test]
+fn only_a_crash_of_our_shim_has_a_successor_and_at_once() {
+    let table = [
+        (Kind::Ours, KILLED, Follows::Successor),
+        (Kind::Ours, How::Signalled(6), Follows::Successor),
+        (Kind::Ours, How::Unknown, Follows::Successor),
+        (Kind::Ours, How::Exited(1), Follows::Successor),
+        (Kind::Ours, How::Exited(0), Follows::Nothing),
+        (Kind::Stock, KILLED, Follows::Loss),
+        (Kind::Stock, How::Exited(0), Follows::Nothing),
+    ];
+    for (kind, how, expected) in table {
+        let mut state = watching(kind);
+        let out = state.step(ended(1, how), 7);
+        assert_eq!(follows(&out), Some(expected), "{kind:?} {how:?}");
+        let successor = expected == Follows::Successor;
+        assert_eq!(resumes(&out), successor, "{kind:?} {how:?}");
+        // What follows a loss may still be adopted.
+        let drops = out.contains(&Output::DropAll(S.into()));
+        assert_eq!(drops, expected == Follows::Nothing, "{kind:?} {how:?}");
+        if successor {
+            assert_eq!(out.first(), Some(&Output::Resume(S.into())));
+        }
+        // The same end twice is one.
+        assert_eq!(state.step(ended(1, how), 7), []);
+    }
+}
+
+#[test]
+fn an_announced_end_and_one_without_tasks_have_no_successor() {
+    let mut state = watching(Kind::Ours);
+    state.step(Input::Leave(S.into(), p(2)), 0);
+    assert!(
+        resumes(&state.step(ended(1, KILLED), 0)),
+        "another was meant"
+    );
+    let mut state = watching(Kind::Ours);
+    state.step(Input::Leave(S.into(), p(1)), 0);
+    assert_eq!(
+        follows(&state.step(ended(1, KILLED), 0)),
+        Some(Follows::Nothing)
+    );
+    let mut state = State::default();
+    state.step(Input::Seen(S.into(), sighting(Kind::Ours, 1, &[])), 0);
+    assert_eq!(
+        follows(&state.step(ended(1, KILLED), 0)),
+        Some(Follows::Nothing)
+    );
+}
+
+#[test]
+fn five_ends_in_a_minute_are_enough_and_slow_ones_are_not() {
+    for (apart, tries) in [(100, 4), (14_000, 4), (15_100, 20)] {
+        let mut state = watching(Kind::Ours);
+        let (mut now, mut shim, mut tried) = (0, 1, 0);
+        for _ in 0..20 {
+            now += apart;
+            let out = state.step(ended(shim, KILLED), now);
+            match follows(&out) {
+                Some(Follows::Successor) => {}
+                Some(Follows::GivenUp) => {
+                    assert!(out.contains(&Output::DropListener(S.into())));
+                    assert_eq!(state.count(Kind::Ours).given_up, 1);
+                    assert_eq!(state.deadline(), None);
+                    break;
+                }
+                other => panic!("{other:?}"),
+            }
+            if let Some(at) = state.deadline() {
+                assert!(!resumes(&out) && at > now && at <= now + 1_000);
+                assert_eq!(state.step(Input::Tick, at - 1), []);
+                assert!(resumes(&state.step(Input::Tick, at)));
+            } else {
+                assert!(resumes(&out));
+            }
+            tried += 1;
+            shim += 1;
+            let out = state.step(Input::Tried(S.into(), Tried::Serves(p(shim))), now);
+            assert_eq!(out.first(), Some(&Output::WatchShim(S.into(), p(shim))));
+        }
+        assert_eq!(tried, tries, "{apart} ms apart");
+    }
+}
+
+#[test]
+fn a_failed_try_is_one_of_five_and_somebody_elses_shim_ends_the_matter() {
+    let mut state = watching(Kind::Ours);
+    assert!(resumes(&state.step(ended(1, KILLED), 0)));
+    let mut now = 0;
+    for _ in 0..3 {
+        state.step(Input::Tried(S.into(), Tried::Failed), now);
+        now = state.deadline().unwrap();
+        assert!(resumes(&state.step(Input::Tick, now)));
+    }
+    let out = state.step(Input::Tried(S.into(), Tried::Failed), now);
+    assert_eq!(follows(&out), Some(Follows::GivenUp));
+    // Adopted by hand.
+    let by_hand = sighting(Kind::Ours, 9, &[("a", "", 10)]);
+    let out = state.step(Input::Seen(S.into(), by_hand), now);
+    assert_eq!(out, [Output::WatchShim(S.into(), p(9))]);
+    assert_eq!(state.count(Kind::Ours).shims, 1);
+}
+
+#[test]
+fn whoever_stands_back_leaves_it_to_the_next_look() {
+    let mut state = watching(Kind::Ours);
+    state.step(ended(1, KILLED), 0);
+    let out = state.step(Input::Tried(S.into(), Tried::StoodBack), 1);
+    assert_eq!(out, [Output::Look(S.into())]);
+    let other = sighting(Kind::Ours, 9, &[("a", "", 10)]);
+    let out = state.step(Input::Seen(S.into(), other), 2);
+    assert_eq!(out, [Output::WatchShim(S.into(), p(9))]);
+    // And if there is none but the dead one: it is seen to be dead by whoever watches it.
+    let mut state = watching(Kind::Ours);
+    state.step(ended(1, KILLED), 0);
+    state.step(Input::Tried(S.into(), Tried::StoodBack), 1);
+    let same = sighting(Kind::Ours, 1, &[("a", "", 10)]);
+    let out = state.step(Input::Seen(S.into(), same), 2);
+    assert_eq!(out, [Output::WatchShim(S.into(), p(1))]);
+    assert!(resumes(&state.step(ended(1, How::Unknown), 3)));
+}
+
+#[test]
+fn tasks_of_a_stock_shim_are_seen_and_go_one_by_one() {
+    let mut state = State::default();
+    for (id, pid) in [("pause", 10), ("app", 11)] {
+        let one = sighting(Kind::Stock, 1, &[(id, "", pid)]);
+        state.step(Input::SeenAlso(S.into(), one), 0);
+    }
+    assert_eq!(state.count(Kind::Stock).inits, 2);
+    let out = state.step(Input::MemberEnded(S.into(), m("app", ""), p(11)), 0);
+    assert_eq!(out, [Output::DropMember(S.into(), m("app", ""))]);
+    let out = state.step(Input::TaskGone(S.into(), "pause".into()), 0);
+    assert_eq!(
+        out,
+        [
+            Output::Unwatch(p(10)),
+            Output::DropMember(S.into(), m("pause", ""))
+        ]
+    );
+    state.step(ended(1, How::Exited(0)), 0);
+    assert_eq!(state.sockets().count(), 0);
+}
+
+#[test]
+fn a_lost_stock_shim_is_forgotten_with_its_last_task() {
+    let mut state = watching(Kind::Stock);
+    state.step(ended(1, KILLED), 0);
+    let out = state.step(Input::TaskGone(S.into(), "a".into()), 0);
+    assert!(out.contains(&Output::DropAll(S.into())), "{out:?}");
+    // Or our shim has adopted it.
+    let mut state = watching(Kind::Stock);
+    state.step(ended(1, KILLED), 0);
+    let ours = sighting(Kind::Ours, 5, &[("a", "", 10)]);
+    let out = state.step(Input::Seen(S.into(), ours), 0);
+    assert_eq!(out, [Output::WatchShim(S.into(), p(5))]);
+    let also = sighting(Kind::Stock, 1, &[("a", "", 10)]);
+    assert_eq!(state.step(Input::SeenAlso(S.into(), also), 0), []);
+}
+
+#[test]
+fn ends_from_before_a_restart_count() {
+    let mut state = State::default();
+    let old = sighting(Kind::Ours, 1, &[("a", "", 10)]);
+    state.remember(Path::new(S), old.clone(), vec![1, 2, 3, 4]);
+    let out = state.step(Input::Seen(S.into(), old), 10);
+    assert_eq!(
+        out,
+        [
+            Output::WatchShim(S.into(), p(1)),
+            Output::WatchMember(S.into(), m("a", ""), p(10))
+        ]
+    );
+    assert_eq!(
+        follows(&state.step(ended(1, KILLED), 11)),
+        Some(Follows::GivenUp)
+    );
+}

@@ -1,0 +1,23 @@
+//! `recoverd supervise`: the daemon that lets no shim be lost.
+//!
+//! ```text
+//! shims ──words, descriptors──▶ (daemon) ──▶ bag        what must outlive its shim
+//! records, bundles ──look──▶ decide ──▶ (daemon) ──▶ adopt::run   a successor, with the bag
+//! pidfds ──an end──▶ witnessed          who ended how, on disk
+//!                    metrics, store     Prometheus, the service manager
+//! ```
+//!
+//! One thread, one loop. Deciding is in `decide`; `daemon` performs and has no policy; `catch` and
+//! `look` read. Everything that it knows can be had again by looking, but for what only a dead shim
+//! had, and that is why it exists. It ends no process and removes nothing but its own files.
+
+mod bag;
+mod catch;
+mod daemon;
+mod decide;
+mod look;
+mod metrics;
+mod serve_metrics;
+mod store;
+
+pub use daemon::{Setup, run};

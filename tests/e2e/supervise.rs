@@ -1,0 +1,484 @@
+//! `recoverd supervise`: SPEC's row F6 (a shim of ours dies while containerd is up), the witness of
+//! exits, F4 with terminals and writers, and what is never hidden.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::process::Stdio;
+use std::sync::Arc;
+
+use recoverd_tests::{
+    Container, Containerd, Events, Node, Process, Release, ShimUnderTest, Supervisor, Task, Traces,
+    make_fifo, wait_for,
+};
+
+recoverd_tests::tests! {
+    on_every_release: [
+        a_killed_shim_is_nobodys_end,
+        clients_go_on_when_shim_and_supervisor_die_in_turns,
+        an_exit_that_only_the_supervisor_saw_is_told_truly,
+        writers_and_terminals_of_a_stock_shim_outlive_it,
+        intended_ends_are_not_hidden_and_nothing_is_kept,
+    ],
+    once: [
+        a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand,
+        one_supervisor_at_a_time,
+    ],
+}
+
+/// A line of shell that writes 1, 2, 3, … until `stop` exists, slowly enough to be alive for long.
+fn counting(stop: &str, exit: u32) -> String {
+    format!(
+        "n=0; while [ ! -e {stop} ]; do n=$((n+1)); echo $n; \
+         [ $((n % 20)) -ne 0 ] || usleep 5000; done; exit {exit}"
+    )
+}
+
+/// Every line, each after the one before it; how many.
+#[track_caller]
+fn assert_numbered(text: &str) -> usize {
+    let lines: Vec<&str> = text.lines().collect();
+    for (at, line) in lines.iter().enumerate() {
+        assert_eq!(line.parse(), Ok(at + 1), "line {at} of {}", lines.len());
+    }
+    lines.len()
+}
+
+fn ours(id: &str) -> Container {
+    Container::new(id).shim(ShimUnderTest::Recoverd)
+}
+
+/// SIGKILLs whoever serves the task and waits for the successor; which that is.
+#[track_caller]
+fn kill_and_await(node: &Node, task: &Task) -> Process {
+    let old = task.shim_now();
+    node.kill(&old);
+    let new = task.shim_now();
+    assert_ne!(new.pid, old.pid);
+    new
+}
+
+#[track_caller]
+fn assert_running(containerd: &Containerd, task: &Task) {
+    task.assert_init_alive();
+    let row = containerd.task(task.namespace(), task.id());
+    let row = row.map(|row| (row.pid, row.status));
+    assert_eq!(row, Some((task.init.pid, "RUNNING".to_owned())));
+}
+
+/// What is typed into a terminal.
+struct Typed(File);
+
+impl Typed {
+    #[track_caller]
+    fn new(node: &Node, name: &str) -> (Typed, Stdio) {
+        let path = make_fifo(node, name);
+        let open = || {
+            let both = File::options().read(true).write(true).open(&path);
+            both.unwrap_or_else(|e| panic!("open {}: {e}", path.display()))
+        };
+        (Typed(open()), Stdio::from(open()))
+    }
+
+    #[track_caller]
+    fn line(&mut self, line: &str) {
+        let written = self.0.write_all(format!("{line}\n").as_bytes());
+        written.unwrap_or_else(|e| panic!("type {line:?}: {e}"));
+    }
+}
+
+/// Types a line and waits for what it prints.
+#[track_caller]
+fn type_and_see(typed: &mut Typed, terminal: &recoverd_tests::Running, word: &str) {
+    let (first, rest) = word.split_at(1);
+    // Its echo does not hold the word itself.
+    typed.line(&format!("echo '{first}''{rest}'"));
+    wait_for(&format!("{word} on the terminal"), || {
+        terminal.text().contains(word).then_some(())
+    });
+}
+
+fn a_killed_shim_is_nobodys_end(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let before = Traces::of(&node);
+    let supervisor = node.supervise();
+    let events = Events::of(&containerd);
+
+    let (blocked, mut client) = containerd.run_attached(&ours("blocked").shares(&node).command([
+        "sh",
+        "-c",
+        &counting("/mnt/stop", 23),
+    ]));
+    let (mut typed, stdin) = Typed::new(&node, "typed");
+    let (terminal, mut shown) =
+        containerd.run_typed(&ours("terminal").terminal().command(["sh"]), stdin);
+    type_and_see(&mut typed, &shown, "before");
+    let mut exec = containerd.exec_attached(
+        &blocked,
+        "session",
+        &["sh", "-c", &counting("/mnt/exec-stop", 7), "session"],
+    );
+    let session = node.shell_with("session");
+    let pod: Vec<Task> = [
+        ("pause", None),
+        ("app", Some("app")),
+        ("side", Some("side")),
+    ]
+    .into_iter()
+    .map(|(id, name)| containerd.run(&ours(id).pod("pause", "prod", "web-0", name)))
+    .collect();
+    supervisor.wait_watching("ours", 3);
+
+    for round in 0..3 {
+        for task in [&blocked, &terminal, &pod[0]] {
+            kill_and_await(&node, task);
+        }
+        type_and_see(&mut typed, &shown, &format!("round-{round}"));
+        for task in pod.iter().chain([&blocked, &terminal]) {
+            assert_running(&containerd, task);
+        }
+        assert!(node.alive(&session), "the exec session ended");
+        for running in [&mut client, &mut shown, &mut exec] {
+            assert!(running.is_running(), "{}", running.text());
+        }
+        let (was, was_exec) = (client.text().len(), exec.text().len());
+        wait_for("both streams to go on", || {
+            (client.text().len() > was && exec.text().len() > was_exec).then_some(())
+        });
+    }
+    assert_eq!(pod[1].shim_now(), pod[0].shim_now());
+    assert_eq!(
+        supervisor.metric("recoverd_resumes_total{result=\"adopted\"}"),
+        9.0
+    );
+    // containerd has noticed nothing.
+    for id in ["blocked", "terminal", "pause", "app", "side"] {
+        for topic in ["/tasks/exit", "/tasks/delete"] {
+            let told = events.of_topic(id, topic);
+            let of_exec = |event: &recoverd_tests::Event| event.text("id") == "session";
+            assert!(told.iter().all(of_exec), "{id} {topic}: {told:?}");
+        }
+    }
+
+    node.tell("exec-stop");
+    assert_eq!(exec.wait().code(), Some(7), "{}", exec.text());
+    assert!(assert_numbered(&exec.text()) > 100);
+    node.tell("stop");
+    assert_eq!(client.wait().code(), Some(23), "{}", client.text());
+    assert!(assert_numbered(&client.text()) > 100);
+    typed.line("exit 5");
+    assert_eq!(shown.wait().code(), Some(5), "{}", shown.text());
+    for id in ["blocked", "terminal"] {
+        containerd.ctr_ok("e2e", ["containers", "delete", id]);
+    }
+    for task in pod.iter().rev() {
+        containerd.remove(task);
+    }
+    nothing_is_kept(&supervisor);
+    supervisor.stop();
+    drop(events);
+    fs::remove_dir_all(node.path("/run/recoverd")).unwrap_or_else(|e| panic!("{e}"));
+    let _ = fs::remove_dir_all(node.path("/var/lib/recoverd"));
+    before.wait_restored(&node);
+}
+
+#[track_caller]
+fn nothing_is_kept(supervisor: &Supervisor) {
+    wait_for("nothing to be kept any more", || {
+        let text = supervisor.metrics();
+        let mut kept = text
+            .lines()
+            .filter(|line| line.starts_with("recoverd_kept_descriptors{"));
+        kept.all(|line| line.ends_with(" 0")).then_some(())
+    });
+}
+
+fn clients_go_on_when_shim_and_supervisor_die_in_turns(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    // No supervisor yet: nothing was pushed to anybody.
+    let (blocked, mut client) = containerd.run_attached(&ours("blocked").shares(&node).command([
+        "sh",
+        "-c",
+        &counting("/mnt/stop", 23),
+    ]));
+    let (mut typed, stdin) = Typed::new(&node, "typed");
+    let (terminal, mut shown) =
+        containerd.run_typed(&ours("terminal").terminal().command(["sh"]), stdin);
+    for round in 0..3 {
+        let supervisor = node.supervise();
+        supervisor.wait_watching("ours", 2);
+        for task in [&blocked, &terminal] {
+            kill_and_await(&node, task);
+            assert_running(&containerd, task);
+        }
+        type_and_see(&mut typed, &shown, &format!("round-{round}"));
+        let was = client.text().len();
+        wait_for("the stream to go on", || {
+            (client.text().len() > was).then_some(())
+        });
+        assert!(client.is_running() && shown.is_running());
+        if round == 1 {
+            supervisor.stop();
+        } else {
+            supervisor.kill();
+        }
+    }
+    let supervisor = node.supervise();
+    node.tell("stop");
+    assert_eq!(client.wait().code(), Some(23), "{}", client.text());
+    assert_numbered(&client.text());
+    typed.line("exit 5");
+    assert_eq!(shown.wait().code(), Some(5), "{}", shown.text());
+    nothing_is_kept(&supervisor);
+}
+
+/// A shim that starts only when `NAME` exists in the node's folder.
+#[track_caller]
+fn slow_shim(node: &Arc<Node>, name: &str) -> String {
+    let path = node.folder().join("slow-shim");
+    let script = format!(
+        "#!/bin/sh\nwhile [ ! -e {} ]; do sleep 0.02; done\nexec {} \"$@\"\n",
+        node.folder().join(name).display(),
+        node.built("containerd-shim-recoverd-v1").display()
+    );
+    fs::write(&path, script).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+    node.run("chmod", ["0755", &path.display().to_string()]);
+    format!(
+        "[adopt]\nbinary = {:?}\ndeadline = \"60s\"\n",
+        path.display().to_string()
+    )
+}
+
+fn an_exit_that_only_the_supervisor_saw_is_told_truly(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let config = slow_shim(&node, "go-on");
+    let supervisor = node.supervise_with(&config);
+    let events = Events::of(&containerd);
+    let (task, mut client) = containerd.run_attached(&ours("seen").command([
+        "sh",
+        "-c",
+        "trap 'exit 23' TERM; while :; do sleep 1000 & wait $!; done",
+    ]));
+    containerd.exec(
+        &task,
+        "session",
+        &[
+            "sh",
+            "-c",
+            "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done",
+            "session",
+        ],
+    );
+    let session = node.shell_with("session");
+    supervisor.wait_watching("ours", 1);
+    wait_for("both to be watched", || {
+        let record = recoverd_tests::record_at(&node, task.socket());
+        (record.tasks.first()?.execs.first()?.process.is_some()).then_some(())
+    });
+    // Its record is read some milliseconds after it was written.
+    wait_for("the exec to be watched", || {
+        let fds = node.shell(&format!(
+            "cat /proc/{}/fdinfo/* 2>/dev/null",
+            supervisor.process().pid
+        ));
+        fds.lines()
+            .any(|line| line == format!("Pid:\t{}", session.pid))
+            .then_some(())
+    });
+    node.kill(&task.shim);
+    for process in [&session, &task.init] {
+        node.signal(process, "TERM");
+        node.wait_gone(process);
+    }
+    wait_for("both exits to be witnessed", || {
+        let seen = node.witnessed();
+        let exits = seen["exits"].as_array()?;
+        let of = |pid: u32| exits.iter().find(|exit| exit["process"][0] == pid);
+        (of(session.pid)?["status"] == 7 && of(task.init.pid)?["status"] == 23).then_some(())
+    });
+    assert!(client.is_running(), "{}", client.text());
+    node.tell("go-on");
+    assert_eq!(client.wait().code(), Some(23), "{}", client.text());
+    for (id, status) in [("session", 7), ("seen", 23)] {
+        let told = wait_for(&format!("the exit of {id}"), || {
+            let exits = events.of_topic("seen", "/tasks/exit");
+            exits.into_iter().find(|event| event.text("id") == id)
+        });
+        assert_eq!(told.number("exit_status"), status, "{told:?}");
+    }
+    supervisor.stop();
+
+    // It outlives the supervisor: what it saw is on disk.
+    let supervisor = node.supervise_with("[adopt]\nbinary = \"/bin/false\"\n");
+    let task = containerd.run(&ours("later").command([
+        "sh",
+        "-c",
+        "trap 'exit 42' TERM; while :; do sleep 1000 & wait $!; done",
+    ]));
+    supervisor.wait_watching("ours", 1);
+    containerd.kill();
+    node.kill(&task.shim);
+    node.signal(&task.init, "TERM");
+    node.wait_gone(&task.init);
+    wait_for("the exit to be witnessed", || {
+        let seen = node.witnessed();
+        let exits = seen["exits"].as_array()?;
+        exits.iter().find(|exit| exit["status"] == 42).map(drop)
+    });
+    supervisor.kill();
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    containerd.start();
+    assert_eq!(task.wait("").exit_status, 42);
+    containerd.delete(&task, 42);
+}
+
+fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let supervisor = node.supervise();
+    let writer = containerd.run(&Container::new("writer").shares(&node).command([
+        "sh",
+        "-c",
+        "trap 'exit 23' TERM; while :; do echo line; usleep 2000; done",
+    ]));
+    let terminal = containerd.run(&Container::new("terminal").terminal().command([
+        "sh",
+        "-c",
+        "trap 'echo hung up >&2; exit 9' HUP; while :; do sleep 1000 & wait $!; done",
+    ]));
+    let ends = containerd.run(&Container::new("ends").command([
+        "sh",
+        "-c",
+        "trap 'exit 41' TERM; while :; do sleep 1000 & wait $!; done",
+    ]));
+    supervisor.wait_watching("stock", 3);
+    wait_for("its pipes and its terminal to be kept", || {
+        (supervisor.kept("output") >= 2.0 && supervisor.kept("master") == 1.0).then_some(())
+    });
+    assert_eq!(
+        supervisor.kept("stdin") + supervisor.kept("output-fifo"),
+        0.0
+    );
+    containerd.kill();
+    for task in [&writer, &terminal, &ends] {
+        node.kill(&task.shim);
+    }
+    node.signal(&ends.init, "TERM");
+    node.wait_gone(&ends.init);
+    // A writer without a reader would be dead by now, and a shell without a terminal.
+    wait_for("the deaths to be told", || {
+        let seen = node.witnessed();
+        (seen["deaths"].as_array()?.len() == 3).then_some(())
+    });
+    writer.assert_init_alive();
+    terminal.assert_init_alive();
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    containerd.start();
+    for task in [&writer, &terminal] {
+        assert_running(&containerd, task);
+    }
+    // The terminal's end would be told to the shell.
+    let resized = containerd
+        .exec_attached(&terminal, "look", &["echo", "well"])
+        .wait();
+    assert!(resized.success());
+    assert_eq!(ends.wait("").exit_status, 41);
+    containerd.delete(&ends, 41);
+    node.signal(&writer.init, "TERM");
+    assert_eq!(writer.wait("").exit_status, 23);
+    containerd.delete(&writer, 23);
+    containerd.remove(&terminal);
+    nothing_is_kept(&supervisor);
+}
+
+fn intended_ends_are_not_hidden_and_nothing_is_kept(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let supervisor = node.supervise();
+    // stdin's end reaches the process, its output's end the client, and its own the shim.
+    for shim in [ShimUnderTest::Recoverd, ShimUnderTest::Stock] {
+        let id = format!("cat-{}", shim.runtime().display().to_string().len());
+        let container = Container::new(&id).shim(shim).command(["cat"]);
+        let output = containerd.run_to_end(&container, "some words\n");
+        assert!(output.status.success(), "{output:?}");
+        assert_eq!(output.stdout, b"some words\n");
+        containerd.ctr_ok("e2e", ["containers", "delete", &id]);
+    }
+    // A shim that is asked to end has no successor.
+    let task = containerd.run(&ours("asked"));
+    supervisor.wait_watching("ours", 1);
+    node.signal(&task.shim, "TERM");
+    node.wait_gone(&task.shim);
+    wait_for("containerd to see its end", || {
+        containerd.task("e2e", "asked").is_none().then_some(())
+    });
+    let resumed = supervisor.metric("recoverd_resumes_total{result=\"adopted\"}");
+    assert_eq!(resumed, 0.0);
+    nothing_is_kept(&supervisor);
+}
+
+fn a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let supervisor = node.supervise();
+    let (task, mut client) = containerd.run_attached(&ours("dies").shares(&node).command([
+        "sh",
+        "-c",
+        &counting("/mnt/stop", 23),
+    ]));
+    supervisor.wait_watching("ours", 1);
+    for _ in 0..4 {
+        kill_and_await(&node, &task);
+    }
+    node.kill(&task.shim_now());
+    wait_for("it to be given up", || {
+        (supervisor.metric("recoverd_given_up_shims") == 1.0).then_some(())
+    });
+    task.assert_init_alive();
+    assert!(
+        supervisor.text().contains("five times in a minute"),
+        "{}",
+        supervisor.text()
+    );
+    let scan = node.scan_of_any_age();
+    assert_eq!(scan.codes("e2e/dies"), ["orphaned-task"], "{scan:#?}");
+    assert!(
+        scan.finding("orphaned-task").mentions("given-up"),
+        "{scan:#?}"
+    );
+    // The client waits on, and has its answer from whoever comes.
+    assert!(client.is_running(), "{}", client.text());
+    let adopted = node.recoverd(["adopt"]);
+    assert!(adopted.status.success(), "{adopted:?}");
+    wait_for("it to be watched again", || {
+        (supervisor.metric("recoverd_given_up_shims") == 0.0).then_some(())
+    });
+    assert_running(&containerd, &task);
+    node.tell("stop");
+    assert_eq!(client.wait().code(), Some(23), "{}", client.text());
+    assert_numbered(&client.text());
+}
+
+fn one_supervisor_at_a_time(_release: &Release) {
+    let node = Node::start();
+    let supervisor = node.supervise();
+    let second = node.recoverd(["supervise"]);
+    assert_eq!(second.status.code(), Some(4), "{second:?}");
+    let said = String::from_utf8_lossy(&second.stderr).into_owned();
+    assert!(
+        said.contains(&format!("supervise, pid {}", supervisor.process().pid)),
+        "{said}"
+    );
+    let mode = node.run(
+        "stat",
+        ["-c", "%a", "/run/recoverd/supervise.sock", "/run/recoverd"],
+    );
+    assert_eq!(mode, "600\n700\n");
+    supervisor.kill();
+    node.supervise().stop();
+    assert!(!node.path("/run/recoverd/supervise.sock").exists());
+}

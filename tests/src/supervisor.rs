@@ -1,0 +1,123 @@
+//! `recoverd supervise` in a node.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use crate::node::{Node, Running};
+use crate::process::Process;
+use crate::wait::wait_for;
+
+/// A supervisor that serves. Killed when dropped.
+pub struct Supervisor {
+    node: Arc<Node>,
+    running: Running,
+}
+
+impl Node {
+    /// Starts one; serving when this returns.
+    #[track_caller]
+    pub fn supervise(self: &Arc<Node>) -> Supervisor {
+        self.supervise_with("")
+    }
+
+    /// The same, configured by these lines.
+    #[track_caller]
+    pub fn supervise_with(self: &Arc<Node>, config: &str) -> Supervisor {
+        let file = self.folder().join("supervise.toml");
+        fs::write(&file, config).unwrap_or_else(|e| panic!("write {}: {e}", file.display()));
+        let args = [Path::new("--config"), &file, Path::new("supervise")];
+        let mut running = self.spawn(self.built("recoverd"), args);
+        wait_for("a supervisor that serves", || {
+            assert!(running.is_running(), "it ended: {}", running.text());
+            running.text().contains("supervisor serves").then_some(())
+        });
+        Supervisor {
+            node: Arc::clone(self),
+            running,
+        }
+    }
+
+    /// What supervisors have seen in this node so far.
+    #[track_caller]
+    pub fn witnessed(&self) -> Value {
+        let path = self.path("/run/recoverd/witnessed.json");
+        let text = fs::read(&path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()));
+        serde_json::from_slice(&text).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+    }
+}
+
+impl Supervisor {
+    /// Its process.
+    pub fn process(&self) -> &Process {
+        &self.running.process
+    }
+
+    /// What it wrote.
+    pub fn text(&self) -> String {
+        self.running.text()
+    }
+
+    /// SIGKILLs it.
+    #[track_caller]
+    pub fn kill(self) {
+        self.node.kill(&self.running.process);
+    }
+
+    /// Asks it to stop; it must, with success.
+    #[track_caller]
+    pub fn stop(mut self) {
+        self.node.signal(&self.running.process, "TERM");
+        let status = self.running.wait();
+        assert!(status.success(), "{status}: {}", self.running.text());
+    }
+
+    /// Its metrics.
+    #[track_caller]
+    pub fn metrics(&self) -> String {
+        let path = self.node.path("/run/recoverd/metrics.sock");
+        let mut stream = UnixStream::connect(&path)
+            .unwrap_or_else(|e| panic!("connect {}: {e}", path.display()));
+        let mut text = String::new();
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
+            .and_then(|()| stream.read_to_string(&mut text))
+            .unwrap_or_else(|e| panic!("read metrics: {e}"));
+        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
+        text
+    }
+
+    /// The value of one metric, its labels as printed; 0 when it is not there.
+    #[track_caller]
+    pub fn metric(&self, name: &str) -> f64 {
+        let text = self.metrics();
+        let line = text
+            .lines()
+            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+        line.map_or(0.0, |value| {
+            value
+                .parse()
+                .unwrap_or_else(|e| panic!("value of {name} {value:?}: {e}"))
+        })
+    }
+
+    /// How many descriptors of this kind it keeps.
+    #[track_caller]
+    pub fn kept(&self, what: &str) -> f64 {
+        self.metric(&format!("recoverd_kept_descriptors{{what=\"{what}\"}}"))
+    }
+
+    /// Waits until it watches so many shims of ours or stock ones.
+    #[track_caller]
+    pub fn wait_watching(&self, kind: &str, shims: usize) {
+        let name = format!("recoverd_supervised_shims{{kind=\"{kind}\"}}");
+        let shims = f64::from(u32::try_from(shims).unwrap_or(u32::MAX));
+        wait_for(&format!("{shims} {kind} shims to be watched"), || {
+            (self.metric(&name) == shims).then_some(())
+        });
+    }
+}

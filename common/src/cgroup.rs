@@ -21,6 +21,8 @@ pub struct Roots {
     pub proc: PathBuf,
     /// `/sys/fs/cgroup`.
     pub cgroup: PathBuf,
+    /// `/sys/kernel/mm/hugepages`, a folder for each size of huge page that the machine has.
+    pub hugepages: PathBuf,
 }
 
 impl Default for Roots {
@@ -28,6 +30,7 @@ impl Default for Roots {
         Self {
             proc: "/proc".into(),
             cgroup: "/sys/fs/cgroup".into(),
+            hugepages: "/sys/kernel/mm/hugepages".into(),
         }
     }
 }
@@ -229,6 +232,7 @@ mod tests {
         Roots {
             proc: "/p".into(),
             cgroup: "/c".into(),
+            ..Roots::default()
         }
     }
 
@@ -303,6 +307,7 @@ mod tests {
         let roots = Roots {
             proc: dir.path().join("p"),
             cgroup: dir.path().join("c"),
+            ..Roots::default()
         };
         fs::create_dir_all(roots.proc.join("7")).unwrap();
         fs::write(roots.proc.join("7/cgroup"), UNIFIED).unwrap();

@@ -251,6 +251,7 @@ mod tests {
         let roots = Roots {
             proc: dir.path().join("p"),
             cgroup: dir.path().join("c"),
+            ..Roots::default()
         };
         fs::create_dir_all(roots.proc.join("self")).unwrap();
         fs::create_dir_all(&roots.cgroup).unwrap();

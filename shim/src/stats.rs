@@ -32,7 +32,7 @@ pub fn read(roots: &Roots, cgroup: &Cgroup) -> Seen<Any> {
         },
         Cgroup::V2(folder) => Any {
             type_url: type_url::METRICS_V2.into(),
-            value: metrics_v2(folder).encode_to_vec(),
+            value: metrics_v2(roots, folder).encode_to_vec(),
         },
     })
 }
@@ -60,25 +60,29 @@ fn number_v1(folder: &Path, file: &str) -> u64 {
     }
 }
 
-/// Page sizes (`2MB`) for which `folder` has `hugetlb.<size>.<suffix>`.
-fn page_sizes(folder: &Path, suffix: &str) -> Vec<String> {
-    let Ok(entries) = std::fs::read_dir(folder) else {
+/// The machine's sizes of huge pages as the kernel's cgroup files name them (`2MB`). Like the stock
+/// shim we have an entry for each, also where the group does not count them.
+fn page_sizes(hugepages: &Path) -> Vec<String> {
+    let Ok(entries) = std::fs::read_dir(hugepages) else {
         return Vec::new();
     };
-    let mut sizes: Vec<String> = entries
+    entries
         .flatten()
-        .filter_map(|entry| {
-            let name = entry.file_name().into_string().ok()?;
-            let size = name
-                .strip_prefix("hugetlb.")?
-                .strip_suffix(suffix)?
-                .strip_suffix('.')?;
-            // `2MB.rsvd` counts reservations.
-            (!size.contains('.')).then(|| size.to_owned())
-        })
-        .collect();
-    sizes.sort();
-    sizes
+        .filter_map(|entry| page_size(entry.file_name().to_str()?))
+        .collect()
+}
+
+/// `hugepages-2048kB` is `2MB`.
+fn page_size(folder: &str) -> Option<String> {
+    let text = folder.strip_prefix("hugepages-")?.strip_suffix("kB")?;
+    let mut size: u64 = text.parse().ok()?;
+    let mut units = ["KB", "MB", "GB", "TB"].into_iter();
+    let mut unit = units.next()?;
+    while size >= 1024 {
+        let Some(next) = units.next() else { break };
+        (size, unit) = (size / 1024, next);
+    }
+    Some(format!("{size}{unit}"))
 }
 
 // ---- cgroup v1 ----
@@ -92,7 +96,7 @@ fn metrics_v1(roots: &Roots, cgroup: &Cgroup) -> v1::Metrics {
         ..Default::default()
     };
     if let Some(folder) = cgroup.folder("hugetlb") {
-        metrics.hugetlb = page_sizes(folder, "usage_in_bytes")
+        metrics.hugetlb = page_sizes(&roots.hugepages)
             .into_iter()
             .map(|size| v1::HugetlbStat {
                 usage: number_v1(folder, &format!("hugetlb.{size}.usage_in_bytes")),
@@ -334,7 +338,7 @@ fn rdma(text: &str) -> impl Iterator<Item = (String, u32, u32)> {
 
 // ---- cgroup v2 ----
 
-fn metrics_v2(folder: &Path) -> v2::Metrics {
+fn metrics_v2(roots: &Roots, folder: &Path) -> v2::Metrics {
     let rdma = |file: &str| {
         rdma(&text(folder, file).unwrap_or_default())
             .map(|(device, hca_handles, hca_objects)| v2::RdmaEntry {
@@ -371,7 +375,7 @@ fn metrics_v2(folder: &Path) -> v2::Metrics {
             usage: io_v2(&text(folder, "io.stat").unwrap_or_default()),
             psi: psi(folder, "io.pressure"),
         }),
-        hugetlb: page_sizes(folder, "current")
+        hugetlb: page_sizes(&roots.hugepages)
             .into_iter()
             .map(|size| v2::HugeTlbStat {
                 current: number(folder, &format!("hugetlb.{size}.current")),
@@ -614,7 +618,9 @@ mod tests {
         let roots = Roots {
             proc: dir.path().join("p"),
             cgroup: dir.path().into(),
+            hugepages: dir.path().join("h"),
         };
+        fs::create_dir_all(roots.hugepages.join("hugepages-2048kB")).unwrap();
         let controllers = [
             "pids", "cpu", "cpuacct", "memory", "blkio", "hugetlb", "rdma",
         ];
@@ -732,7 +738,15 @@ mod tests {
                 ("hugetlb.1GB.rsvd.current", "0\n"),
             ],
         );
-        let any = read(&Roots::default(), &Cgroup::V2(folder))
+        let roots = Roots {
+            hugepages: dir.path().join("h"),
+            ..Roots::default()
+        };
+        // The kernel has both, this group counts the first.
+        for name in ["hugepages-1048576kB", "hugepages-64kB", "demote"] {
+            fs::create_dir_all(roots.hugepages.join(name)).unwrap();
+        }
+        let any = read(&roots, &Cgroup::V2(folder))
             .present()
             .cloned()
             .unwrap();
@@ -770,7 +784,14 @@ mod tests {
                 wios: 4
             }]
         );
-        assert_eq!((m.hugetlb.len(), m.hugetlb[0].failcnt), (1, 6));
+        let mut sizes: Vec<_> = m
+            .hugetlb
+            .iter()
+            .map(|h| (&*h.pagesize, h.failcnt))
+            .collect();
+        // In whatever order the file system has them.
+        sizes.sort();
+        assert_eq!(sizes, [("1GB", 6), ("64KB", 0)]);
     }
 
     #[test]

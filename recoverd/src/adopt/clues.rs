@@ -148,6 +148,7 @@ fn frozen(roots: &Roots, memberships: &[String]) -> bool {
     let cgroup_roots = CgroupRoots {
         proc: roots.proc.clone(),
         cgroup: roots.cgroup.clone(),
+        ..CgroupRoots::default()
     };
     let memberships = parse_memberships(&memberships.join("\n"));
     let Seen::Present(cgroup) = Cgroup::of_memberships(&cgroup_roots, &memberships) else {

@@ -39,8 +39,9 @@ pub struct Containerd {
     config: PathBuf,
     log: PathBuf,
     log_level: &'static str,
-    /// The part of its configuration that says how Kubernetes' pods are run; none without them.
-    pods: Option<String>,
+    /// The part of its configuration that says how Kubernetes' pods are run, and the version in
+    /// which it says so; none without them.
+    pods: Option<(u32, String)>,
     environment: Vec<(String, String)>,
     running: Option<Running>,
 }
@@ -85,6 +86,10 @@ impl Containerd {
 
     /// Version 2 is the format that every release reads.
     fn write_config(&self) {
+        let (version, pods) = match &self.pods {
+            Some((version, pods)) => (*version, pods.as_str()),
+            None => (2, ""),
+        };
         let cri = CRI.iter().filter(|_| self.pods.is_none());
         let disabled: Vec<String> = DISABLED
             .iter()
@@ -92,7 +97,7 @@ impl Containerd {
             .map(|name| format!("{name:?}"))
             .collect();
         let text = format!(
-            "version = 2\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
+            "version = {version}\nroot = {root:?}\nstate = {state:?}\ndisabled_plugins = [{disabled}]\n\
              [grpc]\n  address = {address:?}\n\
              [ttrpc]\n  address = {ttrpc:?}\n\
              [debug]\n  level = {level:?}\n{pods}",
@@ -101,16 +106,16 @@ impl Containerd {
             disabled = disabled.join(", "),
             address = self.address,
             level = self.log_level,
-            pods = self.pods.as_deref().unwrap_or_default(),
             ttrpc = format!("{}.ttrpc", self.address.display()),
         );
         fs::write(&self.config, text)
             .unwrap_or_else(|e| panic!("write {}: {e}", self.config.display()));
     }
 
-    /// How it runs Kubernetes' pods from the next start on: TOML of a configuration of version 2.
-    pub(crate) fn pods(&mut self, config: String) {
-        self.pods = Some(config);
+    /// How it runs Kubernetes' pods from the next start on: TOML of a configuration of that
+    /// version.
+    pub(crate) fn pods(&mut self, version: u32, config: String) {
+        self.pods = Some((version, config));
         self.write_config();
     }
 

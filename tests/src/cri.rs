@@ -3,7 +3,6 @@
 //! Pods have the host's network (a node has no other) and no seccomp or AppArmor profile: these are
 //! containerd's affair and not the shim's.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -26,6 +25,7 @@ const NAMESPACE: &str = "k8s.io";
 /// The CRI's table in a configuration of version 2.
 const CRI: &str = "plugins.\"io.containerd.grpc.v1.cri\"";
 const IMAGE: &str = "localhost/busybox:latest";
+const PAUSE: &str = "localhost/pause:latest";
 
 /// A runtime of containerd's CRI configuration, by its name there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,8 +66,27 @@ impl Node {
     /// started, and the images there.
     #[track_caller]
     pub fn kubernetes(self: &Arc<Node>, release: &Release) -> Containerd {
+        self.pods_by(release, 2, config())
+    }
+
+    /// The same with the CRI configured by `runtimes`, a whole part of `config.toml` that begins
+    /// with its version, as an operator writes it.
+    #[track_caller]
+    pub fn kubernetes_by(self: &Arc<Node>, release: &Release, runtimes: &str) -> Containerd {
+        let version = runtimes.lines().next().unwrap_or_default();
+        let (version, needed) = match version {
+            "version = 2" => (2, needed_by_version_2()),
+            "version = 3" => (3, needed_by_version_3()),
+            other => panic!("not a version of containerd's configuration: {other:?}"),
+        };
+        let runtimes = runtimes.lines().skip(1).collect::<Vec<_>>().join("\n");
+        self.pods_by(release, version, format!("{needed}\n{runtimes}\n"))
+    }
+
+    #[track_caller]
+    fn pods_by(self: &Arc<Node>, release: &Release, version: u32, config: String) -> Containerd {
         let mut containerd = Containerd::new(self, release, None);
-        containerd.pods(config());
+        containerd.pods(version, config);
         containerd.start();
         for image in ["pause", "busybox"] {
             containerd.import_archive(NAMESPACE, image);
@@ -77,7 +96,26 @@ impl Node {
     }
 }
 
-/// In the form that every release reads; 2.x takes it over into its own tables.
+/// What the tests need whatever the runtimes are.
+fn needed_by_version_2() -> String {
+    // An exec whose output somebody else holds is given up; the default is to wait for ever. And
+    // the tests' root may not give a process a better score than its own.
+    format!(
+        "[{CRI}]\nsandbox_image = {PAUSE:?}\ndisable_apparmor = true\n\
+         drain_exec_sync_io_timeout = \"3s\"\nrestrict_oom_score_adj = true\n"
+    )
+}
+
+/// The same where the CRI is two plugins.
+fn needed_by_version_3() -> String {
+    format!(
+        "[plugins.\"io.containerd.cri.v1.images\".pinned_images]\nsandbox = {PAUSE:?}\n\
+         [plugins.\"io.containerd.cri.v1.runtime\"]\ndisable_apparmor = true\n\
+         drain_exec_sync_io_timeout = \"3s\"\nrestrict_oom_score_adj = true\n"
+    )
+}
+
+/// Every [`Handler`], in the form that every release reads; 2.x takes it over into its own tables.
 fn config() -> String {
     let runtime = |handler: Handler, rest: String| {
         let table = format!("{CRI}.containerd.runtimes.{}", handler.name());
@@ -85,11 +123,7 @@ fn config() -> String {
     };
     let ours = built("containerd-shim-recoverd-v1");
     [
-        format!("[{CRI}]\nsandbox_image = \"localhost/pause:latest\"\ndisable_apparmor = true"),
-        // An exec whose output somebody else holds is given up; the default is to wait for ever.
-        "drain_exec_sync_io_timeout = \"3s\"".into(),
-        // The tests' root may not give a process a better score than its own.
-        "restrict_oom_score_adj = true".into(),
+        needed_by_version_2(),
         format!(
             "[{CRI}.containerd]\ndefault_runtime_name = \"{}\"",
             Handler::Stock.name()
@@ -221,24 +255,6 @@ fn unconfined() -> pb::SecurityProfile {
     }
 }
 
-impl Containerd {
-    /// A client of its CRI, which [`crate::Node::kubernetes`] has turned on.
-    #[track_caller]
-    pub fn cri(&self) -> Cri {
-        Cri {
-            client: Client::of(self),
-            node: Arc::clone(self.node()),
-        }
-    }
-
-    /// A container of a pod, with its processes as they are now; the pod's own id names its pause.
-    #[track_caller]
-    pub fn member(&self, pod: &Pod, id: &str) -> Task {
-        let container = Container::new(id).namespaced(NAMESPACE).group(&pod.id);
-        Task::new(self, &container)
-    }
-}
-
 /// One method: its name, what it is asked with and what it answers.
 macro_rules! rpc {
     ($cri:expr, $method:ident, $request:expr) => {
@@ -249,11 +265,40 @@ macro_rules! rpc {
     };
 }
 
+/// What a call that has to succeed gave.
+#[track_caller]
+fn must<T>(what: &str, answer: Result<T, Refused>) -> T {
+    answer.unwrap_or_else(|refused| panic!("{what}: {refused:?}"))
+}
+
+impl Containerd {
+    /// A client of its CRI, which [`crate::Node::kubernetes`] has turned on and which serves.
+    #[track_caller]
+    pub fn cri(&self) -> Cri {
+        let cri = Cri {
+            client: Client::of(self),
+            node: Arc::clone(self.node()),
+        };
+        // It refuses everything until it has looked at every pod.
+        wait_for("the CRI to serve", || {
+            rpc!(cri, list_pod_sandbox, pb::ListPodSandboxRequest::default()).ok()
+        });
+        cri
+    }
+
+    /// A container of a pod, with its processes as they are now; the pod's own id names its pause.
+    #[track_caller]
+    pub fn member(&self, pod: &Pod, id: &str) -> Task {
+        let container = Container::new(id).namespaced(NAMESPACE).group(&pod.id);
+        Task::new(self, &container)
+    }
+}
+
 impl Cri {
     /// The CRI learns of imported images by containerd's events.
     #[track_caller]
     fn wait_for_images(&self) {
-        for image in ["localhost/pause:latest", IMAGE] {
+        for image in [PAUSE, IMAGE] {
             wait_for(&format!("image {image}"), || {
                 let request = pb::ImageStatusRequest {
                     image: Some(pb::ImageSpec {
@@ -306,8 +351,7 @@ impl Cri {
     /// RunPodSandbox, which must succeed.
     #[track_caller]
     pub fn run_pod(&self, name: &str, handler: Handler) -> Pod {
-        self.try_run_pod(name, handler.name())
-            .unwrap_or_else(|refused| panic!("run pod {name}: {refused:?}"))
+        must("run pod", self.try_run_pod(name, handler.name()))
     }
 
     /// PodSandboxStatus: whether it is ready; `None` when there is no such pod.
@@ -319,35 +363,53 @@ impl Cri {
                 ..pb::PodSandboxFilter::default()
             }),
         };
-        let listed = rpc!(self, list_pod_sandbox, request)
-            .unwrap_or_else(|refused| panic!("list pod {}: {refused:?}", pod.name));
+        let listed = must("list pod", rpc!(self, list_pod_sandbox, request));
         let row = listed.items.into_iter().next()?;
         Some(row.state() == pb::PodSandboxState::SandboxReady)
     }
 
     /// StopPodSandbox.
+    pub fn try_stop_pod(&self, id: &str) -> Result<(), Refused> {
+        let request = pb::StopPodSandboxRequest {
+            pod_sandbox_id: id.into(),
+        };
+        rpc!(self, stop_pod_sandbox, request).map(drop)
+    }
+
+    /// StopPodSandbox, which must succeed.
     #[track_caller]
     pub fn stop_pod(&self, pod: &Pod) {
-        let request = pb::StopPodSandboxRequest {
-            pod_sandbox_id: pod.id.clone(),
-        };
-        rpc!(self, stop_pod_sandbox, request)
-            .unwrap_or_else(|refused| panic!("stop pod {}: {refused:?}", pod.name));
+        must("stop pod", self.try_stop_pod(&pod.id));
     }
 
     /// RemovePodSandbox.
+    pub fn try_remove_pod(&self, id: &str) -> Result<(), Refused> {
+        let request = pb::RemovePodSandboxRequest {
+            pod_sandbox_id: id.into(),
+        };
+        rpc!(self, remove_pod_sandbox, request).map(drop)
+    }
+
+    /// RemovePodSandbox, which must succeed.
     #[track_caller]
     pub fn remove_pod(&self, pod: &Pod) {
-        let request = pb::RemovePodSandboxRequest {
-            pod_sandbox_id: pod.id.clone(),
-        };
-        rpc!(self, remove_pod_sandbox, request)
-            .unwrap_or_else(|refused| panic!("remove pod {}: {refused:?}", pod.name));
+        must("remove pod", self.try_remove_pod(&pod.id));
+    }
+
+    /// Stops and removes every other pod with its containers, as kubelet does with those that
+    /// nobody wants any more.
+    #[track_caller]
+    pub fn clear_but(&self, kept: &Pod) {
+        let request = pb::ListPodSandboxRequest::default();
+        let listed = must("list pods", rpc!(self, list_pod_sandbox, request));
+        for pod in listed.items.iter().filter(|pod| pod.id != kept.id) {
+            must("stop pod", self.try_stop_pod(&pod.id));
+            must("remove pod", self.try_remove_pod(&pod.id));
+        }
     }
 
     /// CreateContainer; its id.
-    #[track_caller]
-    pub fn create(&self, pod: &Pod, container: &ContainerSpec) -> String {
+    pub fn try_create(&self, pod: &Pod, container: &ContainerSpec) -> Result<String, Refused> {
         let mut config = container.0.clone();
         let folder = self.node.folder().display().to_string();
         config.mounts.push(pb::Mount {
@@ -360,19 +422,27 @@ impl Cri {
             config: Some(config),
             sandbox_config: Some(pod.config.clone()),
         };
-        rpc!(self, create_container, request)
-            .unwrap_or_else(|refused| panic!("create container in {}: {refused:?}", pod.name))
-            .container_id
+        rpc!(self, create_container, request).map(|answer| answer.container_id)
+    }
+
+    /// CreateContainer, which must succeed; its id.
+    #[track_caller]
+    pub fn create(&self, pod: &Pod, container: &ContainerSpec) -> String {
+        must("create container", self.try_create(pod, container))
     }
 
     /// StartContainer.
-    #[track_caller]
-    pub fn start(&self, id: &str) {
+    pub fn try_start(&self, id: &str) -> Result<(), Refused> {
         let request = pb::StartContainerRequest {
             container_id: id.into(),
         };
-        rpc!(self, start_container, request)
-            .unwrap_or_else(|refused| panic!("start container {id}: {refused:?}"));
+        rpc!(self, start_container, request).map(drop)
+    }
+
+    /// StartContainer, which must succeed.
+    #[track_caller]
+    pub fn start(&self, id: &str) {
+        must("start container", self.try_start(id));
     }
 
     /// Creates and starts; the id.
@@ -394,13 +464,26 @@ impl Cri {
             .unwrap_or_default())
     }
 
+    /// Its init's pid, as the CRI says it on request.
+    #[track_caller]
+    pub fn pid(&self, id: &str) -> u32 {
+        let request = pb::ContainerStatusRequest {
+            container_id: id.into(),
+            verbose: true,
+        };
+        let answer = must("status of", rpc!(self, container_status, request));
+        let text = answer.info.get("info").map_or("", String::as_str);
+        let info: serde_json::Value = serde_json::from_str(text)
+            .unwrap_or_else(|error| panic!("verbose status of {id}: {error}: {answer:?}"));
+        let pid = info["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+        pid.unwrap_or_else(|| panic!("no pid in {info}"))
+    }
+
     /// Waits until it has exited: its exit code and the reason.
     #[track_caller]
     pub fn exited(&self, id: &str) -> (i32, String) {
         wait_for(&format!("{id} to exit"), || {
-            let status = self
-                .status(id)
-                .unwrap_or_else(|refused| panic!("status of {id}: {refused:?}"));
+            let status = must("status", self.status(id));
             (status.state() == pb::ContainerState::ContainerExited)
                 .then_some((status.exit_code, status.reason))
         })
@@ -414,24 +497,32 @@ impl Cri {
     }
 
     /// StopContainer with this grace period, seconds.
-    #[track_caller]
-    pub fn stop(&self, id: &str, timeout: i64) {
+    pub fn try_stop(&self, id: &str, timeout: i64) -> Result<(), Refused> {
         let request = pb::StopContainerRequest {
             container_id: id.into(),
             timeout,
         };
-        rpc!(self, stop_container, request)
-            .unwrap_or_else(|refused| panic!("stop container {id}: {refused:?}"));
+        rpc!(self, stop_container, request).map(drop)
+    }
+
+    /// StopContainer, which must succeed.
+    #[track_caller]
+    pub fn stop(&self, id: &str, timeout: i64) {
+        must("stop container", self.try_stop(id, timeout));
     }
 
     /// RemoveContainer.
-    #[track_caller]
-    pub fn remove(&self, id: &str) {
+    pub fn try_remove(&self, id: &str) -> Result<(), Refused> {
         let request = pb::RemoveContainerRequest {
             container_id: id.into(),
         };
-        rpc!(self, remove_container, request)
-            .unwrap_or_else(|refused| panic!("remove container {id}: {refused:?}"));
+        rpc!(self, remove_container, request).map(drop)
+    }
+
+    /// RemoveContainer, which must succeed.
+    #[track_caller]
+    pub fn remove(&self, id: &str) {
+        must("remove container", self.try_remove(id));
     }
 
     /// ExecSync of a line of shell, `timeout` in seconds (0: none).
@@ -452,9 +543,7 @@ impl Cri {
     /// ExecSync that must answer: exit code and stdout.
     #[track_caller]
     pub fn sh(&self, id: &str, line: &str) -> (i32, String) {
-        let answer = self
-            .exec_sync(id, line, 30)
-            .unwrap_or_else(|refused| panic!("exec {line:?} in {id}: {refused:?}"));
+        let answer = must(line, self.exec_sync(id, line, 30));
         (
             answer.exit_code,
             String::from_utf8_lossy(&answer.stdout).into_owned(),
@@ -472,8 +561,7 @@ impl Cri {
             stdout: true,
             stderr: !tty,
         };
-        let answer = rpc!(self, exec, request)
-            .unwrap_or_else(|refused| panic!("exec {line:?} in {id}: {refused:?}"));
+        let answer = must("exec", rpc!(self, exec, request));
         Session::open(&self.node, &answer.url)
     }
 
@@ -487,34 +575,44 @@ impl Cri {
             stdout: true,
             stderr: !tty,
         };
-        let answer = rpc!(self, attach, request)
-            .unwrap_or_else(|refused| panic!("attach to {id}: {refused:?}"));
+        let answer = must("attach to", rpc!(self, attach, request));
         Session::open(&self.node, &answer.url)
     }
 
     /// ContainerStats.
-    #[track_caller]
-    pub fn stats(&self, id: &str) -> pb::ContainerStats {
+    pub fn try_stats(&self, id: &str) -> Result<pb::ContainerStats, Refused> {
         let request = pb::ContainerStatsRequest {
             container_id: id.into(),
         };
-        rpc!(self, container_stats, request)
-            .unwrap_or_else(|refused| panic!("stats of {id}: {refused:?}"))
+        Ok(rpc!(self, container_stats, request)?
             .stats
-            .unwrap_or_default()
+            .unwrap_or_default())
+    }
+
+    /// ContainerStats, which must answer.
+    #[track_caller]
+    pub fn stats(&self, id: &str) -> pb::ContainerStats {
+        must("stats", self.try_stats(id))
     }
 
     /// UpdateContainerResources.
-    #[track_caller]
-    pub fn update(&self, id: &str, resources: pb::LinuxContainerResources) {
+    pub fn try_update(
+        &self,
+        id: &str,
+        resources: pb::LinuxContainerResources,
+    ) -> Result<(), Refused> {
         let request = pb::UpdateContainerResourcesRequest {
             container_id: id.into(),
             linux: Some(resources),
-            annotations: HashMap::new(),
             ..pb::UpdateContainerResourcesRequest::default()
         };
-        rpc!(self, update_container_resources, request)
-            .unwrap_or_else(|refused| panic!("update {id}: {refused:?}"));
+        rpc!(self, update_container_resources, request).map(drop)
+    }
+
+    /// UpdateContainerResources, which must succeed.
+    #[track_caller]
+    pub fn update(&self, id: &str, resources: pb::LinuxContainerResources) {
+        must("update", self.try_update(id, resources));
     }
 
     /// Where containerd writes what this container says.

@@ -106,7 +106,7 @@ pub(crate) fn image_archive(name: &str) -> PathBuf {
 }
 
 /// A binary of this workspace: beside the test's own `deps` folder, as cargo lays them out.
-pub(crate) fn built(program: &str) -> PathBuf {
+pub fn built(program: &str) -> PathBuf {
     let test =
         std::env::current_exe().unwrap_or_else(|error| panic!("find the test's own path: {error}"));
     let folder = test

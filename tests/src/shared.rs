@@ -43,16 +43,21 @@ impl Node {
         })
     }
 
-    /// The folder of a process's cgroup (v1) of that controller, as the node names it.
+    /// The first number in a file of a process's cgroup: that of a controller on cgroup v1, or
+    /// the one that cgroup v2 has for it.
     #[track_caller]
-    pub fn cgroup(&self, pid: u32, controller: &str) -> PathBuf {
-        let folder = self.shell(&format!(
+    pub fn cgroup_number(&self, pid: u32, v1: (&str, &str), v2: &str) -> u64 {
+        let (controller, file) = v1;
+        let text = self.shell(&format!(
             "of=',{controller},'
              mount=$(awk -v of=$of '$3 == \"cgroup\" && index(\",\" $4 \",\", of) {{ print $2; exit }}' /proc/mounts)
              path=$(awk -F: -v of=$of 'index(\",\" $2 \",\", of) {{ print $3; exit }}' /proc/{pid}/cgroup)
-             echo $mount$path"
+             if [ \"$mount\" ]; then exec cat \"$mount$path/{file}\"; fi
+             path=$(awk -F: '$1 == 0 {{ print $3 }}' /proc/{pid}/cgroup)
+             exec cat \"/sys/fs/cgroup$path/{v2}\""
         ));
-        folder.trim().into()
+        let number = text.split_whitespace().find_map(|word| word.parse().ok());
+        number.unwrap_or_else(|| panic!("no number in {file} or {v2} of {pid}: {text:?}"))
     }
 
     /// The shell in the node with this word among its arguments.

@@ -1,0 +1,490 @@
+//! Pods outlive containerd: what the CRI says of them after a downtime, an upgrade, a shim's death
+//! or its own end in the middle of a request.
+
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use k8s_cri::v1::{ContainerState, LinuxContainerResources};
+use recoverd_common::pb::task::Status;
+use recoverd_tests::{
+    ContainerSpec, Containerd, Cri, Handler, Node, Pod, Release, ShimUnderTest, Task, Traces,
+    numbers, wait_for,
+};
+
+recoverd_tests::tests! {
+    on_every_release: [
+        a_downtime_costs_no_exit_and_no_oom,
+        containerd_may_die_in_the_middle_of_any_request,
+    ],
+    once: [
+        an_oom_kill_is_told_in_a_downtime_and_without_one,
+        a_pod_outlives_upgrades_of_containerd,
+    ],
+    with_each_shim: [
+        a_killed_shim_costs_a_pod_nothing,
+        a_hung_shim_costs_a_pod_nothing,
+    ],
+}
+
+const ENDS_IT: &str = "while [ ! -e /mnt/end ]; do usleep 20000; done";
+
+/// Writes numbers, then waits for the word `end`.
+fn writer(name: &str, status: u8) -> ContainerSpec {
+    let line = numbers("/mnt/go", "/mnt/stop", &format!("/mnt/{name}.count"));
+    ContainerSpec::shell(name, &format!("{line}; {ENDS_IT}; exit {status}"))
+}
+
+/// Waits for the word `NAME`, then eats memory until it is killed.
+fn eater(name: &str) -> ContainerSpec {
+    let waits = format!("while [ ! -e /mnt/{name} ]; do usleep 20000; done");
+    ContainerSpec::shell(name, &format!("{waits}; exec tail /dev/zero")).memory_limit(16 << 20)
+}
+
+/// Fails unless the log goes from 1 to what the writer says that it has written, without a gap.
+#[track_caller]
+fn assert_logged(cri: &Cri, node: &Node, pod: &Pod, name: &str) {
+    assert_logged_but(cri, node, pod, name, 0);
+}
+
+/// The same when containerd was ended so many times while it was reading: what it had read and not
+/// yet written is lost with it, whatever the shim does.
+#[track_caller]
+fn assert_logged_but(cri: &Cri, node: &Node, pod: &Pod, name: &str, ends: usize) {
+    let count = node.count_in(&format!("{name}.count"));
+    let last = count.to_string();
+    wait_for("the last number in the log", || {
+        (cri.log(pod, name, "stdout").last() == Some(&last)).then_some(())
+    });
+    let (mut previous, mut steps) = (0, 0);
+    for line in cri.log(pod, name, "stdout") {
+        let number: u64 = line.parse().unwrap_or(0);
+        // The first line after a gap may be the end of a longer one.
+        if number != previous + 1 {
+            steps += 1;
+        }
+        previous = number;
+    }
+    assert!(
+        steps <= 2 * ends,
+        "{steps} of {count} lines are out of order"
+    );
+}
+
+#[track_caller]
+fn wait_logging(cri: &Cri, pod: &Pod, name: &str) {
+    let before = cri.log(pod, name, "stdout").len();
+    wait_for("the log to go on", || {
+        (cri.log(pod, name, "stdout").len() > before).then_some(())
+    });
+}
+
+fn now() -> i64 {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    now.map_or(0, |now| i64::try_from(now.as_nanos()).unwrap_or(0))
+}
+
+fn a_downtime_costs_no_exit_and_no_oom(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.kubernetes(release);
+    let before = Traces::of(&node);
+    let mut cri = containerd.cri();
+    let pod = cri.run_pod("web-0", Handler::ByType);
+    let headless = cri.run_pod("web-1", Handler::ByType);
+    let endings = [
+        (ContainerSpec::until_term("some", 23), 23, "Error"),
+        (ContainerSpec::until_term("zero", 0), 0, "Completed"),
+        (ContainerSpec::until_term("killed", 0), 137, "Error"),
+        (eater("oom"), 137, "OOMKilled"),
+    ];
+    let ids = endings.each_ref().map(|(spec, ..)| cri.run(&pod, spec));
+    let [some, zero, killed, oom] = ids.each_ref().map(|id| containerd.member(&pod, id));
+    let lives = cri.run(&headless, &ContainerSpec::until_term("lives", 4));
+    let orphan = containerd.member(&headless, &lives);
+    let pause = containerd.member(&headless, &headless.id);
+    // One that is killed for want of memory while containerd is there.
+    let seen = cri.run(&pod, &eater("seen"));
+    node.tell("seen");
+    assert_eq!(cri.exited(&seen), (137, "OOMKilled".into()));
+
+    containerd.kill();
+    drop(cri);
+    let down = now();
+    // Nothing is said of last words: containerd closes its end of them itself as soon as it finds
+    // a task that has ended.
+    node.tell("oom");
+    node.signal(&some.init, "TERM");
+    node.signal(&zero.init, "TERM");
+    node.kill(&killed.init);
+    node.kill(&pause.init);
+    for task in [&some, &zero, &killed, &oom] {
+        wait_for("the shim to see the exit", || {
+            (task.state("").status() == Status::Stopped).then_some(())
+        });
+    }
+    let up = now();
+    containerd.start();
+    cri = containerd.cri();
+    for (id, (_, status, reason)) in ids.iter().zip(&endings) {
+        // An OOM is an event of its own, and follows.
+        wait_for(&format!("{status} and {reason} of {id}"), || {
+            let (code, why) = cri.exited(id);
+            assert_eq!(code, *status, "{id}");
+            (why == *reason).then_some(())
+        });
+        let finished = cri.status(id).map(|status| status.finished_at);
+        assert!(
+            finished.as_ref().is_ok_and(|at| (down..=up).contains(at)),
+            "{down} {finished:?} {up}"
+        );
+    }
+    assert_eq!(cri.exited(&seen), (137, "OOMKilled".into()));
+    assert_eq!(cri.pod_ready(&pod), Some(true));
+    assert_eq!(cri.pod_ready(&headless), Some(false));
+    orphan.assert_init_alive();
+    cri.assert_running(&lives);
+    assert_eq!(cri.sh(&lives, "echo well"), (0, "well\n".into()));
+    cri.stop(&lives, 30);
+    assert_eq!(cri.exited(&lives), (4, "Error".into()));
+    for pod in [&pod, &headless] {
+        cri.stop_pod(pod);
+        cri.remove_pod(pod);
+    }
+    before.wait_restored(&node);
+}
+
+/// The least that shows it: an emulated machine runs it, too.
+fn an_oom_kill_is_told_in_a_downtime_and_without_one(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.kubernetes(release);
+    let mut cri = containerd.cri();
+    let pod = cri.run_pod("web-0", Handler::ByType);
+    let seen = cri.run(&pod, &eater("seen"));
+    node.tell("seen");
+    assert_eq!(cri.exited(&seen), (137, "OOMKilled".into()));
+    cri.remove(&seen);
+    let unseen = cri.run(&pod, &eater("unseen"));
+    let task = containerd.member(&pod, &unseen);
+    containerd.kill();
+    drop(cri);
+    node.tell("unseen");
+    wait_for("the shim to see the exit", || {
+        (task.state("").status() == Status::Stopped).then_some(())
+    });
+    containerd.start();
+    cri = containerd.cri();
+    wait_for("an OOM kill", || {
+        let (code, why) = cri.exited(&unseen);
+        assert_eq!(code, 137);
+        (why == "OOMKilled").then_some(())
+    });
+}
+
+/// What happens to the pod's shim while containerd is down.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Fault {
+    Killed,
+    Hung,
+}
+
+fn a_killed_shim_costs_a_pod_nothing(release: &Release, shim: ShimUnderTest) {
+    a_pod_outlives(release, shim, Fault::Killed);
+}
+
+fn a_hung_shim_costs_a_pod_nothing(release: &Release, shim: ShimUnderTest) {
+    a_pod_outlives(release, shim, Fault::Hung);
+}
+
+/// Every task of the pod runs as it did, and the CRI knows it.
+#[track_caller]
+fn assert_pod_runs(cri: &Cri, pod: &Pod, tasks: &[Task]) {
+    assert_eq!(cri.pod_ready(pod), Some(true));
+    for task in tasks {
+        task.assert_init_alive();
+        if task.id() != pod.id {
+            cri.assert_running(task.id());
+            assert_eq!(cri.pid(task.id()), task.init.pid);
+        }
+    }
+}
+
+fn a_pod_outlives(release: &Release, shim: ShimUnderTest, fault: Fault) {
+    let node = Node::start();
+    let mut containerd = node.kubernetes(release);
+    let before = Traces::of(&node);
+    let mut cri = containerd.cri();
+    let pod = cri.run_pod("web-0", shim.into());
+    let writer = cri.run(&pod, &writer("writer", 23));
+    let side = cri.run(&pod, &ContainerSpec::until_term("side", 5));
+    let eats = cri.run(&pod, &eater("eats"));
+    let tasks = [&pod.id, &writer, &side, &eats].map(|id| containerd.member(&pod, id));
+
+    containerd.kill();
+    drop(cri);
+    // Between its stock shim's death and its adoption a writer would get EPIPE (SPEC, F4).
+    if shim == ShimUnderTest::Recoverd || fault == Fault::Hung {
+        node.tell("go");
+    }
+    let harmed = &tasks[0].shim;
+    match fault {
+        Fault::Killed => node.kill(harmed),
+        Fault::Hung => node.freeze(harmed),
+    }
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    node.wait_gone(harmed);
+    containerd.start();
+    let report = containerd.post_start();
+    assert_eq!(report.exit, 0, "{report:#?}");
+    cri = containerd.cri();
+    assert_pod_runs(&cri, &pod, &tasks);
+    for task in &tasks {
+        assert_eq!(report.fate(task.id()).became, "adopted", "{report:#?}");
+        assert_eq!(task.shim_now().program(), "containerd-shim-recoverd-v1");
+        assert_eq!(task.shim_now(), tasks[0].shim_now());
+    }
+    let scan = containerd.scan();
+    let case = scan.task(&tasks[1].name());
+    let name = case
+        .pod
+        .as_ref()
+        .map(|pod| (&*pod.name, pod.container.as_deref()));
+    assert_eq!(name, Some(("web-0", Some("writer"))), "{case:?}");
+
+    node.tell("go");
+    wait_logging(&cri, &pod, "writer");
+    assert_eq!(cri.sh(&side, "echo well; exit 3"), (3, "well\n".into()));
+    let cpu = cri
+        .stats(&writer)
+        .cpu
+        .and_then(|cpu| cpu.usage_core_nano_seconds);
+    assert!(cpu.is_some_and(|n| n.value > 0));
+    // A further member finds the successor.
+    let late = cri.run(&pod, &ContainerSpec::until_term("late", 6));
+    let of_late = node.process(cri.pid(&late)).map(|init| init.parent);
+    assert_eq!(of_late, Some(tasks[0].shim_now().pid));
+    node.tell("stop");
+    node.count_in("writer.count");
+    node.tell("end");
+    node.tell("eats");
+    assert_eq!(cri.exited(&writer), (23, "Error".into()));
+    assert_logged(&cri, &node, &pod, "writer");
+    assert_eq!(cri.exited(&eats), (137, "OOMKilled".into()));
+    cri.stop(&side, 30);
+    assert_eq!(cri.exited(&side), (5, "Error".into()));
+    cri.stop(&late, 30);
+    assert_eq!(cri.exited(&late), (6, "Error".into()));
+    cri.stop_pod(&pod);
+    cri.remove_pod(&pod);
+    before.wait_restored(&node);
+}
+
+/// A request that containerd's death interrupts.
+#[derive(Clone, Copy, Debug)]
+enum Request {
+    RunPod,
+    Create,
+    Start,
+    Exec,
+    Update,
+    Stats,
+    Stop,
+    Remove,
+    StopPod,
+    RemovePod,
+}
+
+/// What a round's requests are about: all of it there, and running, when it begins.
+struct Target {
+    pod: Pod,
+    container: String,
+}
+
+impl Target {
+    fn new(cri: &Cri, name: &str) -> Target {
+        let pod = cri.run_pod(name, Handler::ByType);
+        let container = cri.run(&pod, &ContainerSpec::until_term("target", 0));
+        Target { pod, container }
+    }
+
+    /// What has to have happened before the request can be made.
+    fn prepare(&self, cri: &Cri, request: Request) {
+        match request {
+            Request::Remove => cri.stop(&self.container, 30),
+            Request::RemovePod => cri.stop_pod(&self.pod),
+            Request::RunPod
+            | Request::Create
+            | Request::Start
+            | Request::Exec
+            | Request::Update
+            | Request::Stats
+            | Request::Stop
+            | Request::StopPod => {}
+        }
+    }
+
+    /// Makes the request; whether and how it is answered is not said.
+    fn make(&self, cri: &Cri, request: Request, created: &str) {
+        let resources = LinuxContainerResources {
+            cpu_shares: 512,
+            ..LinuxContainerResources::default()
+        };
+        let _cut_short = match request {
+            Request::RunPod => cri.try_run_pod("further", Handler::ByType.name()).map(drop),
+            Request::Create => {
+                let further = ContainerSpec::until_term("further", 0);
+                cri.try_create(&self.pod, &further).map(drop)
+            }
+            Request::Start => cri.try_start(created),
+            Request::Exec => cri
+                .exec_sync(&self.container, "echo; usleep 20000", 30)
+                .map(drop),
+            Request::Update => cri.try_update(&self.container, resources),
+            Request::Stats => cri.try_stats(&self.container).map(drop),
+            Request::Stop => cri.try_stop(&self.container, 30),
+            Request::Remove => cri.try_remove(&self.container),
+            Request::StopPod => cri.try_stop_pod(&self.pod.id),
+            Request::RemovePod => cri.try_remove_pod(&self.pod.id),
+        };
+    }
+}
+
+fn containerd_may_die_in_the_middle_of_any_request(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.kubernetes(release);
+    let before = Traces::of(&node);
+    let cri = containerd.cri();
+    let pod = cri.run_pod("bystander", Handler::ByType);
+    let id = cri.run(&pod, &writer("bystander", 23));
+    let bystander = [
+        containerd.member(&pod, &pod.id),
+        containerd.member(&pod, &id),
+    ];
+    node.tell("go");
+    drop(cri);
+    let all = [
+        Request::RunPod,
+        Request::Create,
+        Request::Start,
+        Request::Exec,
+        Request::Update,
+        Request::Stats,
+        Request::Stop,
+        Request::Remove,
+        Request::StopPod,
+        Request::RemovePod,
+    ];
+    // A request takes some tens of milliseconds: early, in the middle, late.
+    let after = Duration::from_millis(match release.name {
+        "1.6" => 4,
+        "1.7" => 24,
+        _ => 12,
+    });
+    for request in all {
+        let name = format!("target-{request:?}").to_lowercase();
+        interrupt(&mut containerd, &name, request, after);
+        let cri = containerd.cri();
+        assert_pod_runs(&cri, &pod, &bystander);
+        wait_logging(&cri, &pod, "bystander");
+        cri.clear_but(&pod);
+    }
+    let cri = containerd.cri();
+    node.tell("stop");
+    node.count_in("bystander.count");
+    node.tell("end");
+    assert_eq!(cri.exited(&id), (23, "Error".into()));
+    assert_logged_but(&cri, &node, &pod, "bystander", all.len());
+    cri.stop_pod(&pod);
+    cri.remove_pod(&pod);
+    before.wait_restored(&node);
+}
+
+/// Kills containerd so long after it was asked; what it then says of the target is true.
+fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: Duration) {
+    let cri = containerd.cri();
+    let target = Target::new(&cri, name);
+    let created = cri.create(&target.pod, &ContainerSpec::until_term("created", 0));
+    target.prepare(&cri, request);
+    thread::scope(|scope| {
+        scope.spawn(|| target.make(&cri, request, &created));
+        // Not a wait for luck: the point in time is what is varied.
+        thread::sleep(after);
+        containerd.kill();
+    });
+    drop(cri);
+    containerd.start();
+    let cri = containerd.cri();
+    let node = containerd.node();
+    for id in [&target.container, &created] {
+        // Where it is gone the request was done.
+        let Ok(status) = cri.status(id) else { continue };
+        if status.state() == ContainerState::ContainerRunning {
+            let pid = cri.pid(id);
+            let lives = node
+                .process(pid)
+                .is_some_and(|process| process.state != 'Z');
+            assert!(lives, "{request:?}: {id} is said to run as {pid}");
+            let (code, said) = cri.sh(id, "echo well");
+            assert_eq!((code, &*said), (0, "well\n"), "{request:?}");
+        }
+    }
+}
+
+fn a_pod_outlives_upgrades_of_containerd(release: &Release) {
+    let releases: Vec<Release> = ["1.6", "1.7", "2.1"]
+        .into_iter()
+        .filter_map(|name| release.other(name))
+        .collect();
+    let [first, later @ ..] = &*releases else {
+        panic!("no release of containerd")
+    };
+    let node = Node::start();
+    let mut containerd = node.kubernetes(first);
+    let before = Traces::of(&node);
+    let mut cri = containerd.cri();
+    let pod = cri.run_pod("web-0", Handler::ByType);
+    let id = cri.run(&pod, &writer("app", 23));
+    let tasks = [
+        containerd.member(&pod, &pod.id),
+        containerd.member(&pod, &id),
+    ];
+    node.tell("go");
+    let mut members = vec![];
+    for next in later {
+        wait_logging(&cri, &pod, "app");
+        let exits = cri.run(
+            &pod,
+            &ContainerSpec::until_term(&format!("until-{}", next.name), 7),
+        );
+        let exiting = containerd.member(&pod, &exits);
+        drop(cri);
+        containerd.stop();
+        node.signal(&exiting.init, "TERM");
+        node.wait_gone(&exiting.init);
+        containerd.switch_to(next);
+        containerd.start();
+        cri = containerd.cri();
+        assert_pod_runs(&cri, &pod, &tasks);
+        tasks[1].assert_shim_alive();
+        assert_eq!(cri.exited(&exits), (7, "Error".into()));
+        assert_eq!(cri.sh(&id, "echo well"), (0, "well\n".into()));
+        let member = cri.run(
+            &pod,
+            &ContainerSpec::until_term(&format!("of-{}", next.name), 3),
+        );
+        assert_eq!(containerd.member(&pod, &member).shim, tasks[0].shim);
+        members.push(member);
+    }
+    wait_logging(&cri, &pod, "app");
+    node.tell("stop");
+    node.count_in("app.count");
+    node.tell("end");
+    assert_eq!(cri.exited(&id), (23, "Error".into()));
+    assert_logged_but(&cri, &node, &pod, "app", later.len());
+    for member in members {
+        cri.stop(&member, 30);
+        assert_eq!(cri.exited(&member), (3, "Error".into()));
+    }
+    cri.stop_pod(&pod);
+    cri.remove_pod(&pod);
+    before.wait_restored(&node);
+}

@@ -1,0 +1,66 @@
+//! What a task uses, in our shim's words and in the stock one's, of the very same cgroup.
+
+use std::time::{Duration, Instant};
+
+use recoverd_tests::{Container, Containerd, Node, Release, ShimUnderTest, differences, wait_for};
+use serde_json::Value;
+
+recoverd_tests::tests! {
+    on_every_release: [stats_are_the_stock_shims_field_by_field],
+}
+
+const AT_REST_WITHIN: Duration = Duration::from_secs(60);
+
+/// A little of everything that a cgroup counts, then rest.
+const WORK: &str = "dd if=/dev/zero of=/mnt/file bs=1M count=8 conv=fsync; \
+    n=0; while [ $n -lt 20000 ]; do n=$((n+1)); done; touch /mnt/$NAME.rests; exec sleep 1000000";
+
+fn metrics(containerd: &Containerd, id: &str) -> Value {
+    let text = containerd.ctr_ok("e2e", ["tasks", "metrics", "--format", "json", id]);
+    serde_json::from_str(&text).unwrap_or_else(|error| panic!("metrics {text:?}: {error}"))
+}
+
+fn stats_are_the_stock_shims_field_by_field(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    for (id, shim) in [
+        ("stock", ShimUnderTest::Stock),
+        ("ours", ShimUnderTest::Recoverd),
+    ] {
+        let work = WORK.replace("$NAME", id);
+        let container = Container::new(id)
+            .shim(shim)
+            .shares(&node)
+            .memory_limit(64 << 20);
+        // runc only warns of a cgroup that somebody else is in.
+        let container = container.option(&[
+            "--cgroup",
+            "/shared",
+            "--cpu-quota",
+            "50000",
+            "--cpu-period",
+            "100000",
+        ]);
+        containerd.run(&container.command(["sh", "-c", &work]));
+        wait_for("work to be done", || {
+            node.folder()
+                .join(format!("{id}.rests"))
+                .exists()
+                .then_some(())
+        });
+    }
+    // What still moves between the looks says nothing of either shim.
+    let began = Instant::now();
+    loop {
+        let [before, ours, after] = ["stock", "ours", "stock"].map(|id| metrics(&containerd, id));
+        assert!(
+            !before["cpu"].is_null() && !before["memory"].is_null(),
+            "{before}"
+        );
+        let differ = differences(&before, &ours, &after);
+        if differ.is_empty() {
+            return;
+        }
+        assert!(began.elapsed() < AT_REST_WITHIN, "{differ:#?}");
+    }
+}

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use recoverd_tests::{Release, run_in_vm};
+use recoverd_tests::{InVm, Release, run_in_vm};
 
 recoverd_tests::tests! {
     in_a_vm: [stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm],
@@ -85,7 +85,7 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
          {SYSTEMD}",
         cache = inside.display()
     );
-    let (code, text) = run_in_vm(&files, 580, &line);
+    let InVm { code, text } = run_in_vm(&files, 580, &line);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(
         text.matches("test result: ok. 1 passed").count(),

@@ -301,7 +301,7 @@ impl World<'_> {
             ));
             if !lives {
                 let shell = self.node.processes();
-                let shell = shell.iter().find(|p| p.argv.iter().any(|w| *w == word));
+                let shell = shell.iter().find(|p| p.argv.contains(&word));
                 assert!(shell.is_none(), "{exec_id} was refused and runs: {shell:?}");
                 return;
             }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use recoverd_common::record::{self, Exit, Record};
-use recoverd_tests::run_in_vm;
+use recoverd_tests::run_installed_in_vm;
 
 recoverd_tests::tests! {
     in_a_vm: [exits_of_adopted_tasks_are_true_on_an_older_kernel],
@@ -69,7 +69,7 @@ fn metrics(text: &str) -> BTreeMap<&str, u64> {
 fn exits_of_adopted_tasks_are_true_on_an_older_kernel() {
     let out = Out::new();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("e2e/older_kernel.sh");
-    let ended = run_in_vm(&script, LONGEST, &out.0);
+    let ended = run_installed_in_vm(&script, LONGEST, &out.0);
     assert_eq!(ended.code, Some(0), "{}", ended.text);
 
     let kernel = out.read("kernel");

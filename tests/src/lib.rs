@@ -75,6 +75,8 @@ pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
 pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim, built, trial};
 pub use stream::{Reader, numbers};
 pub use supervisor::Supervisor;
-pub use systemd_box::{BoxKind, BoxTask, InVm, Instance, SystemdBox, run_in_vm};
+pub use systemd_box::{
+    BoxKind, BoxTask, InVm, Instance, SystemdBox, run_in_vm, run_installed_in_vm,
+};
 pub use traces::Traces;
 pub use wait::{beside, wait_for, wait_within};

@@ -109,25 +109,32 @@ pub struct InVm {
     pub text: String,
 }
 
-/// Runs a shell script in a vm that is made for it, for at most so many seconds. It finds a clone of
-/// this project at `/root/recoverd` and, as the script `/root/install`, what the README says to do
-/// with it; what it leaves in `/box/out` is in the folder `out` then.
-pub fn run_in_vm(lines: &Path, seconds: u32, out: &Path) -> InVm {
+/// Runs a line of shell in a vm that is made for it, with this project's clone at `/root/recoverd`
+/// and `files` (`SRC:DEST`) in it, for at most so many seconds.
+pub fn run_in_vm(files: &[String], seconds: u32, line: &str) -> InVm {
+    in_vm(files, seconds, &[], &["bash", "-ec", line])
+}
+
+/// The same with a shell script that finds, as `/root/install`, what the README says to do with the
+/// clone; what it leaves in `/box/out` is in the folder `out` then.
+pub fn run_installed_in_vm(lines: &Path, seconds: u32, out: &Path) -> InVm {
     let install = out.join("install");
     let commands = readme_commands(HOOKS);
     fs::write(&install, commands).unwrap_or_else(|e| panic!("write {}: {e}", install.display()));
+    let files = [(&*install, "/root/install"), (lines, "/root/run")];
+    let files = files.map(|(from, to)| format!("{}:{to}", from.display()));
+    let options = [OsStr::new("--out"), out.as_os_str()];
+    in_vm(&files, seconds, &options, &["bash", "/root/run"])
+}
+
+fn in_vm(files: &[String], seconds: u32, options: &[&OsStr], line: &[&str]) -> InVm {
     let mut command = script();
     command.args(["run", "--box", "vm", "--timeout", &seconds.to_string()]);
-    command.arg("--out").arg(out);
-    let own = [
-        (&install, "/root/install"),
-        (&lines.to_owned(), "/root/run"),
-    ]
-    .map(|(from, to)| format!("{}:{to}", from.display()));
-    for copy in clone_of_project().iter().chain(&own) {
+    command.args(options);
+    for copy in clone_of_project().iter().chain(files) {
         command.args(["--copy", copy]);
     }
-    command.args(["--", "bash", "/root/run"]);
+    command.arg("--").args(line);
     let output = command
         .output()
         .unwrap_or_else(|error| panic!("start {command:?}: {error}"));

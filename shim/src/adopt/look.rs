@@ -126,7 +126,13 @@ pub fn has_living(socket: &Path) -> bool {
     let Seen::Present(record) = record::read(&Beside::of(socket).record) else {
         return false;
     };
-    let look = look(&Roots::default(), &record, Teller::default(), &[], Vec::new());
+    let look = look(
+        &Roots::default(),
+        &record,
+        Teller::default(),
+        &[],
+        Vec::new(),
+    );
     look.members
         .iter()
         .filter_map(|(key, (_, found))| Some((key, found.as_ref().ok()?)))

@@ -472,6 +472,15 @@ impl Life {
             Ends::ByItself => Ok(()),
             Ends::Told(file) => {
                 let file = file.clone();
+                if who == Who::First {
+                    // A signal that does nothing, by the way that all go.
+                    let answer = match ground.api().kill(&id, "", 18) {
+                        // It was told by the call that nobody answered.
+                        Err(refused) if refused.code == Code::NotFound => Ok(()),
+                        other => other,
+                    };
+                    self.answered(ground, answer, armed)?;
+                }
                 // Both writers stop, and the last numbers come.
                 ground.node.tell(&format!("{}-stop", self.round));
                 ground.node.tell(&file);

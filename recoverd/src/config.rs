@@ -879,6 +879,10 @@ mod tests {
 
         [repair]
         max-actions = 7
+
+        [supervise]
+        metrics-listen = "127.0.0.1:9464"
+        textfile = "/a/recoverd.prom"
     "#;
 
     #[test]

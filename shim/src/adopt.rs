@@ -32,6 +32,7 @@ use recoverd_common::{
 };
 
 use crate::{
+    checkpoint::Restore,
     options::Options,
     service::{Mount, StdioWish},
     tasks::{self, AdoptedExec, AdoptedMember, Adoptee, ExecPhase, News, Process},
@@ -89,6 +90,19 @@ pub struct Facts {
     pub oom_kills: Option<u64>,
     /// Where it runs.
     pub cgroup: Option<Cgroup>,
+    /// What `runc restore` has started after the record was written.
+    pub restored: Option<Restored>,
+}
+
+/// An init that was being restored.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Restored {
+    /// It.
+    pub process: Process,
+    /// What has become of it.
+    pub life: Life,
+    /// Where it runs, in the kernel's words.
+    pub memberships: Vec<String>,
 }
 
 /// What was seen of one exec.
@@ -112,7 +126,7 @@ pub enum Decision {
 }
 
 /// Decides on one task of `record`.
-pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
+pub fn decide(task: &record::Task, record: &Record, mut facts: Facts) -> Decision {
     let running = &record.running;
     let op = |word: &str| {
         running
@@ -128,6 +142,21 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
         }
     }
     let half_made = task.phase == Phase::Creating;
+    let restored = facts.restored.take().filter(|_| !half_made);
+    let mut restore = task.restore.as_ref().map(|from| Restore {
+        image: from.image.clone(),
+        parent: from.parent.clone(),
+    });
+    let mut init = task.init.map(process);
+    let mut memberships = task.cgroup.clone();
+    if let Some(restored) = restored {
+        restore = None;
+        init = Some(restored.process);
+        memberships = restored.memberships;
+        facts.init = Some(restored.life);
+        facts.container = Container::Started;
+    }
+    let waits_for_restore = restore.is_some();
     if half_made {
         // Its caller was never answered. Without a child of ours on record, what the runtime has
         // may be somebody else's of the same name.
@@ -152,6 +181,8 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
         // Told when its execs have ended.
         (Some(_), _) if waits => tasks::Phase::Running,
         (Some(_), _) => tasks::Phase::Stopped,
+        // It has no init, so none can have ended.
+        (None, Phase::Created | Phase::Deleting) if waits_for_restore => tasks::Phase::Created,
         // A container that had not run, and whose deletion was under way.
         (None, Phase::Created | Phase::Deleting) => {
             let started = facts.container == Container::Started && task.phase == Phase::Created;
@@ -173,7 +204,7 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
             tasks::Phase::Paused
         }
     };
-    if recorded.is_none() && !half_made {
+    if recorded.is_none() && !half_made && !waits_for_restore {
         // Before the exit that it may have brought about.
         if let (Some(then), Some(now)) = (task.oom_kills, facts.oom_kills)
             && now > then
@@ -199,7 +230,7 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
         bundle: task.bundle.clone(),
         phase,
         init: AdoptedMember {
-            process: task.init.map(process),
+            process: init,
             stdio: wish(&task.stdio, task.terminal),
             stdin_closed: task.stdio.stdin_closed,
             exit: recorded,
@@ -207,8 +238,9 @@ pub fn decide(task: &record::Task, record: &Record, facts: Facts) -> Decision {
         execs,
         options: facts.options,
         rootfs: task.rootfs.iter().map(mount).collect(),
+        restore,
         cgroup: facts.cgroup,
-        memberships: task.cgroup.clone(),
+        memberships,
         private_pids: facts.private_pids,
         memory_limit: facts.memory_limit,
         created_at: task.created_at,
@@ -300,5 +332,107 @@ fn mount(mount: &record::Mount) -> Mount {
         source: mount.source.clone(),
         target: mount.target.clone(),
         options: mount.options.clone(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn waiting_for_restore() -> record::Task {
+        record::Task {
+            id: "c".into(),
+            bundle: "/b".into(),
+            phase: Phase::Created,
+            init: None,
+            runtime: record::Runtime {
+                binary: "runc".into(),
+                root: "/r".into(),
+                systemd_cgroup: false,
+            },
+            rootfs: Vec::new(),
+            cgroup: Vec::new(),
+            stdio: record::Stdio::default(),
+            terminal: false,
+            created_at: Timestamp::now(),
+            exit: None,
+            oom: false,
+            restore: Some(record::Restore {
+                image: "/images".into(),
+                parent: String::new(),
+            }),
+            execs: Vec::new(),
+        }
+    }
+
+    fn adoptee(restored: Option<Restored>) -> Adoptee {
+        let record = Record {
+            written_at: Timestamp::now(),
+            boot_id: "b".into(),
+            shim: record::Shim {
+                version: String::new(),
+                process: record::Process {
+                    pid: 1,
+                    start_time: 1,
+                },
+                exe: String::new(),
+                containerd_address: String::new(),
+                namespace: "ns".into(),
+                group_id: "c".into(),
+                socket: String::new(),
+                api_versions: vec![2],
+            },
+            tasks: vec![waiting_for_restore()],
+            context: record::Context::default(),
+            running: Vec::new(),
+            descriptors: Vec::new(),
+            unanswered: Vec::new(),
+        };
+        let facts = Facts {
+            init: None,
+            execs: BTreeMap::new(),
+            frozen: None,
+            container: Container::Absent,
+            options: Options::default(),
+            private_pids: true,
+            memory_limit: None,
+            cgroup: None,
+            restored,
+        };
+        match decide(&record.tasks[0], &record, facts) {
+            Decision::Adopt(adoptee) => *adoptee,
+            Decision::Drop(why) => panic!("{why}"),
+        }
+    }
+
+    #[test]
+    fn a_task_without_an_init_waits_on_for_its_restore() {
+        let adoptee = adoptee(None);
+        assert_eq!(adoptee.phase, tasks::Phase::Created);
+        assert_eq!(adoptee.news, []);
+        assert_eq!(adoptee.restore.unwrap().image, "/images");
+    }
+
+    #[test]
+    fn a_restore_that_a_dead_shim_has_begun_is_taken_over() {
+        let process = Process {
+            pid: 7,
+            start_time: 8,
+        };
+        let restored = |life| Restored {
+            process,
+            life,
+            memberships: vec!["0::/c".into()],
+        };
+        let living = adoptee(Some(restored(Life::Living)));
+        assert_eq!(living.news, [News::Started]);
+        assert_eq!(living.init.process, Some(process));
+        assert_eq!((living.restore, living.memberships.len()), (None, 1));
+        let ended = adoptee(Some(restored(Life::Ended(3))));
+        let end = News::Ended {
+            exec_id: String::new(),
+            status: Ok(3),
+        };
+        assert_eq!(ended.news, [News::Started, end]);
     }
 }

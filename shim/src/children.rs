@@ -26,6 +26,7 @@ use nix::{
 };
 
 use crate::{
+    checkpoint::Dump,
     mounts, runc,
     service::Mount,
     sys,
@@ -80,6 +81,8 @@ pub enum Step {
         /// Its log.
         log: PathBuf,
     },
+    /// Make a checkpoint.
+    Dump(Dump),
 }
 
 /// A child to be.
@@ -97,6 +100,8 @@ pub struct Plan {
     pub argv: Vec<String>,
     /// Its whole environment; none for ours.
     pub env: Option<Vec<String>>,
+    /// `NAME=value`, on top of ours.
+    pub extra_env: Option<String>,
 }
 
 /// A logger that does not say that it is ready is taken for hung, milliseconds.
@@ -224,7 +229,7 @@ fn work(plan: &Plan) -> Result<(), String> {
     // A mount step may have moved.
     std::env::set_current_dir(&plan.folder)
         .map_err(|e| format!("enter {}: {e}", plan.folder.display()))?;
-    Err(execute(&plan.argv, plan.env.as_deref()))
+    Err(execute(plan))
 }
 
 fn append(path: &Path, create: bool) -> io::Result<File> {
@@ -259,6 +264,7 @@ fn take(step: &Step) -> Result<(), String> {
             copy().map_err(|e| format!("write output: {e}"))
         }
         Step::Run { argv, log } => run(argv, log),
+        Step::Dump(dump) => dump.run(),
     }
 }
 
@@ -331,7 +337,8 @@ fn run(argv: &[String], log: &Path) -> Result<(), String> {
 }
 
 /// Becomes the program; comes back only with why not.
-fn execute(argv: &[String], env: Option<&[String]>) -> String {
+fn execute(plan: &Plan) -> String {
+    let argv = &plan.argv;
     let Some(program) = argv.first() else {
         return "no program".to_owned();
     };
@@ -340,16 +347,23 @@ fn execute(argv: &[String], env: Option<&[String]>) -> String {
             .map(|word| CString::new(word.as_str()).ok())
             .collect()
     };
-    let env = match env {
+    let extra = plan.extra_env.as_deref().unwrap_or_default();
+    let replaced = extra.split('=').next().unwrap_or_default();
+    let env = match &plan.env {
         Some(env) => c_strings(env),
         // NOTIFY_SOCKET would make runc act as systemd's child. Bytes, not text: an environment
         // may hold anything.
         None => std::env::vars_os()
-            .filter(|(name, _)| name != "NOTIFY_SOCKET")
+            .filter(|(name, _)| name != "NOTIFY_SOCKET" && name != replaced)
             .map(|(name, value)| {
                 let words = [name.as_bytes(), value.as_bytes()];
                 CString::new(words.join(&b'=')).ok()
             })
+            .chain(
+                plan.extra_env
+                    .iter()
+                    .map(|pair| CString::new(pair.as_str()).ok()),
+            )
             .collect(),
     };
     let (Some(argv), Some(env)) = (c_strings(argv), env) else {
@@ -420,6 +434,7 @@ mod tests {
             to_the_end: false,
             argv: argv.iter().map(|word| (*word).to_owned()).collect(),
             env: None,
+            extra_env: None,
         }
     }
 

@@ -443,6 +443,7 @@ fn message(notice: &Notice) -> (&'static str, Any) {
             bundle,
             rootfs,
             stdio,
+            checkpoint,
             pid,
         } => (
             "/tasks/create",
@@ -458,7 +459,7 @@ fn message(notice: &Notice) -> (&'static str, Any) {
                         stderr: stdio.stderr.clone(),
                         terminal: stdio.terminal,
                     }),
-                    checkpoint: String::new(),
+                    checkpoint: checkpoint.clone(),
                     pid: *pid,
                 },
             ),
@@ -530,6 +531,16 @@ fn message(notice: &Notice) -> (&'static str, Any) {
                 type_url::TASK_OOM,
                 &events::TaskOom {
                     container_id: id.clone(),
+                },
+            ),
+        ),
+        Notice::Checkpointed { id, path } => (
+            "/tasks/checkpointed",
+            any(
+                type_url::TASK_CHECKPOINTED,
+                &events::TaskCheckpointed {
+                    container_id: id.clone(),
+                    checkpoint: path.clone(),
                 },
             ),
         ),

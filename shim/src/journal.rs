@@ -196,6 +196,10 @@ fn task_of(id: &str, task: &Task, namespace: &str, deleting: bool, stdio: &Stdio
         exit: exit(&task.init, task.oom),
         oom: task.oom,
         oom_kills: task.oom_kills,
+        restore: task.restore.as_ref().map(|from| record::Restore {
+            image: from.image.clone(),
+            parent: from.parent.clone(),
+        }),
         execs: task
             .execs
             .iter()

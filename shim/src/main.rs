@@ -21,6 +21,7 @@ mod adopt;
 mod args;
 mod bootstrap;
 mod carry;
+mod checkpoint;
 mod children;
 mod config;
 mod connections;

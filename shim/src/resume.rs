@@ -71,7 +71,7 @@ pub fn decide(whose: Caller, how_far: &HowFar, record: &record::Record) -> Resum
         };
         match named.method.as_str() {
             "create" | "cleanup" => return Resumed::Settle(Settle::Create(key.id)),
-            "start" | "exec" => return Resumed::Settle(Settle::Start(key)),
+            "start" | "exec" | "restore" | "undo" => return Resumed::Settle(Settle::Start(key)),
             "add" => return Resumed::Settle(Settle::Add(key)),
             "pause" => return Resumed::Settle(Settle::Pause(key.id)),
             "resume" => return Resumed::Settle(Settle::Resume(key.id)),
@@ -93,7 +93,7 @@ pub fn decide(whose: Caller, how_far: &HowFar, record: &record::Record) -> Resum
 
 fn again(payload: &[u8]) -> Resumed {
     match service::parse(payload) {
-        Ok((Call::Create(_) | Call::Exec { .. }, _)) => unsure(),
+        Ok((Call::Create(_) | Call::Exec { .. } | Call::Checkpoint(_), _)) => unsure(),
         Ok((Call::Upgrade(executable), _)) => {
             Resumed::Refuse(format!("shim died of becoming {executable}"))
         }
@@ -180,6 +180,8 @@ mod tests {
             ("cleanup", Resumed::Settle(Settle::Create("c".into()))),
             ("start", Resumed::Settle(Settle::Start(key()))),
             ("exec", Resumed::Settle(Settle::Start(key()))),
+            ("restore", Resumed::Settle(Settle::Start(key()))),
+            ("checkpoint", unsure()),
             ("add", Resumed::Settle(Settle::Add(key()))),
             ("pause", Resumed::Settle(Settle::Pause("c".into()))),
             ("resume", Resumed::Settle(Settle::Resume("c".into()))),

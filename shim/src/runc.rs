@@ -12,6 +12,7 @@ use std::{
 use serde::Deserialize;
 
 use crate::{
+    checkpoint::Restore,
     options::Options,
     service::Key,
     tasks::{FailureKind, Work},
@@ -75,7 +76,6 @@ impl Place<'_> {
         let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
         let pid_file = text(&self.pid_file(key));
         let process_file = text(&self.process_file(key));
-        let signal;
         match work {
             Work::Create => {
                 add(&[
@@ -108,14 +108,45 @@ impl Place<'_> {
             Work::Update(_) => add(&["update", "--resources=-"]),
             Work::Kill { all, .. } => add(if *all { &["kill", "--all"] } else { &["kill"] }),
             Work::Delete => add(&["delete"]),
-            Work::Cleanup => add(&["delete", "--force"]),
+            Work::Cleanup | Work::Undo => add(&["delete", "--force"]),
+            Work::Checkpoint(checkpoint) => {
+                add(&["checkpoint"]);
+                argv.extend(checkpoint.words(&checkpoint.work(self.bundle)));
+            }
+            Work::Restore(restore) => argv.extend(self.restore_words(restore, console)),
         }
-        add(&[&key.id]);
+        argv.push(key.id.clone());
         if let Work::Kill { signal: number, .. } = work {
-            signal = number.to_string();
-            add(&[&signal]);
+            argv.push(number.to_string());
         }
         argv
+    }
+
+    /// CRIU works where the stock shim lets it: in the bundle's work folder, or where the options
+    /// say.
+    fn restore_words(&self, restore: &Restore, console: Option<&Path>) -> Vec<String> {
+        let text = |path: &Path| path.to_string_lossy().into_owned();
+        let work = match self.options.criu_work_path.as_str() {
+            "" => text(&self.bundle.join("work")),
+            path => path.to_owned(),
+        };
+        let mut words = vec!["restore".to_owned()];
+        let mut add = |flag: &str, value: &str| words.extend([flag.to_owned(), value.to_owned()]);
+        add("--image-path", &restore.image);
+        add("--work-path", &work);
+        if !restore.parent.is_empty() {
+            add("--parent-path", &restore.parent);
+        }
+        add("--pid-file", &text(&self.pid_file(&Key::init(""))));
+        if let Some(console) = console {
+            add("--console-socket", &text(console));
+        }
+        add("--bundle", &text(self.bundle));
+        if self.options.no_pivot_root {
+            words.push("--no-pivot".to_owned());
+        }
+        words.extend(["--detach", "--no-subreaper"].map(str::to_owned));
+        words
     }
 }
 
@@ -221,6 +252,27 @@ mod tests {
             line(&Work::Create, &init, &other, Some("s")),
             "crun --root /r/ns --log /b/log.json --log-format json --systemd-cgroup create \
              --bundle /b --pid-file /b/init.pid --console-socket s --no-pivot --no-new-keyring c"
+        );
+        let restore = Work::Restore(Restore {
+            image: "/i".into(),
+            parent: "../p".into(),
+        });
+        assert_eq!(
+            line(&restore, &init, &plain, Some("s")),
+            format!(
+                "{log} restore --image-path /i --work-path /b/work --parent-path ../p --pid-file \
+                 /b/init.pid --console-socket s --bundle /b --detach --no-subreaper c"
+            )
+        );
+        let checkpoint = Work::Checkpoint(Box::new(crate::checkpoint::Checkpoint {
+            path: "/i".into(),
+            ..Default::default()
+        }));
+        assert_eq!(
+            line(&checkpoint, &init, &plain, None),
+            format!(
+                "{log} checkpoint --image-path /i --work-path /b/work/criu-work --leave-running c"
+            )
         );
         assert_eq!(
             line(&Work::Exec, &exec, &plain, None),

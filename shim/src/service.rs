@@ -16,7 +16,10 @@ use recoverd_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::options::Options;
+use crate::{
+    checkpoint::{Checkpoint, Restore},
+    options::Options,
+};
 
 /// The services that are served, one implementation behind both.
 const SERVICES: [&str; 2] = ["containerd.task.v2.Task", "containerd.task.v3.Task"];
@@ -121,6 +124,9 @@ pub struct Create {
     pub stdio: StdioWish,
     /// The runtime's options.
     pub options: Options,
+    /// Nothing is run before Start, which restores this.
+    #[serde(default)]
+    pub restore: Option<Restore>,
 }
 
 /// A request, parsed.
@@ -176,6 +182,8 @@ pub enum Call {
         /// `LinuxResources`, JSON.
         resources: Vec<u8>,
     },
+    /// Writes a container's processes to files.
+    Checkpoint(Box<Checkpoint>),
     /// Answers when a process has exited.
     Wait(Key),
     /// Answers with the cgroup's figures.
@@ -287,6 +295,7 @@ pub fn keeps_answer(call: &Call) -> bool {
         | Call::Pause(_)
         | Call::Resume(_)
         | Call::Update { .. }
+        | Call::Checkpoint(_)
         | Call::Exec { .. } => true,
         Call::State(_)
         | Call::Pids(_)
@@ -363,6 +372,7 @@ fn call(method: &str, payload: &[u8]) -> Result<Call, Refusal> {
                 resources: json(r.resources, "resources")?,
             }
         }
+        "Checkpoint" => Call::Checkpoint(Box::new(Checkpoint::from_request(decode(payload)?)?)),
         "Wait" => {
             let r: task::WaitRequest = decode(payload)?;
             Call::Wait(key(r.id, r.exec_id))
@@ -405,12 +415,6 @@ fn create(r: task::CreateTaskRequest) -> Result<Call, Refusal> {
             cut(&r.bundle)
         )));
     }
-    if !r.checkpoint.is_empty() {
-        return Err(Refusal::new(
-            code::UNIMPLEMENTED,
-            "create from a checkpoint is not supported",
-        ));
-    }
     let options =
         Options::from_request(r.options.as_ref()).map_err(|e| Refusal::invalid(e.to_string()))?;
     Ok(Call::Create(Box::new(Create {
@@ -433,6 +437,10 @@ fn create(r: task::CreateTaskRequest) -> Result<Call, Refusal> {
             terminal: r.terminal,
         },
         options,
+        restore: (!r.checkpoint.is_empty()).then_some(Restore {
+            image: r.checkpoint,
+            parent: r.parent_checkpoint,
+        }),
     })))
 }
 
@@ -594,7 +602,6 @@ mod tests {
         for (service, method) in [
             ("containerd.runtime.sandbox.v1.Sandbox", "PingSandbox"),
             ("containerd.task.v3.Task", "Fly"),
-            ("containerd.task.v3.Task", "Checkpoint"),
         ] {
             let refusal = parse(&request(service, method, Vec::new())).unwrap_err();
             assert_eq!(refusal.code, code::UNIMPLEMENTED, "{method}");

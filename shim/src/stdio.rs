@@ -184,6 +184,14 @@ pub struct Stdio {
     tell: Vec<Tell>,
 }
 
+/// The path behind a wish for output, if it names one.
+pub fn path_of(uri: &str) -> Option<PathBuf> {
+    match Target::parse(uri) {
+        Ok(Target::Path(path) | Target::File(path)) => Some(path),
+        Ok(Target::None | Target::Binary(_)) | Err(_) => None,
+    }
+}
+
 /// Tokens that this file gives to epoll carry this bit.
 pub const TOKEN: u64 = 1 << 60;
 

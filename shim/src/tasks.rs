@@ -20,6 +20,7 @@
 //! before the start that it belongs to was told, and an init's not before those of its execs.
 
 mod adoptee;
+mod checkpoint;
 mod settle;
 
 use std::collections::BTreeMap;
@@ -30,6 +31,7 @@ use recoverd_common::{cgroup::Cgroup, timestamp::Timestamp, ttrpc::code};
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    checkpoint::{Checkpoint, Restore},
     connections::Caller,
     options::Options,
     resume::Settle,
@@ -303,7 +305,9 @@ pub enum Notice {
         rootfs: Vec<Mount>,
         /// Its stdio.
         stdio: StdioWish,
-        /// Its init.
+        /// The checkpoint that Start will restore; empty for none.
+        checkpoint: String,
+        /// Its init, 0 when there is none before Start.
         pid: u32,
     },
     /// `/tasks/start`.
@@ -338,6 +342,13 @@ pub enum Notice {
     },
     /// `/tasks/oom`.
     Oom(String),
+    /// `/tasks/checkpointed`.
+    Checkpointed {
+        /// Which task.
+        id: String,
+        /// Where the images are.
+        path: String,
+    },
     /// `/tasks/paused`.
     Paused(String),
     /// `/tasks/resumed`.
@@ -347,7 +358,7 @@ pub enum Notice {
 /// What a short-lived child does.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Work {
-    /// Mount the rootfs, open stdio, `runc create`.
+    /// Mount the rootfs, open stdio, `runc create`; of a task that is restored, the first only.
     Create,
     /// Undo what a failed Create left: `runc delete --force`, unmount.
     Cleanup,
@@ -370,9 +381,20 @@ pub enum Work {
     },
     /// `runc delete`, unmount.
     Delete,
+    /// `runc checkpoint`.
+    Checkpoint(Box<Checkpoint>),
+    /// Open stdio, `runc restore`.
+    Restore(Restore),
+    /// Undo what a failed Restore left: `runc delete --force`. The task stays.
+    Undo,
 }
 
 impl Work {
+    /// True if it may leave us a process.
+    pub fn starts_process(&self) -> bool {
+        matches!(self, Work::Create | Work::Exec | Work::Restore(_))
+    }
+
     /// The word for it in the record, the log and the runtime's own errors.
     pub fn word(&self) -> &'static str {
         match self {
@@ -383,6 +405,9 @@ impl Work {
             Work::Pause => "pause",
             Work::Resume => "resume",
             Work::Update(_) => "update",
+            Work::Checkpoint(_) => "checkpoint",
+            Work::Restore(_) => "restore",
+            Work::Undo => "undo",
             Work::Kill { .. } => "kill",
             Work::Delete => "delete",
         }
@@ -540,6 +565,9 @@ pub struct Task {
     pub options: Options,
     /// Mounted on `rootfs`.
     pub rootfs: Vec<Mount>,
+    /// Where its init is restored from, until it is.
+    #[serde(default)]
+    pub restore: Option<Restore>,
     /// Where it runs, once created.
     pub cgroup: Option<Cgroup>,
     /// The same in the kernel's words, for the record.
@@ -807,6 +835,7 @@ impl Tasks {
             Call::Start(key) if !key.is_init() => self.start_exec(from, &key, until, out),
             Call::Delete(key) if !key.is_init() => self.delete_exec(from, &key, now, out),
             Call::Start(_)
+            | Call::Checkpoint(_)
             | Call::Delete(_)
             | Call::Pause(_)
             | Call::Resume(_)
@@ -860,7 +889,7 @@ impl Tasks {
         self.last_job += 1;
         let job = self.last_job;
         // What nobody waits for with a deadline of his own must not hang for ever either.
-        let own = caller.is_none() || work == Work::Cleanup;
+        let own = caller.is_none() || matches!(work, Work::Cleanup | Work::Undo);
         let until = until.or_else(|| own.then(|| self.mono_ms.saturating_add(OWN_MS)));
         if let Some(at) = until {
             out.push(Effect::Arm {
@@ -912,6 +941,7 @@ impl Tasks {
             execs: BTreeMap::new(),
             options: create.options,
             rootfs: create.rootfs,
+            restore: create.restore,
             cgroup: None,
             memberships: Vec::new(),
             private_pids: false,
@@ -982,9 +1012,9 @@ impl Tasks {
         out: &mut Vec<Effect>,
     ) -> Result<Option<Reply>, Refusal> {
         let task = self.task(id)?;
-        if task.phase == Phase::Stopped {
+        if task.phase == Phase::Stopped || task.restore.is_some() {
             // A shim without pids is a leaked one in the eyes of containerd 1.7 and later, which
-            // would delete the task and lose its exit status.
+            // would delete the task and lose its exit status; one that waits to be restored, too.
             return Ok(Some(Reply::Pids(vec![(task.init.pid(), String::new())])));
         }
         out.push(Effect::Pids {
@@ -1063,6 +1093,9 @@ impl Tasks {
         }
         if task.phase == Phase::Paused {
             return Err(Refusal::unknown("cannot exec in a paused state"));
+        }
+        if task.restore.is_some() {
+            return Err(Refusal::unknown("cannot exec in a created state"));
         }
         if task.init.exit.is_some() {
             return Err(Refusal::unknown("cannot exec in a stopped state"));
@@ -1222,6 +1255,7 @@ impl Tasks {
         let id = match &request.call {
             Call::Start(key) | Call::Delete(key) => key.id.clone(),
             Call::Pause(id) | Call::Resume(id) | Call::Update { id, .. } => id.clone(),
+            Call::Checkpoint(checkpoint) => checkpoint.id.clone(),
             // Never queued; listed so that a new call has to be thought about.
             Call::State(_)
             | Call::Create(_)
@@ -1254,7 +1288,10 @@ impl Tasks {
         let exited = task.init.exit.is_some();
         let work = match call {
             Call::Start(_) => match phase {
-                Phase::Created if !exited => Work::Start,
+                Phase::Created if !exited => match &task.restore {
+                    Some(restore) => Work::Restore(restore.clone()),
+                    None => Work::Start,
+                },
                 Phase::Running => return Err(Refusal::unknown("cannot start a running process")),
                 Phase::Paused => return Err(Refusal::unknown("cannot start a paused process")),
                 _ => return Err(Refusal::unknown("cannot start a stopped process")),
@@ -1274,6 +1311,20 @@ impl Tasks {
                     return Err(Refusal::unknown("cannot resume task in created state"));
                 }
                 _ => return Err(Refusal::unknown("cannot resume a stopped container")),
+            },
+            Call::Checkpoint(checkpoint) => match phase {
+                Phase::Running | Phase::Paused if !exited => {
+                    // Its caller's deadline is not passed on: a CRIU that is killed at work leaves
+                    // processes frozen, or with its own code in them.
+                    self.spawn_busy(&id, Work::Checkpoint(checkpoint), from, None, out);
+                    return Ok(None);
+                }
+                Phase::Created => {
+                    return Err(Refusal::unknown(
+                        "cannot checkpoint a task in created state",
+                    ));
+                }
+                _ => return Err(Refusal::unknown("cannot checkpoint a stopped container")),
             },
             Call::Update { resources, .. } => {
                 if exited {
@@ -1361,6 +1412,11 @@ impl Tasks {
                 answer(job.caller, Err(refusal), out);
             }
             Work::Start => self.init_started(&job, result, now, out),
+            Work::Restore(_) => self.restored(&job, result, now, out),
+            Work::Undo => self.undone(&job, now, out),
+            Work::Checkpoint(checkpoint) => {
+                self.checkpointed(&job, &checkpoint.path, result, now, out);
+            }
             Work::Exec => self.exec_started(&job, result, now, out),
             Work::Pause => {
                 if result.is_ok() {
@@ -1410,10 +1466,18 @@ impl Tasks {
         }
         match &job.work {
             // The stock shim leaves the text of these as it is.
-            Work::Delete | Work::Update(_) | Work::Kill { .. } | Work::Cleanup => {
-                Refusal::unknown(failure.text)
-            }
-            Work::Create | Work::Start | Work::Exec | Work::Pause | Work::Resume => {
+            Work::Delete
+            | Work::Update(_)
+            | Work::Kill { .. }
+            | Work::Cleanup
+            | Work::Undo
+            | Work::Checkpoint(_) => Refusal::unknown(failure.text),
+            Work::Create
+            | Work::Start
+            | Work::Restore(_)
+            | Work::Exec
+            | Work::Pause
+            | Work::Resume => {
                 Refusal::unknown(format!("OCI runtime {word} failed: {}", failure.text))
             }
         }
@@ -1427,7 +1491,8 @@ impl Tasks {
                 FailureKind::Other,
                 Refusal::new(code::UNAVAILABLE, format!("create of {id} was given up")),
             )),
-            Some(process) => Ok((process, report)),
+            Some(process) => Ok((Some(process), report)),
+            None if self.waits_for_restore(id) => Ok((None, report)),
             None => Err((
                 FailureKind::Other,
                 Refusal::unknown("OCI runtime create failed: it wrote no pid file"),
@@ -1439,7 +1504,8 @@ impl Tasks {
                     return;
                 };
                 task.phase = Phase::Created;
-                task.init.process = Some(process);
+                task.init.process = process;
+                let pid = task.init.pid();
                 task.cgroup = report.cgroup;
                 task.memberships = report.memberships;
                 task.private_pids = report.private_pids;
@@ -1455,9 +1521,13 @@ impl Tasks {
                     bundle: task.bundle.clone(),
                     rootfs: task.rootfs.clone(),
                     stdio: task.init.stdio.clone(),
-                    pid: process.pid,
+                    checkpoint: task
+                        .restore
+                        .as_ref()
+                        .map_or(String::new(), |r| r.image.clone()),
+                    pid,
                 }));
-                answer(job.caller, Ok(Reply::Pid(process.pid)), out);
+                answer(job.caller, Ok(Reply::Pid(pid)), out);
                 self.free(id, now, out);
             }
             Err((kind @ (FailureKind::Exists | FailureKind::NotRun), refusal)) => {
@@ -1559,7 +1629,7 @@ impl Tasks {
                 answer(caller, Err(refusal), out);
                 self.free(id, now, out);
             }
-            (None, Some(caller)) if task.init.exit.is_none() => {
+            (None, Some(caller)) if task.living().is_some() => {
                 task.busy = Some(Busy::LateExit(caller));
                 out.push(Effect::Arm {
                     at: now.mono_ms.saturating_add(LATE_EXIT_MS),
@@ -1703,7 +1773,7 @@ impl Tasks {
             Some(Busy::Job(job)) => self
                 .jobs
                 .get(job)
-                .is_some_and(|job| job.work == Work::Start),
+                .is_some_and(|job| matches!(job.work, Work::Start | Work::Restore(_))),
             Some(Busy::Draining(..) | Busy::LateExit(_)) | None => false,
         };
         let execs_live = task.execs.values().any(|exec| match exec.phase {

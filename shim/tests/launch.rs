@@ -288,6 +288,7 @@ fn recorded(id: &str, init: Option<Process>, exit: Option<Exit>) -> Task {
         exit,
         oom: false,
         oom_kills: None,
+        restore: None,
         execs: vec![],
     }
 }

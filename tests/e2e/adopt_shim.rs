@@ -88,6 +88,7 @@ fn stock_record(containerd: &Containerd, task: &Task, terminal: bool) -> Record 
             exit: None,
             oom: false,
             oom_kills: None,
+            restore: None,
             execs: Vec::new(),
         }],
         context: record::Context {

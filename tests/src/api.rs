@@ -154,12 +154,26 @@ impl Api {
 
     /// Create of the task API; the init's pid.
     pub fn create(&self, id: &str, stdio: &Stdio) -> Result<u32, Refused> {
+        self.create_with(id, stdio, None)
+    }
+
+    /// Create of a task that Start restores from the images in a folder; 0, since nothing runs.
+    pub fn create_from(&self, id: &str, stdio: &Stdio, images: &Path) -> Result<u32, Refused> {
+        let options = runc::Options {
+            criu_image_path: images.display().to_string(),
+            ..runc::Options::default()
+        };
+        self.create_with(id, stdio, Some(runc_options(&options)))
+    }
+
+    fn create_with(&self, id: &str, stdio: &Stdio, options: Option<Any>) -> Result<u32, Refused> {
         let request = pb::CreateTaskRequest {
             container_id: id.into(),
             stdin: stdio.stdin.clone(),
             stdout: stdio.stdout.clone(),
             stderr: stdio.stderr.clone(),
             terminal: stdio.terminal,
+            options,
             ..pb::CreateTaskRequest::default()
         };
         self.call(request, |channel, request| async {
@@ -333,6 +347,22 @@ impl Api {
         self.call(request, |channel, request| async {
             TasksClient::new(channel).resume(request).await
         })
+    }
+
+    /// Checkpoint; containerd leaves the images where `options` say.
+    pub fn checkpoint(&self, id: &str, options: &runc::CheckpointOptions) -> Result<(), Refused> {
+        let request = pb::CheckpointTaskRequest {
+            container_id: id.into(),
+            options: Some(Any {
+                type_url: recoverd_common::pb::type_url::CHECKPOINT_OPTIONS.into(),
+                value: options.encode_to_vec(),
+            }),
+            ..pb::CheckpointTaskRequest::default()
+        };
+        self.call(request, |channel, request| async {
+            TasksClient::new(channel).checkpoint(request).await
+        })
+        .map(drop)
     }
 
     /// Update with these OCI resources.

@@ -39,6 +39,8 @@ pub struct Containerd {
     config: PathBuf,
     log: PathBuf,
     log_level: &'static str,
+    /// Looked into before every other folder of its PATH.
+    first: Option<PathBuf>,
     /// The part of its configuration that says how Kubernetes' pods are run, and the version in
     /// which it says so; none without them.
     pods: Option<(u32, String)>,
@@ -76,6 +78,7 @@ impl Containerd {
             state,
             root,
             log_level: "info",
+            first: None,
             pods: None,
             environment: Vec::new(),
             running: None,
@@ -213,8 +216,13 @@ impl Containerd {
         let shims = self.release.folder.display();
         let ours = built("").display().to_string();
         // Its own shim first: the machine may have another release's in /usr/bin.
+        let first = self
+            .first
+            .as_ref()
+            .map(|path| format!("{}:", path.display()));
+        let first = first.unwrap_or_default();
         let path = format!(
-            "PATH={shims}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{ours}"
+            "PATH={first}{shims}:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin:{ours}"
         );
         let line = "log=$1; shift; exec \"$@\" >>\"$log\" 2>&1";
         let mut command = self.node.command(
@@ -291,6 +299,11 @@ impl Containerd {
     pub fn log_level(&mut self, level: &'static str) {
         self.log_level = level;
         self.write_config();
+    }
+
+    /// Finds programs in `folder` before anywhere else, from the next start on.
+    pub fn programs_from(&mut self, folder: PathBuf) {
+        self.first = Some(folder);
     }
 
     /// Another release on the same root and state from the next start on.

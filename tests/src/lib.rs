@@ -16,7 +16,8 @@
 //!
 //! A test file lists its tests with [`tests!`], which registers each once per release; one that
 //! takes a [`ShimUnderTest`] too is listed under `with_each_shim`, one that needs no particular
-//! release under `once`; one that needs a [`SystemdBox`] under `in_a_box`, a vm `in_a_vm`. Its `[[test]]` in `Cargo.toml` says `harness = false`.
+//! release under `once`; one that needs a program of a
+//! newer Debian under `with_criu` and the like; one that needs a [`SystemdBox`] under `in_a_box`, a vm `in_a_vm`. Its `[[test]]` in `Cargo.toml` says `harness = false`.
 //!
 //! ```no_run
 //! use recoverd_tests::{Container, Node, Release};
@@ -44,6 +45,7 @@ mod failpoints;
 mod fifo;
 mod hooks;
 mod metrics;
+mod newer;
 mod node;
 mod process;
 mod recoverd;

@@ -277,6 +277,16 @@ impl Node {
         containerd
     }
 
+    /// The containerd at the usual places with programs of a newer Debian before all others,
+    /// started.
+    #[track_caller]
+    pub fn containerd_with(self: &Arc<Node>, release: &Release, programs: &[&str]) -> Containerd {
+        let mut containerd = Containerd::new(self, release, None);
+        containerd.programs_from(self.newer(programs));
+        containerd.start();
+        containerd
+    }
+
     /// A further containerd, with root, state and address of its own, started. The socket folder
     /// and runc's root are shared with the others, as always.
     #[track_caller]

@@ -6,6 +6,7 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 
+use crate::newer;
 use crate::systemd_box::BoxKind;
 
 /// The releases that `tests/setup` provides.
@@ -179,6 +180,14 @@ pub struct Tests<'a> {
     pub once: &'a [OnRelease],
     /// Run once per shim, on the newest release that is there.
     pub once_with_each_shim: &'a [WithShim],
+    /// Run once per shim, on the newest release, with a CRIU that works here.
+    pub with_criu_and_each_shim: &'a [WithShim],
+    /// Run once, on the newest release, with a CRIU that works here.
+    pub with_criu: &'a [OnRelease],
+    /// Run once per shim, on the newest release, with a runc that can map ids.
+    pub with_newer_runc: &'a [WithShim],
+    /// Run once, on the newest release, with Docker.
+    pub with_docker: &'a [OnRelease],
     /// Run once, each with a [`crate::SystemdBox`].
     pub in_a_box: &'a [OnMachine],
     /// Run once, each in a vm of its own.
@@ -215,10 +224,30 @@ impl Tests<'_> {
         for &(test, run) in self.once {
             trials.push(trial(test.to_owned(), newest(), run));
         }
-        for &(test, run) in self.once_with_each_shim {
-            for shim in ShimUnderTest::ALL {
+        let with = |program: &str| newer::find(program).and_then(|_| newest());
+        for (tests, needed) in [
+            (self.once_with_each_shim, newest()),
+            (self.with_criu_and_each_shim, with("criu")),
+            (self.with_newer_runc, with("runc")),
+        ] {
+            for (&(test, run), shim) in tests
+                .iter()
+                .flat_map(|test| ShimUnderTest::ALL.map(|shim| (test, shim)))
+            {
                 let title = format!("{test}::{}", shim.word());
-                trials.push(trial(title, newest(), move |release| run(release, shim)));
+                let needed = needed.clone();
+                trials.push(trial(title, needed, move |release| run(release, shim)));
+            }
+        }
+        for (tests, needed) in [
+            (self.with_criu, with("criu")),
+            (
+                self.with_docker,
+                with("dockerd").and_then(|_| with("docker")),
+            ),
+        ] {
+            for &(test, run) in tests {
+                trials.push(trial(test.to_owned(), needed.clone(), run));
             }
         }
         let needing = |tests: &[OnMachine], lack: &dyn Fn() -> Option<String>| {

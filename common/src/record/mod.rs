@@ -178,8 +178,19 @@ pub struct Task {
     /// How far its cgroup's counter of OOM kills was when it was last looked at; none before it was
     /// started, and where nobody has said.
     pub oom_kills: Option<u64>,
+    /// Where its init is restored from, until it is.
+    pub restore: Option<Restore>,
     /// Its execs.
     pub execs: Vec<Exec>,
+}
+
+/// A checkpoint that Start restores.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Restore {
+    /// CRIU's images.
+    pub image: String,
+    /// The images that those build upon; empty for none.
+    pub parent: String,
 }
 
 /// One exec of a task.
@@ -320,6 +331,10 @@ pub(crate) mod tests {
                 }),
                 oom: true,
                 oom_kills: Some(3),
+                restore: Some(Restore {
+                    image: "/images".into(),
+                    parent: "../before".into(),
+                }),
                 execs: vec![Exec {
                     id: "e".into(),
                     phase: Phase::Running,

@@ -239,7 +239,15 @@ persisted!(Task {
     oom: bool,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     oom_kills: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    restore: Option<Restore>,
     execs: List<Exec>,
+});
+
+persisted!(Restore {
+    image: String,
+    #[serde(default)]
+    parent: String,
 });
 
 persisted!(Exec {

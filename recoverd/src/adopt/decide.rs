@@ -677,6 +677,7 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
         oom: false,
         // What its stock shim has told of is unknown.
         oom_kills: None,
+        restore: None,
         execs: init.map_or_else(Vec::new, |init| execs_of(look, case, init, clues)),
     })
 }

@@ -19,7 +19,7 @@ use recoverd_common::{
     seen::Seen,
 };
 
-use super::{Container, ExecFacts, Facts, Life};
+use super::{Container, ExecFacts, Facts, Life, Restored};
 use crate::{
     config::Config,
     oom,
@@ -216,7 +216,11 @@ impl Look {
             namespace,
             options: &options,
         };
-        let memberships = parse_memberships(&task.cgroup.join("\n"));
+        let restored = self.restored(roots, record, task, &place);
+        let memberships = match &restored {
+            Some(restored) => parse_memberships(&restored.memberships.join("\n")),
+            None => parse_memberships(&task.cgroup.join("\n")),
+        };
         let cgroup = match Cgroup::of_memberships(roots, &memberships) {
             Seen::Present(cgroup) => Some(cgroup),
             Seen::Absent | Seen::Unknown(_) => None,
@@ -226,7 +230,7 @@ impl Look {
             let key = exec_key(task, exec);
             let starting = exec.phase == Phase::Creating && exec.exit.is_none();
             let late = starting
-                .then(|| self.late(roots, &place.pid_file(&key), task, record, &key))
+                .then(|| self.late(roots, &place.pid_file(&key), task, record, ("exec", &key)))
                 .flatten();
             let facts = ExecFacts {
                 life: self.life(&proc, &key),
@@ -245,11 +249,48 @@ impl Look {
             memory_limit: config.as_ref().and_then(Config::memory_limit),
             oom_kills: cgroup.as_ref().and_then(oom::kills_of),
             cgroup,
+            restored,
             options,
         }
     }
 
-    /// The process of an exec that was being started: by its pid file, if it is in the container
+    /// The init that a predecessor's `runc restore` has made, if it has come so far.
+    fn restored(
+        &mut self,
+        roots: &Roots,
+        record: &Record,
+        task: &record::Task,
+        place: &Place<'_>,
+    ) -> Option<Restored> {
+        let key = Key::init(&task.id);
+        let op = |job: &&record::Running| job.op == "restore" && job.id == task.id;
+        let waits = task.restore.is_some() && task.init.is_none();
+        // The pid file may be older than the attempt; the runtime says whether there is one.
+        let state = place.options.root(place.namespace).join(&task.id);
+        if !waits || container(&state) != Container::Started {
+            return None;
+        }
+        record.running.iter().find(op)?;
+        let (process, life) = self.late(
+            roots,
+            &place.pid_file(&key),
+            task,
+            record,
+            ("restore", &key),
+        )?;
+        let path = roots.proc.join(process.pid.to_string()).join("cgroup");
+        let memberships = match read_text(&path, MAX_CGROUP) {
+            Seen::Present(text) => text.lines().map(str::to_owned).collect(),
+            Seen::Absent | Seen::Unknown(_) => Vec::new(),
+        };
+        Some(Restored {
+            process,
+            life,
+            memberships,
+        })
+    }
+
+    /// The process of an exec, or an init, that was being started: by its pid file, if it is in the container
     /// and no older than the command that has started it.
     fn late(
         &mut self,
@@ -257,7 +298,7 @@ impl Look {
         pid_file: &Path,
         task: &record::Task,
         record: &Record,
-        key: &Key,
+        (op, key): (&str, &Key),
     ) -> Option<(Process, Life)> {
         let Seen::Present(text) = read_text(pid_file, 32) else {
             return None;
@@ -272,7 +313,7 @@ impl Look {
         let starter = record
             .running
             .iter()
-            .find(|job| job.op == "exec" && job.id == key.id && job.exec_id == key.exec_id)
+            .find(|job| job.op == op && job.id == key.id && job.exec_id == key.exec_id)
             .and_then(|job| job.process);
         let earlier = starter.is_some_and(|starter| start_time < starter.start_time);
         let found = match witness::open(&proc, process) {

@@ -123,6 +123,7 @@ fn case() -> impl Strategy<Value = (Task, Record, Facts)> {
             exit,
             oom: false,
             oom_kills: None,
+            restore: None,
             execs: named,
         };
         let record = Record {
@@ -166,6 +167,7 @@ fn case() -> impl Strategy<Value = (Task, Record, Facts)> {
             memory_limit: None,
             oom_kills: None,
             cgroup: None,
+            restored: None,
         };
         (task, record, facts)
     })

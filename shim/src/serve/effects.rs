@@ -23,6 +23,7 @@ use serde::{Deserialize, Serialize};
 use super::Shim;
 use crate::{
     carry,
+    checkpoint::{self, Dump},
     children::{self, ChildFile, Gate, Plan, Spawned, Step},
     config::Config,
     log::Level,
@@ -30,7 +31,7 @@ use crate::{
     runc::{self, Place},
     service::Key,
     state::Input,
-    stdio::Wanted,
+    stdio::{self, Wanted},
     sys,
     tasks::{Event, Failure, FailureKind, JobId, Outcome, Process, Report, Work},
 };
@@ -132,17 +133,20 @@ impl Shim {
             to_the_end: false,
             argv: Vec::new(),
             env: None,
+            extra_env: None,
         };
         let mut private_pids = task.private_pids;
         let mut memory_limit = task.memory_limit;
         match work {
-            Work::Create | Work::Exec => {
-                if *work == Work::Create {
+            Work::Create | Work::Exec | Work::Restore(_) => {
+                if *work != Work::Exec {
                     // Somebody else's: a task of another shim that shares the runtime's root, or
                     // one whose shim has died. Nothing of it may be touched.
                     if task.options.root(&self.namespace).join(&key.id).exists() {
                         return Err(NotStarted::Exists);
                     }
+                }
+                if *work == Work::Create {
                     let config = Config::read(bundle)?;
                     private_pids = config.private_pids();
                     memory_limit = config.memory_limit();
@@ -156,29 +160,37 @@ impl Shim {
                     plan.steps
                         .extend(mounts.map(|mount| Step::Mount(mount, rootfs.clone())));
                 }
+                if let Work::Restore(restore) = work {
+                    failpoint!("serve.restore.before");
+                    plan.extra_env = checkpoint::restore_environment(bundle, restore)?;
+                    failpoint!("serve.restore.after");
+                }
                 let member = task
                     .member(&key.exec_id)
                     .ok_or_else(|| format!("exec {} is gone", key.exec_id))?;
-                let wanted = Wanted {
-                    key,
-                    wish: &member.stdio,
-                    stdin_closed: member.stdin_closed,
-                    bundle,
-                    namespace: &self.namespace,
-                    owner: (task.options.io_uid, task.options.io_gid),
-                    memory_limit,
-                };
-                failpoint!("serve.stdio.before");
-                let opened = self.stdio.open(&wanted, &self.epoll)?;
-                failpoint!("serve.stdio.after");
-                if opened.wait_for_logger {
-                    plan.steps.push(Step::LoggerReady {
-                        at: 3,
-                        says: opened.logger_says,
-                    });
+                // What is restored gets its stdio when it is.
+                if *work != Work::Create || task.restore.is_none() {
+                    let wanted = Wanted {
+                        key,
+                        wish: &member.stdio,
+                        stdin_closed: member.stdin_closed,
+                        bundle,
+                        namespace: &self.namespace,
+                        owner: (task.options.io_uid, task.options.io_gid),
+                        memory_limit,
+                    };
+                    failpoint!("serve.stdio.before");
+                    let opened = self.stdio.open(&wanted, &self.epoll)?;
+                    failpoint!("serve.stdio.after");
+                    if opened.wait_for_logger {
+                        plan.steps.push(Step::LoggerReady {
+                            at: 3,
+                            says: opened.logger_says,
+                        });
+                    }
+                    plan.files = opened.files;
+                    plan.argv = place.argv(key, work, opened.console.as_deref());
                 }
-                plan.files = opened.files;
-                plan.argv = place.argv(key, work, opened.console.as_deref());
             }
             Work::Update(resources) => {
                 let stdin =
@@ -187,6 +199,29 @@ impl Shim {
                     *first = ChildFile::Fd(stdin);
                 }
                 plan.argv = place.argv(key, work, None);
+            }
+            Work::Checkpoint(checkpoint) => {
+                let wish = &task.init.stdio;
+                let named = [(1, &wish.stdout), (2, &wish.stderr)]
+                    .into_iter()
+                    .filter(|_| !wish.terminal);
+                plan.steps.push(Step::Dump(Dump {
+                    argv: place.argv(key, work, None),
+                    image: PathBuf::from(&checkpoint.path),
+                    work: checkpoint.work(bundle),
+                    keep_work: !checkpoint.work_path.is_empty(),
+                    bundle: bundle.to_owned(),
+                    stdio: named
+                        .filter_map(|(number, uri)| Some((number, stdio::path_of(uri)?)))
+                        .collect(),
+                }));
+            }
+            Work::Undo => {
+                plan.folder = "/".into();
+                plan.steps.push(Step::Run {
+                    argv: place.argv(key, work, None),
+                    log: log.clone(),
+                });
             }
             Work::Delete | Work::Cleanup => {
                 plan.to_the_end = *work == Work::Cleanup;
@@ -248,7 +283,11 @@ impl Shim {
             Outcome::Done(self.report(&child))
         } else {
             self.end_leftover(&child);
-            let logged = runc::last_error(&child.log, child.log_offset);
+            let logged = match child.work {
+                // It has read what the runtime says itself.
+                Work::Checkpoint(_) => None,
+                _ => runc::last_error(&child.log, child.log_offset),
+            };
             Outcome::Failed(children::failure(
                 child.words,
                 logged,
@@ -259,7 +298,7 @@ impl Shim {
         if !child.key.is_init() {
             let _ = fs::remove_file(&child.log);
         }
-        if matches!(child.work, Work::Create | Work::Exec) {
+        if child.work.starts_process() {
             let mut heard = Vec::new();
             self.stdio.receive(&child.key, &self.epoll, &mut heard);
             self.hear(heard);
@@ -320,7 +359,7 @@ impl Shim {
             memory_limit: child.memory_limit,
             ..Report::default()
         };
-        if !matches!(child.work, Work::Create | Work::Exec) {
+        if !child.work.starts_process() {
             return report;
         }
         let Some(task) = self.state.tasks.get(&child.key.id) else {
@@ -337,7 +376,7 @@ impl Shim {
         };
         if let Some(pid) = pid {
             report.process = Some(process_of(Pid::from_raw(pid)));
-            if child.work == Work::Create {
+            if child.work != Work::Exec {
                 let proc = format!("/proc/{pid}/cgroup");
                 if let Seen::Present(text) = read_text(proc.as_ref(), MAX_CGROUP) {
                     report.memberships = text.lines().map(str::to_owned).collect();

@@ -13,7 +13,7 @@ use crate::{
     log::Level,
     reaper,
     state::Input,
-    tasks::{Event, JobId, Work},
+    tasks::{Event, JobId},
 };
 
 impl Shim {
@@ -92,7 +92,7 @@ impl Shim {
     fn starts_processes(&self) -> bool {
         self.children
             .values()
-            .any(|child| matches!(child.work, Work::Create | Work::Exec))
+            .any(|child| child.work.starts_process())
     }
 
     fn is_known(&self, pid: Pid) -> bool {

@@ -146,6 +146,7 @@ impl Shim {
                 "-handoff-check".to_owned(),
             ],
             env: None,
+            extra_env: None,
         };
         failpoint!("upgrade.trial.before");
         let Spawned { pid, words, gate } =

@@ -49,6 +49,7 @@ pub(super) fn start_logger(
             format!("CONTAINER_ID={id}"),
             format!("CONTAINER_NAMESPACE={}", wanted.namespace),
         ]),
+        extra_env: None,
     };
     let Spawned { pid, words, gate } =
         children::spawn(plan).map_err(|e| format!("start logger: {e}"))?;
@@ -91,6 +92,7 @@ pub(super) fn start_copier(
         to_the_end: false,
         argv: Vec::new(),
         env: None,
+        extra_env: None,
     };
     let Spawned { pid, words, gate } = children::spawn(plan).map_err(|e| format!("fork: {e}"))?;
     gate.open();

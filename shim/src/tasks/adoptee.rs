@@ -11,6 +11,7 @@ use super::{
     Work,
 };
 use crate::{
+    checkpoint::Restore,
     options::Options,
     service::{Key, Mount, StdioWish},
 };
@@ -32,6 +33,9 @@ pub struct Adoptee {
     pub options: Options,
     /// Mounted on `rootfs`.
     pub rootfs: Vec<Mount>,
+    /// Where its init is restored from, until it is.
+    #[serde(default)]
+    pub restore: Option<Restore>,
     /// Where it runs.
     pub cgroup: Option<Cgroup>,
     /// The same in the kernel's words.
@@ -219,6 +223,7 @@ fn task(adoptee: Adoptee) -> Task {
         execs: execs.collect(),
         options: adoptee.options,
         rootfs: adoptee.rootfs,
+        restore: adoptee.restore,
         cgroup: adoptee.cgroup,
         memberships: adoptee.memberships,
         private_pids: adoptee.private_pids,

@@ -94,7 +94,8 @@ impl Driver {
     fn done(&mut self, work: &str) -> Vec<Effect> {
         let pid = if work == "exec" { EXEC } else { INIT };
         let report = Report {
-            process: matches!(work, "create" | "exec").then_some(Process { pid, start_time: 1 }),
+            process: matches!(work, "create" | "exec" | "restore")
+                .then_some(Process { pid, start_time: 1 }),
             private_pids: true,
             ..Report::default()
         };
@@ -179,6 +180,7 @@ fn word(notice: &Notice) -> String {
         Notice::Oom(_) => "oom".into(),
         Notice::Paused(_) => "paused".into(),
         Notice::Resumed(_) => "resumed".into(),
+        Notice::Checkpointed { .. } => "checkpointed".into(),
     }
 }
 
@@ -189,6 +191,25 @@ fn create() -> Call {
         rootfs: Vec::new(),
         stdio: StdioWish::default(),
         options: Options::default(),
+        restore: None,
+    }))
+}
+
+fn create_from_checkpoint() -> Call {
+    let Call::Create(mut create) = create() else {
+        unreachable!()
+    };
+    create.restore = Some(Restore {
+        image: "/images".into(),
+        parent: String::new(),
+    });
+    Call::Create(create)
+}
+
+fn checkpoint() -> Call {
+    Call::Checkpoint(Box::new(Checkpoint {
+        id: "c".into(),
+        ..Checkpoint::default()
     }))
 }
 
@@ -226,6 +247,100 @@ fn a_whole_life_is_told_in_order() {
         ]
     );
     assert!(driver.tasks.is_idle());
+}
+
+#[test]
+fn a_restored_task_has_an_init_from_its_start_on() {
+    let mut driver = Driver::new();
+    driver.call(create_from_checkpoint());
+    driver.end("create", Outcome::Done(Report::default()));
+    driver.take();
+    assert_eq!(driver.ask(Call::State(init())), "state 1");
+    assert_eq!(
+        driver.ask(checkpoint()),
+        "2: cannot checkpoint a task in created state"
+    );
+    assert_eq!(driver.ask(kill(init())), "5: process already finished");
+    // No empty list: containerd would take the shim for a leaked one.
+    assert_eq!(driver.ask(Call::Pids("c".into())), "ok");
+    driver.take();
+    driver.call(Call::Start(init()));
+    driver.fail("restore");
+    assert_eq!(driver.take(), [""; 0]);
+    driver.done("undo");
+    assert_eq!(driver.take(), ["#6 2: OCI runtime restore failed: no"]);
+    driver.call(Call::Start(init()));
+    driver.done("restore");
+    assert_eq!(driver.take(), ["start", "#7 ok"]);
+    driver.exit(INIT, 3);
+    assert_eq!(driver.take(), ["exit"]);
+}
+
+#[test]
+fn a_task_that_was_never_restored_is_deleted_at_once() {
+    let mut driver = Driver::new();
+    driver.call(create_from_checkpoint());
+    driver.end("create", Outcome::Done(Report::default()));
+    driver.take();
+    driver.call(Call::Delete(init()));
+    driver.done("delete");
+    assert_eq!(driver.take(), ["delete", "#2 deleted 0"]);
+    assert!(driver.tasks.is_idle());
+}
+
+#[test]
+fn a_restore_that_was_not_begun_is_not_undone() {
+    let mut driver = Driver::new();
+    driver.call(create_from_checkpoint());
+    driver.end("create", Outcome::Done(Report::default()));
+    driver.take();
+    driver.call(Call::Start(init()));
+    let failure = Failure {
+        kind: FailureKind::Exists,
+        text: "somebody else's".into(),
+    };
+    driver.end("restore", Outcome::Failed(failure));
+    assert_eq!(
+        driver.take(),
+        ["#2 2: OCI runtime restore failed: somebody else's"]
+    );
+    assert!(driver.jobs.is_empty());
+}
+
+#[test]
+fn a_checkpoint_has_its_task_for_itself_and_no_deadline() {
+    let mut driver = Driver::running();
+    driver.stream += 1;
+    let from = caller(driver.stream);
+    let out = driver.event(Event::Request {
+        from,
+        call: checkpoint(),
+        until: Some(5),
+    });
+    assert!(
+        !out.iter()
+            .any(|effect| matches!(effect, Effect::Arm { .. })),
+        "{out:?}"
+    );
+    driver.call(Call::Pause("c".into()));
+    assert_eq!(driver.take(), [""; 0]);
+    driver.end("checkpoint", Outcome::Done(Report::default()));
+    assert_eq!(driver.take(), ["checkpointed", "#3 ok"]);
+    driver.done("pause");
+    driver.take();
+    driver.call(checkpoint());
+    driver.fail("checkpoint");
+    assert_eq!(driver.take(), ["#5 2: no"]);
+    // With `exit` the init ends while it is written.
+    driver.call(checkpoint());
+    driver.exit(INIT, 137);
+    assert_eq!(driver.take(), ["exit"]);
+    driver.end("checkpoint", Outcome::Done(Report::default()));
+    assert_eq!(driver.take(), ["checkpointed", "#6 ok"]);
+    assert_eq!(
+        driver.ask(checkpoint()),
+        "2: cannot checkpoint a stopped container"
+    );
 }
 
 #[test]

@@ -283,6 +283,7 @@ fn recorded_task() -> record::Task {
         exit: None,
         oom: false,
         oom_kills: None,
+        restore: None,
         execs: Vec::new(),
     }
 }

@@ -4,7 +4,8 @@
 //! | --- | --- | --- |
 //! | init, fifo | the fifo itself, read-write | a write end, until it is drained or read |
 //! | exec, fifo | a pipe of ours, read-write | its read end, spliced to the fifo |
-//! | any, `file://` or a file | the file | nothing |
+//! | any, `file://` | a pipe to a copier, read-write | a read end, in case the copier dies |
+//! | any, a file | the file | nothing |
 //! | any, `binary://` | a pipe to the logger, read-write | a read end, in case the logger dies |
 //! | any, terminal | a pty's slave | its master, spliced to and from the fifos |
 //! | terminal, `file://` or a file | a pty's slave | its master, spliced to a pipe of a copier |
@@ -184,11 +185,11 @@ pub struct Stdio {
     tell: Vec<Tell>,
 }
 
-/// The path behind a wish for output, if it names one.
+/// The path behind a wish for output, if the process may have got what is there itself.
 pub fn path_of(uri: &str) -> Option<PathBuf> {
     match Target::parse(uri) {
-        Ok(Target::Path(path) | Target::File(path)) => Some(path),
-        Ok(Target::None | Target::Binary(_)) | Err(_) => None,
+        Ok(Target::Path(path)) => Some(path),
+        Ok(Target::None | Target::File(_) | Target::Binary(_)) | Err(_) => None,
     }
 }
 
@@ -259,10 +260,14 @@ impl Stdio {
                         .map_err(|e| format!("open {}: {e}", path.display()))?,
                 ),
                 Target::Path(path) => {
-                    Some(start_copier(&mut held, wanted, path, false, &mut opened)?)
+                    let write = start_copier(&mut held, wanted, path, false, &mut opened)?;
+                    set_nonblocking(&write);
+                    Some(write)
                 }
                 Target::File(path) => {
-                    Some(start_copier(&mut held, wanted, path, true, &mut opened)?)
+                    let write = start_copier(&mut held, wanted, path, true, &mut opened)?;
+                    set_nonblocking(&write);
+                    Some(write)
                 }
                 Target::Binary(argv) => {
                     let (write, _) = start_logger(&mut held, wanted, argv, &mut opened)?;
@@ -294,10 +299,12 @@ impl Stdio {
                     set_file(&mut opened, 2, ChildFile::Fd(err));
                 }
                 Target::File(path) => {
-                    for at in [1, 2] {
-                        let path = path.clone();
-                        set_file(&mut opened, at, ChildFile::Append { path, create: true });
-                    }
+                    // Not the file itself: who writes to /dev/stdout opens it again, and would cut
+                    // it off; and a mapped root may not open it.
+                    let out = start_copier(&mut held, wanted, path, true, &mut opened)?;
+                    let err = out.try_clone().map_err(|e| format!("make pipe: {e}"))?;
+                    set_file(&mut opened, 1, ChildFile::Fd(out));
+                    set_file(&mut opened, 2, ChildFile::Fd(err));
                 }
                 Target::None | Target::Path(_) => {
                     for (at, name) in [(1, &wish.stdout), (2, &wish.stderr)] {

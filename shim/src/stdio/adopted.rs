@@ -30,7 +30,7 @@ use nix::{
 
 use super::{
     Held, Hold, Logger, NewRelay, Opened, RelayKind, Stdio, Target, Wanted, is_fifo,
-    logger::start_copier, open_fifo,
+    logger::start_copier, open_fifo, set_nonblocking,
 };
 use crate::adopt::Loot;
 
@@ -272,7 +272,9 @@ fn copier(
         logger_says: false,
         console: None,
     };
-    start_copier(held, wanted, path, create, &mut nobody)
+    let write = start_copier(held, wanted, path, create, &mut nobody)?;
+    set_nonblocking(&write);
+    Ok(write)
 }
 
 fn stdin(living: &Living<'_>, proc: &Path) -> Result<NewRelay, String> {

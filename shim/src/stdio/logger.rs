@@ -6,10 +6,7 @@ use std::{io, os::fd::OwnedFd, path::PathBuf};
 
 use nix::{fcntl::OFlag, unistd::pipe2};
 
-use super::{
-    Held, Logger, Opened, Wanted,
-    pipes::{set_nonblocking, two_way_pipe},
-};
+use super::{Held, Logger, Opened, Wanted, pipes::two_way_pipe};
 use crate::{
     children::{self, ChildFile, Plan, Spawned, Step},
     reaper,
@@ -105,6 +102,5 @@ pub(super) fn start_copier(
     opened.wait_for_logger = true;
     opened.files.push(ChildFile::Fd(ready));
     opened.files.push(ChildFile::Fd(words));
-    set_nonblocking(&write);
     Ok(write)
 }

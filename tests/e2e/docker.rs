@@ -1,0 +1,227 @@
+//! Docker as a client of our shim, with `live-restore`; the stock shim as control.
+
+use std::io::Write;
+use std::process::Stdio;
+
+use recoverd_tests::{Docker, Node, Process, Release, wait_for};
+
+recoverd_tests::tests! {
+    with_docker: [
+        docker_runs_everything_that_it_runs_with_the_stock_shim,
+        containers_outlive_dockerd_and_containerd,
+        dockers_own_containerd_is_found,
+    ],
+}
+
+const IMAGE: &str = "localhost/busybox:latest";
+/// Docker's own name of the stock shim, and the two ways to name ours.
+const RUNTIMES: [&str; 3] = ["io.containerd.runc.v2", "recoverd", "by-path"];
+
+/// `docker run` without a network of its own.
+fn run<'a>(runtime: &'a str, options: &[&'a str], command: &[&'a str]) -> Vec<&'a str> {
+    let mut args = vec!["run", "--network", "none", "--runtime", runtime];
+    args.extend_from_slice(options);
+    args.push(IMAGE);
+    args.extend_from_slice(command);
+    args
+}
+
+fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let docker = Docker::on(&containerd);
+    for runtime in RUNTIMES {
+        let line = "echo out; echo err >&2; cat; exit 3";
+        let mut command = docker.command(&run(runtime, &["--rm", "-i"], &["sh", "-c", line]));
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let mut client = command.spawn().unwrap();
+        client.stdin.take().unwrap().write_all(b"in\n").unwrap();
+        let output = client.wait_with_output().unwrap();
+        assert_eq!(output.status.code(), Some(3), "{runtime}: {output:?}");
+        assert_eq!(output.stdout, b"out\nin\n", "{runtime}");
+        assert_eq!(output.stderr, b"err\n", "{runtime}");
+
+        let mut terminal =
+            docker.on_terminal(&run(runtime, &["--rm", "-t"], &["sh", "-c", "tty; exit 4"]));
+        assert_eq!(
+            terminal.wait().code(),
+            Some(4),
+            "{runtime}: {}",
+            terminal.text()
+        );
+        assert!(
+            terminal.text().contains("/dev/pts/0"),
+            "{}",
+            terminal.text()
+        );
+
+        let loops = "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done";
+        docker.ok(&run(
+            runtime,
+            &["-d", "--name", "service"],
+            &["sh", "-c", loops],
+        ));
+        let said = docker.output(&["exec", "service", "sh", "-c", "echo hello; exit 7"]);
+        assert_eq!(
+            (said.status.code(), said.stdout),
+            (Some(7), b"hello\n".to_vec())
+        );
+        assert_eq!(
+            docker.ok(&["top", "service", "-o", "pid"]).lines().next(),
+            Some("PID")
+        );
+        assert!(
+            !docker
+                .ok(&["stats", "--no-stream", "service"])
+                .contains("0B / 0B  0B")
+        );
+        docker.ok(&["pause", "service"]);
+        assert_eq!(docker.inspect("service", ".State.Status"), "paused");
+        docker.ok(&["unpause", "service"]);
+        docker.ok(&[
+            "update",
+            "--memory",
+            "64m",
+            "--memory-swap",
+            "64m",
+            "service",
+        ]);
+        wait_for("its output", || {
+            (docker.ok(&["logs", "service"]) == "up\n").then_some(())
+        });
+        docker.ok(&["stop", "service"]);
+        assert_eq!(docker.wait_exited("service"), (5, false), "{runtime}");
+        docker.ok(&["start", "service"]);
+        let mut attached = docker.spawn(&["attach", "--sig-proxy=false", "service"]);
+        docker.ok(&["kill", "--signal", "KILL", "service"]);
+        assert_eq!(docker.wait_exited("service"), (137, false), "{runtime}");
+        assert_eq!(
+            attached.wait().code(),
+            Some(137),
+            "{runtime}: {}",
+            attached.text()
+        );
+        docker.ok(&["rm", "service"]);
+
+        let eater = "x=a; while :; do x=$x$x$x; done";
+        let limit = [
+            "-d",
+            "--name",
+            "eater",
+            "--memory",
+            "16m",
+            "--memory-swap",
+            "16m",
+        ];
+        docker.ok(&run(runtime, &limit, &["sh", "-c", eater]));
+        assert_eq!(docker.wait_exited("eater"), (137, true), "{runtime}");
+        docker.ok(&["rm", "eater"]);
+        wait_for("the shims to leave", || {
+            node.shims().is_empty().then_some(())
+        });
+    }
+}
+
+/// Numbers until SIGTERM.
+const COUNTER: [&str; 3] = [
+    "sh",
+    "-c",
+    "trap 'exit 5' TERM; i=0; while :; do i=$((i+1)); echo $i; usleep 20000; done",
+];
+
+/// Fails unless the log has the numbers from one on, and waits for more of them.
+#[track_caller]
+fn assert_counts(docker: &Docker, container: &str) {
+    let lines = || docker.ok(&["logs", container]);
+    let seen = lines().lines().count();
+    let text = wait_for("more numbers", || {
+        let text = lines();
+        (text.lines().count() > seen + 3).then_some(text)
+    });
+    for (line, number) in text.lines().zip(1u64..) {
+        assert_eq!(line.parse(), Ok(number), "{container}");
+    }
+}
+
+fn containers_outlive_dockerd_and_containerd(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let mut docker = Docker::on(&containerd);
+    let names = ["lives", "dockerd", "containerd", "both"];
+    for name in names {
+        docker.ok(&run("recoverd", &["-d", "--name", name], &COUNTER));
+    }
+    let inits: Vec<Process> = names.iter().map(|name| docker.init(name)).collect();
+    let shims = node.shims();
+    assert_eq!(shims.len(), names.len());
+    let check = |docker: &Docker| {
+        assert_eq!(docker.init("lives"), inits[0]);
+        let said = docker.output(&["exec", "lives", "sh", "-c", "echo hello; exit 7"]);
+        assert_eq!(
+            (said.status.code(), said.stdout),
+            (Some(7), b"hello\n".to_vec())
+        );
+        assert_counts(docker, "lives");
+    };
+    let end = |at: usize| {
+        node.signal(&inits[at], "TERM");
+        node.wait_gone(&inits[at]);
+    };
+    check(&docker);
+
+    docker.stop();
+    docker.start();
+    check(&docker);
+    docker.kill();
+    end(1);
+    docker.start();
+    check(&docker);
+    assert_eq!(docker.wait_exited("dockerd"), (5, false));
+
+    // Docker connects again by itself.
+    containerd.kill();
+    end(2);
+    containerd.start();
+    assert_eq!(docker.wait_exited("containerd"), (5, false));
+    check(&docker);
+    containerd.stop();
+    containerd.start();
+    check(&docker);
+
+    docker.kill();
+    containerd.kill();
+    end(3);
+    containerd.start();
+    docker.start();
+    assert_eq!(docker.wait_exited("both"), (5, false));
+    check(&docker);
+    assert!(node.alive(&shims.iter().find(|s| node.alive(s)).unwrap().clone()));
+
+    docker.ok(&["stop", "lives"]);
+    assert_eq!(docker.wait_exited("lives"), (5, false));
+    docker.ok(&["rm", "lives", "dockerd", "containerd", "both"]);
+    wait_for("the shims to leave", || {
+        node.shims().is_empty().then_some(())
+    });
+}
+
+fn dockers_own_containerd_is_found(release: &Release) {
+    let node = Node::start();
+    let docker = Docker::alone(&node, release);
+    docker.ok(&run("recoverd", &["-d", "--name", "own"], &COUNTER));
+    let id = docker.inspect("own", ".Id");
+    let scan = node.scan();
+    let task = scan.task(&format!("moby/{id}"));
+    assert_eq!(task.init.as_ref().unwrap().pid, docker.init("own").pid);
+    assert_eq!(task.findings, [""; 0]);
+    let own = "/docker/containerd/containerd.sock";
+    let mut all = scan.report.instances.iter();
+    assert!(
+        all.any(|one| one.up && one.address.ends_with(own)),
+        "{scan:?}"
+    );
+    docker.ok(&["rm", "--force", "own"]);
+}

@@ -357,6 +357,7 @@ mod tests {
             created_at: Timestamp::now(),
             exit: None,
             oom: false,
+            oom_kills: None,
             restore: Some(record::Restore {
                 image: "/images".into(),
                 parent: String::new(),
@@ -396,6 +397,7 @@ mod tests {
             options: Options::default(),
             private_pids: true,
             memory_limit: None,
+            oom_kills: None,
             cgroup: None,
             restored,
         };

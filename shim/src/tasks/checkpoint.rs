@@ -44,7 +44,11 @@ impl Tasks {
                 task.init.process = Some(process);
                 task.cgroup = report.cgroup;
                 task.memberships = report.memberships;
-                out.push(Effect::WatchOom { id: id.clone() });
+                task.oom_kills = Some(0);
+                out.push(Effect::WatchOom {
+                    id: id.clone(),
+                    already: None,
+                });
                 out.push(Effect::Publish(Notice::Start {
                     id: id.clone(),
                     pid: process.pid,

@@ -67,6 +67,7 @@ pub struct Leaving<'a> {
 
 /// The same, of the image that comes.
 #[derive(Debug, Deserialize)]
+#[cfg_attr(test, derive(Serialize))]
 pub struct Coming {
     /// As above.
     pub socket: PathBuf,
@@ -317,5 +318,70 @@ pub mod pid {
     /// For `#[serde(with)]`.
     pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Pid, D::Error> {
         i32::deserialize(from).map(Pid::from_raw)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::{Value, json};
+
+    /// A real message (see `tests/upgrade.rs`): a task with an exec that talks and one that is being
+    /// started, callers of Wait and Start, and what cannot be had there added by hand.
+    const GOLDEN: &[u8] = include_bytes!("../testdata/handoff-1.json");
+
+    /// Names, words and nesting; of numbers only that they are there.
+    fn shape(value: Value) -> Value {
+        match value {
+            Value::Number(_) => json!(0),
+            Value::Array(list) => list.into_iter().map(shape).collect(),
+            Value::Object(map) => map.into_iter().map(|(k, v)| (k, shape(v))).collect(),
+            other => other,
+        }
+    }
+
+    #[test]
+    fn the_golden_file_of_format_1_is_what_we_read_and_write() {
+        assert_eq!(check(GOLDEN), Ok(()));
+        let (coming, _) = with(Turn::Looks, || handoff::decode::<Coming>(GOLDEN));
+        let coming = coming.unwrap();
+        assert!(!coming.children.is_empty() && !coming.connections.is_empty());
+        let mut bytes = Vec::new();
+        let act = || handoff::encode("0.1.0", &coming, &mut bytes);
+        let (written, turn) = with(Turn::Gives(BTreeSet::new()), act);
+        written.unwrap();
+        assert!(matches!(turn, Turn::Gives(numbers) if numbers.len() > 8));
+        let ours: Value = serde_json::from_slice(&bytes).unwrap();
+        let golden: Value = serde_json::from_slice(GOLDEN).unwrap();
+        assert_eq!(shape(ours), shape(golden));
+    }
+
+    #[test]
+    fn a_descriptor_is_given_and_taken_once_and_only_by_an_upgrade() {
+        let (one, two) = nix::unistd::pipe().unwrap();
+        let twice = with(Turn::Gives(BTreeSet::new()), || {
+            let first = serde_json::to_value(Numbered(&one));
+            (first, serde_json::to_value(Numbered(&one)).is_err())
+        });
+        let (first, refused) = twice.0;
+        assert_eq!(first.unwrap(), json!(one.as_raw_fd()));
+        assert!(refused);
+        assert!(
+            serde_json::to_value(Numbered(&two)).is_err(),
+            "nobody gives"
+        );
+        let number = json!(two.as_raw_fd());
+        let read = || serde_json::from_value::<Numbered<OwnedFd>>(number.clone());
+        assert!(read().is_err(), "nobody takes");
+        let (looked, _) = with(Turn::Looks, read);
+        assert_ne!(looked.unwrap().0.as_raw_fd(), two.as_raw_fd());
+        let ((taken, again), _) = with(Turn::Takes(BTreeSet::new()), || (read(), read()));
+        // It has one owner again.
+        std::mem::forget(two);
+        assert!(taken.is_ok() && again.is_err());
+        for bad in [json!(2), json!(-1), json!(999_999)] {
+            let read = || serde_json::from_value::<Numbered<OwnedFd>>(bad.clone());
+            assert!(with(Turn::Takes(BTreeSet::new()), read).0.is_err(), "{bad}");
+        }
     }
 }

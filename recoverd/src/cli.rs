@@ -100,6 +100,8 @@ pub enum Command {
                       Exits 4 when another one runs."
     )]
     Supervise,
+    /// Have our shims become the installed version, in place, without touching a container
+    Upgrade(Upgrade),
     /// Show what would mend what is wrong, and do it with --apply
     Repair(Repair),
     /// Tell what recoverd did
@@ -250,6 +252,37 @@ pub struct PostStart {
     /// Exit 1 when a workload was lost, 3 when it cannot be told
     #[arg(long)]
     pub strict: bool,
+}
+
+/// `recoverd upgrade`
+#[derive(Debug, Args)]
+#[command(
+    after_help = "A shim tries the new executable first and stays as it is if that cannot go on from there; then\n\
+                  the same process goes on as the new version. One that runs the installed file is left alone.\n\
+                  After one that could not, the others are left too."
+)]
+pub struct Upgrade {
+    /// Containerd namespace and id of tasks whose shims are to be upgraded
+    #[arg(value_name = "NS/ID")]
+    pub tasks: Vec<String>,
+    /// All shims of ours
+    #[arg(long, conflicts_with = "tasks")]
+    pub all: bool,
+    /// Only show what would be done
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Only tell which tasks run which version; without tasks, of all shims of ours
+    #[arg(long, conflicts_with = "dry_run")]
+    pub check: bool,
+    /// How to print
+    #[arg(
+        short,
+        long,
+        value_enum,
+        default_value = "table",
+        value_name = "FORMAT"
+    )]
+    pub output: TableOrJson,
 }
 
 /// `recoverd repair`

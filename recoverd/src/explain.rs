@@ -297,9 +297,11 @@ fn explanation(code: Code) -> Explanation {
             containerd: "Works with it: shims and containerd of different releases understand \
                 each other upwards (1.6 shims with 2.x). `delete` runs the installed binary, not \
                 the one that serves. New containers of the same pod come to the old process.",
-            remedy: "Nothing breaks, but a fix of the package does not hold for this container \
-                until it is restarted: restart it at the next occasion, a pod as a whole. After \
-                a security fix make that soon.",
+            remedy: "Our shim: `recoverd upgrade NS/ID`, or `--all`. It becomes the installed \
+                executable in the same process; no container, stream or connection notices. A \
+                stock shim: nothing breaks, but a fix of the package does not hold for this \
+                container until it is restarted: restart it at the next occasion, a pod as a \
+                whole. After a security fix make that soon.",
             avoid: "Do not kill the shim to refresh it: its container dies with it.",
         },
         Code::StaleBundle => Explanation {

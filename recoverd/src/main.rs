@@ -25,6 +25,7 @@ mod quarantine;
 mod report;
 mod supervise;
 mod sys;
+mod upgrade;
 mod verify;
 mod witnessed;
 
@@ -152,6 +153,7 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
             commands::repair::run(args, &cli.global, &config)
         }
         Command::Supervise => commands::supervise::run(&cli.global, &config),
+        Command::Upgrade(args) => commands::upgrade::run(args, &cli.global, &config),
         Command::History(args) => commands::history::run(args, &config),
         Command::Explain(_) => Ok(Verdict::Clean),
         #[cfg(feature = "failpoints")]

@@ -7,6 +7,14 @@ pub(super) fn adopt(name: &TaskName) -> String {
     format!("recoverd adopt {}/{}", name.0, name.1)
 }
 
+/// Has a shim of ours become the installed one.
+pub(super) fn upgrade(name: Option<&TaskName>) -> String {
+    match name {
+        Some(name) => format!("recoverd upgrade {}/{}", name.0, name.1),
+        None => "recoverd upgrade --all".to_owned(),
+    }
+}
+
 /// Mends what is wrong with one task.
 pub(super) fn repair_task(name: &TaskName, needs: Option<Word>) -> String {
     repair(&format!("{}/{}", name.0, name.1), needs)

@@ -249,12 +249,14 @@ impl Context<'_> {
             .and_then(Case::kind)
             .unwrap_or_else(|| kind(&shim.name, false));
         let action = match kind {
-            Kind::Ours => "upgrade it in place",
-            Kind::Stock => "restart the container when convenient: only that renews a stock shim",
+            Kind::Ours => action::upgrade(case.map(|case| &case.name)),
+            Kind::Stock => {
+                "restart the container when convenient: only that renews a stock shim".to_owned()
+            }
             Kind::Foreign => return None,
         };
         let facts = vec![evidence("kernel", format!("shim {} {why}", shim.id.pid))];
-        Some(self.of_shim(shim, case, Code::OutdatedShim, facts, action))
+        Some(self.of_shim(shim, case, Code::OutdatedShim, facts, &action))
     }
 
     pub(super) fn bloated(&self, shim: &Shim, cases: &Cases<'_>) -> Option<Suspicion> {
@@ -284,12 +286,13 @@ impl Context<'_> {
         }
         facts.insert(0, self.process("shim", shim.id));
         let action = match kind {
-            Kind::Ours => "upgrade it in place",
+            Kind::Ours => action::upgrade(case.map(|case| &case.name)),
             Kind::Stock | Kind::Foreign => {
                 "look for execs that never end; only a restart of the container renews it"
+                    .to_owned()
             }
         };
-        Some(self.of_shim(shim, case, Code::BloatedShim, facts, action))
+        Some(self.of_shim(shim, case, Code::BloatedShim, facts, &action))
     }
 
     fn of_shim(

@@ -104,7 +104,7 @@ pub fn run(args: &cli::Adopt, global: &cli::Global, config: &Config) -> Result<V
 }
 
 /// As exit codes go.
-fn refused(refused: lock::Refused) -> Failure {
+pub fn refused(refused: lock::Refused) -> Failure {
     match refused {
         lock::Refused::Held { .. } => Failure::Held(refused.to_string()),
         lock::Refused::Failed { .. } => Failure::Blind(refused.to_string()),

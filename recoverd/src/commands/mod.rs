@@ -13,3 +13,4 @@ pub mod repair;
 pub mod scan;
 pub mod show;
 pub mod supervise;
+pub mod upgrade;

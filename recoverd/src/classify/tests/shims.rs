@@ -371,7 +371,7 @@ fn a_shim_of_another_file_than_the_installed_one_is_outdated() {
             .starts_with("restart the container")
     );
     look.shim_of(&C1).name = OURS.into();
-    assert_eq!(only(&look).finding.action, "upgrade it in place");
+    assert_eq!(only(&look).finding.action, "recoverd upgrade default/c1");
     assert_eq!(only(&look).hold, Hold::Once);
 }
 

@@ -71,6 +71,7 @@ pub fn start(
     let adoption = Adoption {
         socket: socket.to_owned(),
         record: None,
+        observed: Vec::new(),
         predecessor: None,
         descriptors: kept.iter().map(|(name, _)| name.clone()).collect(),
     };

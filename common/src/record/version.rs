@@ -378,14 +378,14 @@ mod tests {
     }
 
     #[test]
-    fn format_1_as_it_was_before_oom_kills_were_counted_is_read() {
+    fn format_1_as_it_was_before_oom_kills_were_counted_and_tasks_restored_is_read() {
         let path = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/tests/golden/record-1-uncounted.json"
         );
         let mut expected = full();
         for task in &mut expected.tasks {
-            task.oom_kills = None;
+            (task.oom_kills, task.restore) = (None, None);
         }
         assert_eq!(decode(&std::fs::read(path).unwrap()).unwrap(), expected);
     }

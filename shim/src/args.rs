@@ -24,6 +24,8 @@ pub enum Invocation {
     Adopt(Flags),
     /// `tell`: send what a dead shim could not; ours, started by `delete`.
     Tell(Flags),
+    /// Write what comes on standard input to a log file.
+    Copy,
     /// No action: be the shim.
     Serve(Flags),
     /// `-adopt`: be the shim that takes over.
@@ -304,6 +306,7 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
         Some("delete") => Invocation::Delete,
         Some("adopt") => Invocation::Adopt,
         Some("tell") => Invocation::Tell,
+        Some("copy") => |_| Invocation::Copy,
         None if given.adopt => Invocation::Successor,
         None => Invocation::Serve,
         Some(other) => return Err(Refusal::UnknownAction(other.into())),

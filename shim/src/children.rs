@@ -68,12 +68,6 @@ pub enum Step {
         /// It has to say a word, not only to close it.
         says: bool,
     },
-    /// Say that the files are open, by closing the descriptor at this place; then write what comes
-    /// on 0 to 1, until it ends.
-    Copy {
-        /// The place.
-        ready: RawFd,
-    },
     /// Run a command to its end; that the container does not exist is no failure.
     Run {
         /// The command.
@@ -259,17 +253,15 @@ fn take(step: &Step) -> Result<(), String> {
             sys::drop_kept(at + 1);
             ready
         }
-        Step::Copy { ready } => {
-            sys::drop_kept(*ready);
-            copy().map_err(|e| format!("write output: {e}"))
-        }
         Step::Run { argv, log } => run(argv, log),
         Step::Dump(dump) => dump.run(),
     }
 }
 
-/// Everything from 0 to 1. Not by splice(2): it does not go to a file that is appended to.
-fn copy() -> io::Result<()> {
+/// What a copier does: says that it is there, by closing the descriptor at 3; then writes what comes
+/// on 0 to 1, until it ends. Not by splice(2): it does not go to a file that is appended to.
+pub fn copy() -> io::Result<()> {
+    sys::drop_kept(3);
     let mut buffer = [0; 16 << 10];
     loop {
         let mut rest = match nix::unistd::read(sys::kept(0), &mut buffer) {

@@ -105,6 +105,7 @@ fn invoke(invocation: Invocation) -> Result<u8, Box<dyn Error>> {
         Invocation::HandoffCheck => serve::check(),
         Invocation::Successor(flags) => serve::adopt_and_serve(&flags),
         Invocation::Tell(flags) => serve::tell(&flags),
+        Invocation::Copy => Ok(children::copy()?),
     };
     done.map(|()| 0)
 }

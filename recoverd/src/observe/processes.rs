@@ -89,8 +89,8 @@ fn parse_shim_line(arguments: &[String]) -> Option<ShimLine> {
                 }
             })
     };
-    // Sends a dead shim's last events: serves nobody, and its task is gone.
-    if arguments.last().is_some_and(|last| last == "tell") {
+    // Sends a dead shim's last events, or writes a log file: serves nobody.
+    if matches!(arguments.last().map(String::as_str), Some("tell" | "copy")) {
         return None;
     }
     let line = ShimLine {

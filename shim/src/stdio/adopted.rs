@@ -301,6 +301,8 @@ fn destination(uri: &str, theirs: &Theirs, of_shim: bool, living: &Living<'_>) -
         Target::None if of_shim => To::Nowhere("where it went is not known".into()),
         Target::None => To::Nothing,
         Target::File(_) if !of_shim => To::Nothing,
+        // Our copier outlives its shim, and two would mix up what they read.
+        Target::File(_) if living.logger.is_some() => To::Logger,
         Target::File(path) => append(&path).map_or_else(To::Nowhere, To::Copy),
         Target::Binary(_) if !of_shim => To::Nothing,
         Target::Binary(_) if living.logger.is_some() => To::Logger,

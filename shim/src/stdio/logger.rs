@@ -8,7 +8,7 @@ use nix::{fcntl::OFlag, unistd::pipe2};
 
 use super::{Held, Logger, Opened, Wanted, pipes::two_way_pipe};
 use crate::{
-    children::{self, ChildFile, Plan, Spawned, Step},
+    children::{self, ChildFile, Plan, Spawned},
     reaper,
 };
 
@@ -85,9 +85,20 @@ pub(super) fn start_copier(
             ChildFile::Fd(ready_write),
         ],
         folder: "/".into(),
-        steps: vec![Step::Copy { ready: 3 }],
+        steps: Vec::new(),
         to_the_end: false,
-        argv: Vec::new(),
+        // A program of its own: without its shim, a mere fork would look like one. This very
+        // image, whatever has been installed since.
+        argv: [
+            "/proc/self/exe",
+            "-namespace",
+            wanted.namespace,
+            "-id",
+            &wanted.key.id,
+            "copy",
+        ]
+        .map(str::to_owned)
+        .into(),
         env: None,
         extra_env: None,
     };

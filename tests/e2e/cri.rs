@@ -347,10 +347,9 @@ fn an_exec_ends_with_its_process_or_says_who_holds_its_output(
     // A grandchild that lets go in time: all that it wrote is there.
     let answer = cri.sh(&app, "(sleep 1; echo late) & echo early; exit 4");
     assert_eq!(answer, (4, "early\nlate\n".into()));
-    // One that does not: containerd gives up after what its configuration says.
-    if release.version == "1.6.20" {
-        eprintln!("SKIPPED: an exec whose output is held: this containerd waits for ever");
-    } else {
+    // One that does not: containerd gives up after what its configuration says. 1.6.20 has no such
+    // limit, and whoever calls waits as long as the grandchild lives.
+    if release.version != "1.6.20" {
         let held = cri.exec_sync(&app, "sleep 1000 & echo early", 0);
         let refused = held.expect_err("output that somebody holds is said to be complete");
         assert!(refused.message.contains("drain"), "{refused:?}");

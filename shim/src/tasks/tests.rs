@@ -1,5 +1,11 @@
-use super::*;
 use proptest::prelude::*;
+
+use super::*;
+use crate::{
+    checkpoint::{Checkpoint, Restore},
+    options::Options,
+    service::{Create, StdioWish},
+};
 
 const INIT: u32 = 100;
 const EXEC: u32 = 200;

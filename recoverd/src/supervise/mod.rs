@@ -7,9 +7,10 @@
 //!                    metrics, store     Prometheus, the service manager
 //! ```
 //!
-//! One thread, one loop. Deciding is in `decide`; `daemon` performs and has no policy; `catch` and
-//! `look` read. Everything that it knows can be had again by looking, but for what only a dead shim
-//! had, and that is why it exists. It ends no process and removes nothing but its own files.
+//! One thread, one loop. Deciding is in `decide`; `daemon`, with a file for each subject, performs
+//! and has no policy; `catch` and `look` read. Everything that it knows can be had again by looking,
+//! but for what only a dead shim had, and that is why it exists. It ends no process and removes
+//! nothing but its own files.
 
 mod bag;
 mod catch;

@@ -1,0 +1,192 @@
+//! How it begins: with what the service manager has kept, what was seen before, and a socket of its
+//! own.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    fs, io,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use nix::sys::{
+    epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
+    socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
+};
+use recoverd_common::{proc::Proc, record::Process, seen::Seen, supervision, timestamp::Timestamp};
+use tokio::{
+    net::UnixListener,
+    sync::{Semaphore, mpsc},
+    task::JoinSet,
+};
+
+use super::{
+    super::{
+        bag::Bag,
+        decide::{Kind, Sighting, State},
+        look,
+        metrics::Metrics,
+        serve_metrics, store,
+    },
+    CATCH_UP, Daemon, KEPT, LISTENER, RESUMED_AT_ONCE, Setup,
+};
+use crate::{
+    history::History,
+    witnessed::{self, Witnessed},
+};
+
+/// Listens at `path`, in the place of whoever did before.
+fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    match fs::remove_file(&beside) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        Ok(()) | Err(_) => {}
+    }
+    bind(fd.as_raw_fd(), &UnixAddr::new(&beside)?)?;
+    fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
+    listen(&fd, Backlog::MAXCONN)?;
+    fs::rename(&beside, path)?;
+    Ok(fd)
+}
+
+type Hints = (
+    mpsc::UnboundedSender<PathBuf>,
+    mpsc::UnboundedReceiver<PathBuf>,
+);
+impl Daemon {
+    pub(super) fn new(
+        setup: Setup,
+        hints: Hints,
+    ) -> io::Result<(Self, mpsc::UnboundedReceiver<PathBuf>)> {
+        let proc = Proc::new(&setup.plan.roots.proc);
+        let sockets: Vec<PathBuf> = match fs::read_dir(&setup.plan.roots.socket_dir) {
+            Ok(entries) => entries
+                .flatten()
+                .filter_map(|entry| look::socket_of(&entry.path()))
+                .collect::<BTreeSet<_>>()
+                .into_iter()
+                .collect(),
+            Err(_) => Vec::new(),
+        };
+        // Before anything else is opened.
+        let restored = store::restore(&sockets);
+        let boot_id = match proc.boot_id() {
+            Seen::Present(id) => id,
+            Seen::Absent | Seen::Unknown(_) => String::new(),
+        };
+        let mut witnessed = match witnessed::read(&setup.run_dir, &boot_id) {
+            Seen::Present(witnessed) => witnessed,
+            Seen::Absent => Witnessed::default(),
+            Seen::Unknown(why) => {
+                tracing::warn!(why, "what was seen before is lost");
+                Witnessed::default()
+            }
+        };
+        witnessed.boot_id = boot_id;
+        witnessed.since = Some(Timestamp::now());
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
+        let listener = listen_at(&supervision::path(&setup.run_dir))?;
+        epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        let (tell, hints) = hints;
+        let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+            for path in event.map(|event| event.paths).unwrap_or_default() {
+                // Nobody listens any more: it stops.
+                let _ = tell.send(path);
+            }
+        });
+        let watcher = match watcher {
+            Ok(watcher) => Some(watcher),
+            Err(error) => {
+                tracing::warn!(%error, "no hints of changes: looking more often");
+                None
+            }
+        };
+        let now = Instant::now();
+        let history = History::new(&setup.history, "supervise");
+        let mut daemon = Self {
+            proc,
+            // Far enough back for the ends of a minute ago.
+            began: now.checked_sub(Duration::from_secs(3600)).unwrap_or(now),
+            state: State::default(),
+            bag: Bag::new(KEPT),
+            witnessed,
+            dirty: true,
+            metrics: Metrics::new(),
+            history,
+            epoll,
+            listener,
+            watches: HashMap::new(),
+            tokens: HashMap::new(),
+            peers: HashMap::new(),
+            last: LISTENER,
+            versions: BTreeMap::new(),
+            places: BTreeMap::new(),
+            changed: BTreeMap::new(),
+            missed: BTreeMap::new(),
+            states: BTreeSet::new(),
+            instances_at: now,
+            look_at: now,
+            catch_up_at: now + CATCH_UP,
+            watcher,
+            watched: BTreeSet::new(),
+            tries: JoinSet::new(),
+            places_to_try: Arc::new(Semaphore::new(RESUMED_AT_ONCE)),
+            bundles: JoinSet::new(),
+            ends: BTreeMap::new(),
+            inbox: Vec::new(),
+            setup,
+        };
+        daemon.remember();
+        for (socket, name, fd) in restored {
+            daemon.keep(&socket, &name, fd);
+        }
+        Ok((daemon, hints))
+    }
+
+    /// Shims that ended within the last minute before our start count.
+    pub(super) fn remember(&mut self) {
+        let now = Timestamp::now();
+        let mut ends: BTreeMap<PathBuf, (Sighting, Vec<u64>)> = BTreeMap::new();
+        for death in &self.witnessed.deaths {
+            let ago = now.seconds.saturating_sub(death.at.seconds);
+            let (Ok(ago), "ours") = (u64::try_from(ago), death.kind.as_str()) else {
+                continue;
+            };
+            let at = self.ms().saturating_sub(ago.saturating_mul(1000));
+            let (pid, start_time) = death.process;
+            let sighting = Sighting {
+                kind: Kind::Ours,
+                namespace: death.namespace.clone(),
+                address: String::new(),
+                group: death.group.clone(),
+                shim: Process { pid, start_time },
+                members: BTreeMap::new(),
+                tasks: 0,
+            };
+            let all = ends.entry(PathBuf::from(&death.socket));
+            all.or_insert_with(|| (sighting, Vec::new())).1.push(at);
+        }
+        for (socket, (sighting, ends)) in ends {
+            self.state.remember(&socket, sighting, ends);
+        }
+    }
+
+    pub(super) fn metrics_listener(&self) -> Option<UnixListener> {
+        let path = self.setup.run_dir.join("metrics.sock");
+        match serve_metrics::unix(&path) {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!(path = %path.display(), %error, "no metrics");
+                None
+            }
+        }
+    }
+}

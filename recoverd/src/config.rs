@@ -5,6 +5,9 @@
 //! The file is walked by hand instead of being deserialised: a refusal has to name the line, the
 //! key and what is allowed, which serde's errors do only in part.
 
+mod duration;
+mod keys;
+
 use std::{
     collections::BTreeMap,
     fmt,
@@ -16,7 +19,11 @@ use std::{
 use recoverd_common::{paths, read::read_text, seen::Seen};
 use toml::de::{DeTable, DeValue};
 
+pub use duration::parse_duration;
+
 use crate::cli::{Color, Global};
+use duration::format_duration;
+use keys::{KEYS, Key, PATH, TABLES, absolute, is_sound};
 
 /// Read when no `--config` names another one.
 pub const DEFAULT_FILE: &str = "/etc/recoverd/config.toml";
@@ -203,215 +210,6 @@ impl Default for Config {
     }
 }
 
-/// One key of the file.
-struct Key {
-    /// `""` for the top level.
-    table: &'static str,
-    name: &'static str,
-    about: &'static str,
-    allowed: &'static str,
-    /// Stores a value; `None` when it is not allowed.
-    set: fn(&mut Config, &DeValue<'_>) -> Option<()>,
-    show: fn(&Config) -> toml::Value,
-}
-
-impl Key {
-    fn full(&self) -> String {
-        match self.table {
-            "" => self.name.to_owned(),
-            table => format!("{table}.{}", self.name),
-        }
-    }
-}
-
-const PATH: &str = "an absolute path";
-
-macro_rules! path_key {
-    ($name:literal, $field:ident, $about:literal) => {
-        Key {
-            table: "",
-            name: $name,
-            about: $about,
-            allowed: PATH,
-            set: |config, value| {
-                config.$field = absolute(value)?;
-                Some(())
-            },
-            show: |config| shown(&config.$field).into(),
-        }
-    };
-}
-
-macro_rules! time_key {
-    ($table:ident $table_name:literal, $name:literal, $field:ident,
-     $least:literal to $most:literal, $about:literal) => {
-        Key {
-            table: $table_name,
-            name: $name,
-            about: $about,
-            allowed: concat!("a time from ", $least, " to ", $most, ", such as \"2s\""),
-            set: |config, value| {
-                config.$table.$field = time(value, $least, $most)?;
-                Some(())
-            },
-            show: |config| format_duration(config.$table.$field).into(),
-        }
-    };
-}
-
-/// Every key except those of `[[containerd]]`, in the order in which they are printed.
-const KEYS: &[Key] = &[
-    path_key!("socket-dir", socket_dir, "shims' sockets"),
-    path_key!(
-        "runc-root",
-        runc_root,
-        "runc's state, when a task names no other root"
-    ),
-    path_key!("run-dir", run_dir, "recoverd's own runtime files"),
-    path_key!("history", history, "what recoverd did"),
-    path_key!("proc", proc, "the kernel's processes"),
-    path_key!("cgroup", cgroup, "the kernel's cgroups"),
-    path_key!("fifo-dir", fifo_dir, "clients' fifos"),
-    Key {
-        table: "",
-        name: "color",
-        about: "when to colour",
-        allowed: "\"auto\", \"always\" or \"never\"",
-        set: |config, value| {
-            config.color = match value.as_str()? {
-                "auto" => Color::Auto,
-                "always" => Color::Always,
-                "never" => Color::Never,
-                _ => return None,
-            };
-            Some(())
-        },
-        show: |config| {
-            let word = match config.color {
-                Color::Auto => "auto",
-                Color::Always => "always",
-                Color::Never => "never",
-            };
-            word.into()
-        },
-    },
-    time_key!(scan "scan", "shim-deadline", shim_deadline, "200ms" to "60s",
-        "in total for one shim, which is asked twice, half of this apart"),
-    time_key!(scan "scan", "budget", budget, "1s" to "10m",
-        "for everything that is asked in one look"),
-    time_key!(scan "scan", "min-age", min_age, "0s" to "8760h",
-        "leaked resources younger than this are not reported"),
-    time_key!(scan "scan", "settle", settle, "0s" to "1h",
-        "tasks and shims younger than this may be in transition"),
-    time_key!(scan "scan", "second-look", second_look, "50ms" to "60s",
-        "how long after the first look suspects are looked at again"),
-    Key {
-        table: "scan",
-        name: "run-full",
-        about: "percent of bytes or inodes from which on a file system is nearly full",
-        allowed: "a whole number from 1 to 100",
-        set: |config, value| {
-            let number = value.as_integer()?;
-            let number = u8::from_str_radix(number.as_str(), number.radix()).ok()?;
-            (1..=100).contains(&number).then_some(())?;
-            config.scan.run_full = number;
-            Some(())
-        },
-        show: |config| i64::from(config.scan.run_full).into(),
-    },
-    Key {
-        table: "adopt",
-        name: "binary",
-        about: "the shim that adopts; \"\" is the one beside recoverd, else in PATH",
-        allowed: "an absolute path or \"\"",
-        set: |config, value| {
-            config.adopt.binary = match value.as_str()? {
-                "" => None,
-                _ => Some(absolute(value)?),
-            };
-            Some(())
-        },
-        show: |config| {
-            config
-                .adopt
-                .binary
-                .as_deref()
-                .map_or_else(String::new, shown)
-                .into()
-        },
-    },
-    time_key!(adopt "adopt", "deadline", deadline, "500ms" to "60s",
-        "for one successor, until it serves"),
-    Key {
-        table: "pre-start",
-        name: "foreign",
-        about: "foreign shims that hang, stopped or idle, are ended before containerd starts",
-        allowed: "true or false",
-        set: |config, value| {
-            config.pre_start.foreign = value.as_bool()?;
-            Some(())
-        },
-        show: |config| config.pre_start.foreign.into(),
-    },
-    time_key!(pre_start "pre-start", "deadline", deadline, "1s" to "10m",
-        "for the whole hook"),
-    Key {
-        table: "repair",
-        name: "max-actions",
-        about: "at most so many steps in one run of repair",
-        allowed: "a whole number from 1 to 10000",
-        set: |config, value| {
-            let number = value.as_integer()?;
-            let number = u16::from_str_radix(number.as_str(), number.radix()).ok()?;
-            (1..=10_000).contains(&number).then_some(())?;
-            config.repair.max_actions = number;
-            Some(())
-        },
-        show: |config| i64::from(config.repair.max_actions).into(),
-    },
-    Key {
-        table: "supervise",
-        name: "metrics-listen",
-        about: "metrics by HTTP there too; \"\" is nowhere",
-        allowed: "a loopback address with a port, such as \"127.0.0.1:9464\", or \"\"",
-        set: |config, value| {
-            config.supervise.metrics_listen = match value.as_str()? {
-                "" => None,
-                text => {
-                    let address: SocketAddr = text.parse().ok()?;
-                    // They tell everybody how many tasks there are.
-                    address.ip().is_loopback().then_some(())?;
-                    Some(address)
-                }
-            };
-            Some(())
-        },
-        show: |config| {
-            let address = config.supervise.metrics_listen;
-            address.map_or_else(String::new, |a| a.to_string()).into()
-        },
-    },
-    Key {
-        table: "supervise",
-        name: "textfile",
-        about: "metrics for node_exporter's textfile collector; \"\" is none",
-        allowed: "an absolute path or \"\"",
-        set: |config, value| {
-            config.supervise.textfile = match value.as_str()? {
-                "" => None,
-                _ => Some(absolute(value)?),
-            };
-            Some(())
-        },
-        show: |config| {
-            let path = config.supervise.textfile.as_deref();
-            path.map_or_else(String::new, shown).into()
-        },
-    },
-];
-
-/// Tables of [`KEYS`], in order.
-const TABLES: [&str; 5] = ["scan", "adopt", "pre-start", "repair", "supervise"];
 /// The keys of a `[[containerd]]` table.
 const CONTAINERD_KEYS: &str = "address, state, root";
 
@@ -675,18 +473,13 @@ fn no_file(file: &Path, why: &str) -> ConfigError {
 }
 
 fn unknown_key(table: &str, name: &str) -> String {
-    let mut allowed: Vec<&str> = (KEYS.iter())
+    let mut allowed: Vec<String> = (KEYS.iter())
         .filter(|key| key.table == table)
-        .map(|key| key.name)
+        .map(|key| key.name.to_owned())
         .collect();
     let place = if table.is_empty() {
-        allowed.extend([
-            "[[containerd]]",
-            "[scan]",
-            "[adopt]",
-            "[pre-start]",
-            "[repair]",
-        ]);
+        allowed.push("[[containerd]]".to_owned());
+        allowed.extend(TABLES.map(|table| format!("[{table}]")));
         String::new()
     } else {
         format!("{table}.")
@@ -735,17 +528,6 @@ fn containerd(value: &DeValue<'_>, at: usize, line: usize) -> Result<Containerd,
     })
 }
 
-/// A path as the file may give it.
-fn absolute(value: &DeValue<'_>) -> Option<PathBuf> {
-    let text = value.as_str()?;
-    is_sound(text).then(|| PathBuf::from(text))
-}
-
-/// Absolute, and nothing that would break a line or a system call.
-fn is_sound(path: &str) -> bool {
-    path.starts_with('/') && !path.chars().any(char::is_control)
-}
-
 fn checked_flag(flag: &'static str, path: &Path) -> Result<PathBuf, ConfigError> {
     match path.to_str() {
         Some(text) if is_sound(text) => Ok(path.to_owned()),
@@ -753,52 +535,6 @@ fn checked_flag(flag: &'static str, path: &Path) -> Result<PathBuf, ConfigError>
             flag,
             why: format!("{} is not allowed; must be {PATH}", shown(path)),
         }),
-    }
-}
-
-fn time(value: &DeValue<'_>, least: &str, most: &str) -> Option<Duration> {
-    let time = parse_duration(value.as_str()?).ok()?;
-    let (least, most) = (parse_duration(least).ok()?, parse_duration(most).ok()?);
-    (least..=most).contains(&time).then_some(time)
-}
-
-/// `200ms`, `0s`, `90s`, `10m`, `2h`: a whole number and its unit.
-pub fn parse_duration(text: &str) -> Result<Duration, String> {
-    const ALLOWED: &str = "a whole number and ms, s, m or h, such as 200ms, 90s, 10m";
-    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
-    let (number, unit) = text.split_at(digits);
-    let number: u64 = match (number.parse(), number) {
-        (Ok(number), _) => number,
-        (Err(_), "") => return Err(format!("must be {ALLOWED}")),
-        (Err(_), _) => return Err(format!("is too long a time; must be {ALLOWED}")),
-    };
-    let millis = match unit {
-        "ms" => Some(number),
-        "s" => number.checked_mul(1000),
-        "m" => number.checked_mul(60_000),
-        "h" => number.checked_mul(3_600_000),
-        "" => return Err(format!("has no unit; must be {ALLOWED}")),
-        _ => return Err(format!("has an unknown unit; must be {ALLOWED}")),
-    };
-    // Times are added to the clock: nothing near the end of u64 may get there.
-    const LONGEST: u64 = 100 * 365 * 24 * 3_600_000;
-    match millis {
-        Some(millis) if millis <= LONGEST => Ok(Duration::from_millis(millis)),
-        Some(_) | None => Err(format!("is too long a time; must be {ALLOWED}")),
-    }
-}
-
-/// As [`parse_duration`] reads it, in the largest unit that is exact.
-pub fn format_duration(time: Duration) -> String {
-    let millis = time.as_millis();
-    for (unit, size) in [("h", 3_600_000), ("m", 60_000), ("s", 1000)] {
-        if millis != 0 && millis.is_multiple_of(size) {
-            return format!("{}{unit}", millis / size);
-        }
-    }
-    match millis {
-        0 => "0s".into(),
-        _ => format!("{millis}ms"),
     }
 }
 
@@ -822,263 +558,4 @@ fn shown(path: &Path) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs;
-
-    use clap::Parser;
-
-    use super::*;
-    use crate::cli::Cli;
-
-    fn global(flags: &[&str]) -> Global {
-        let words = ["recoverd"].iter().chain(flags).chain(&["config"]);
-        Cli::try_parse_from(words).unwrap().global
-    }
-
-    fn read(text: &str) -> Result<Config, ConfigError> {
-        let mut config = Config::default();
-        let file = Path::new("/etc/recoverd/config.toml");
-        config.origin.file = Some(file.to_owned());
-        config.origin.found = true;
-        config.read(file, text)?;
-        Ok(config)
-    }
-
-    const FULL: &str = r#"
-        socket-dir = "/a/s"
-        runc-root = "/a/runc"
-        run-dir = "/a/run"
-        history = "/a/history.jsonl"
-        proc = "/a/proc"
-        cgroup = "/a/cgroup"
-        fifo-dir = "/a/fifo"
-        color = "never"
-
-        [[containerd]]
-        address = "/a/containerd.sock"
-        state = "/a/state"
-        root = "/a/root"
-        [[containerd]]
-        address = "/b/containerd.sock"
-
-        [scan]
-        shim-deadline = "200ms"
-        budget = "10m"
-        min-age = "0s"
-        settle = "90s"
-        second-look = "1s"
-        run-full = 80
-
-        [adopt]
-        binary = "/a/shim"
-        deadline = "9s"
-
-        [pre-start]
-        foreign = true
-        deadline = "45s"
-
-        [repair]
-        max-actions = 7
-
-        [supervise]
-        metrics-listen = "127.0.0.1:9464"
-        textfile = "/a/recoverd.prom"
-    "#;
-
-    #[test]
-    fn every_key_is_read_and_what_is_printed_reads_back_the_same() {
-        let config = read(FULL).unwrap();
-        assert_eq!(config.scan.shim_deadline, Duration::from_millis(200));
-        assert_eq!((config.scan.run_full, config.color), (80, Color::Never));
-        assert_eq!(config.containerd.len(), 2);
-        assert!(config.pre_start.foreign);
-        for key in KEYS {
-            assert_ne!(
-                (key.show)(&config),
-                (key.show)(&Config::default()),
-                "the test's file sets {} to its default",
-                key.full()
-            );
-        }
-        let printed = config.to_string();
-        let mut again = read(&printed).unwrap();
-        assert_eq!(again.containerd.len(), 2);
-        again.origin = config.origin.clone();
-        for (new, old) in again.containerd.iter_mut().zip(&config.containerd) {
-            new.line = old.line;
-        }
-        assert_eq!(again, config);
-        assert!(read(&Config::default().to_string()).is_ok());
-    }
-
-    #[test]
-    fn each_value_says_where_it_comes_from() {
-        let dir = tempfile::tempdir().unwrap();
-        let file = dir.path().join("config.toml");
-        let name = file.to_str().unwrap();
-        fs::write(&file, "color = \"always\"\n[scan]\nbudget = \"30s\"\n").unwrap();
-        let flags = ["--config", name, "--run-dir", "/x", "--address", "/y"];
-        let printed = Config::load(&global(&flags)).unwrap().to_string();
-        let line = |key: &str| {
-            let start = format!("{key} = ");
-            let line = printed.lines().find(|line| line.starts_with(&start));
-            line.unwrap().to_owned()
-        };
-        assert!(line("color").ends_with(&format!("# {name}:1")));
-        assert!(line("budget").ends_with(&format!("# {name}:3")));
-        assert!(line("run-dir").ends_with("# flag --run-dir"));
-        assert!(line("settle").ends_with("# default"));
-        assert!(printed.contains("# flag --address /y: only this containerd"));
-    }
-
-    #[test]
-    fn a_bad_file_is_refused_in_one_line_that_names_line_key_and_what_is_allowed() {
-        for (text, line, words) in [
-            ("\nsocketdir = \"/x\"", 2, ["socketdir", "socket-dir"]),
-            ("socket-dir = \"x\"", 1, ["socket-dir", "absolute path"]),
-            ("socket-dir = 1", 1, ["socket-dir", "absolute path"]),
-            ("proc = \"/a\\nb\"", 1, ["proc", "absolute path"]),
-            ("color = \"pink\"", 1, ["color", "\"never\""]),
-            ("scan = 1", 1, ["scan", "table"]),
-            ("[scan]\nbudget = 20", 2, ["scan.budget", "from 1s to 10m"]),
-            ("[scan]\n\nbudget = \"11m\"", 3, ["scan.budget", "10m"]),
-            (
-                "[scan]\nshim-deadline = \"199ms\"",
-                2,
-                ["shim-deadline", "200ms"],
-            ),
-            (
-                "[scan]\nbudget = \"1s\"",
-                2,
-                ["scan.budget", "shim-deadline, 2s"],
-            ),
-            (
-                "[scan]\nshim-deadline = \"30s\"",
-                2,
-                ["budget", "shim-deadline, 30s"],
-            ),
-            ("[scan]\nrun-full = 0", 2, ["scan.run-full", "1 to 100"]),
-            (
-                "[scan]\nrun-full = 99999999999999999999",
-                2,
-                ["run-full", "100"],
-            ),
-            (
-                "[scan]\nrun-full = 9.5",
-                2,
-                ["scan.run-full", "whole number"],
-            ),
-            ("[scan]\nfast = true", 2, ["scan.fast", "run-full"]),
-            (
-                "[pre-start]\nforeign = \"yes\"",
-                2,
-                ["foreign", "true or false"],
-            ),
-            ("[prestart]\nforeign = true", 1, ["prestart", "[pre-start]"]),
-            ("containerd = 3", 1, ["containerd", "[[containerd]]"]),
-            ("containerd = [3]", 1, ["containerd", "[[containerd]]"]),
-            (
-                "[[containerd]]\nstate = \"/x\"",
-                1,
-                ["containerd.address", "given"],
-            ),
-            (
-                "[[containerd]]\nadress = \"/x\"",
-                2,
-                ["containerd.adress", "address"],
-            ),
-            (
-                "[[containerd]]\naddress = \"x\"",
-                2,
-                ["containerd.address", "absolute"],
-            ),
-            (
-                "[[containerd]]\naddress = \"/x\"\n[[containerd]]\naddress = \"/x\"",
-                3,
-                ["containerd.address", "twice"],
-            ),
-            (
-                "color = \"auto\"\ncolor = \"auto\"",
-                2,
-                ["color", "duplicate"],
-            ),
-            ("a\n= 1", 1, ["config.toml:1", ""]),
-            ("\n\n[scan", 3, ["config.toml:3", ""]),
-        ] {
-            let error = read(text).unwrap_err();
-            let ConfigError::Line { line: found, .. } = &error else {
-                panic!("{text:?}: {error}");
-            };
-            let said = error.to_string();
-            assert_eq!(*found, line, "{text:?}: {said}");
-            assert!(!said.contains('\n'), "{text:?}: {said}");
-            for word in words {
-                assert!(said.contains(word), "{text:?} should say {word:?}: {said}");
-            }
-        }
-    }
-
-    #[test]
-    fn a_file_that_was_asked_for_must_be_there_and_be_a_regular_one() {
-        let dir = tempfile::tempdir().unwrap();
-        let at = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
-        fs::write(at("real"), "").unwrap();
-        std::os::unix::fs::symlink(at("real"), at("link")).unwrap();
-        nix::unistd::mkfifo(at("fifo").as_str(), nix::sys::stat::Mode::S_IRWXU).unwrap();
-        fs::write(at("latin"), b"\xe4").unwrap();
-        fs::write(at("large"), " ".repeat(300 << 10)).unwrap();
-        assert!(Config::load(&global(&["--config", &at("real")])).is_ok());
-        for name in ["none", "link", "fifo", "latin", "large", "."] {
-            let error = Config::load(&global(&["--config", &at(name)])).unwrap_err();
-            assert!(matches!(error, ConfigError::File { .. }), "{name}: {error}");
-            assert!(error.to_string().contains(dir.path().to_str().unwrap()));
-        }
-    }
-
-    #[test]
-    fn flags_hold_over_the_file_and_must_be_absolute() {
-        let load = |flags: &[&str]| {
-            let mut config = Config::default();
-            config.apply_flags(&global(flags)).map(|()| config)
-        };
-        let config = load(&["--socket-dir", "/x/s"]).unwrap();
-        assert_eq!(config.socket_dir, Path::new("/x/s"));
-        let error = load(&["--runc-root", "here"]).unwrap_err();
-        let said = "flag --runc-root: here is not allowed; must be an absolute path";
-        assert_eq!(error.to_string(), said);
-        assert!(load(&["--state", "x"]).is_err());
-    }
-
-    #[test]
-    fn times_are_read_and_printed_alike() {
-        for (text, millis, printed) in [
-            ("200ms", 200, "200ms"),
-            ("0s", 0, "0s"),
-            ("0ms", 0, "0s"),
-            ("90s", 90_000, "90s"),
-            ("60s", 60_000, "1m"),
-            ("10m", 600_000, "10m"),
-            ("2h", 7_200_000, "2h"),
-        ] {
-            let time = Duration::from_millis(millis);
-            assert_eq!(parse_duration(text), Ok(time), "{text}");
-            assert_eq!(format_duration(time), printed);
-        }
-        for (text, word) in [
-            ("", "whole number"),
-            ("s", "whole number"),
-            ("-1s", "whole number"),
-            ("1.5s", "unit"),
-            ("10", "no unit"),
-            ("10d", "unknown unit"),
-            ("10 s", "unknown unit"),
-            ("5mm", "unknown unit"),
-            ("99999999999999999999s", "too long"),
-            ("18446744073709551615h", "too long"),
-            ("18446744073709551615ms", "too long"),
-        ] {
-            let error = parse_duration(text).unwrap_err();
-            assert!(error.contains(word), "{text:?}: {error}");
-        }
-    }
-}
+mod tests;

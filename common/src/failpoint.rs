@@ -38,6 +38,7 @@
 //! | --- | --- |
 //! | `RECOVERD_FAILPOINT` | the name, or `name:N` for the Nth time that one process comes by |
 //! | `RECOVERD_FAILPOINT_FILE` | made by whoever dies there; while it is there, nobody else does |
+//! | `RECOVERD_FAILPOINT_STOPS` | set: whoever comes there is stopped, as if it hung, and does not die |
 //! | `RECOVERD_FAILPOINT_ALSO` | a file with the pid of a process that is ended first |
 //! | `RECOVERD_NO_PIDFD_STATUS` | not a point: pidfds tell no exit status, as before Linux 6.15 |
 
@@ -131,6 +132,10 @@ mod registered {
         {
             // The test's own child, which it has not reaped: the number is its own.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+        if env::var_os("RECOVERD_FAILPOINT_STOPS").is_some() {
+            let _ = kill(Pid::this(), Signal::SIGSTOP);
+            return;
         }
         let _ = kill(Pid::this(), Signal::SIGKILL);
         // Never comes back, but a thread may get that far before the kernel has ended it.

@@ -29,8 +29,8 @@
 //! with `-handoff=<number of that file>`: same process, so its children, its lock and its
 //! descriptors stay, each under its number. The new image answers the request, on the connection
 //! where it was asked: that is its word that it serves. A refusal comes from the old image, and
-//! nothing has changed. No answer in time, and whoever has asked ends the process and starts the
-//! old executable as after a crash, with descriptors that it has duplicated before.
+//! nothing has changed. No answer in time, and whoever has asked starts the old executable as after
+//! a crash, with descriptors that it has duplicated before; that one ends the process.
 //!
 //! ```text
 //! {"format": 1, "version": of who wrote it, "shim": everything}

@@ -8,6 +8,7 @@ use crate::container::Container;
 use crate::node::Node;
 use crate::releases::built;
 
+const NAME: &str = "containerd-shim-recoverd-v1";
 /// Our shim's version.
 pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// What a copy calls itself that is another version and the same otherwise; as long as the true one.
@@ -23,10 +24,15 @@ impl Installed {
     /// The true one.
     #[track_caller]
     pub fn on(node: &Node) -> Installed {
-        let name = "containerd-shim-recoverd-v1";
-        let original = fs::read(built(name)).unwrap_or_else(|e| panic!("read {name}: {e}"));
+        Installed::copy_of(node, &built(NAME))
+    }
+
+    /// One that was built otherwise.
+    #[track_caller]
+    pub fn copy_of(node: &Node, shim: &Path) -> Installed {
+        let original = fs::read(shim).unwrap_or_else(|e| panic!("read {}: {e}", shim.display()));
         let installed = Installed {
-            path: node.folder().join(name),
+            path: node.folder().join(NAME),
             original,
         };
         installed.put(&installed.original);

@@ -75,6 +75,7 @@ pub use fifo::{Fifos, Input, Output, make_fifo};
 pub use hooks::{Fate, PostStart, PreStart};
 pub use installed::{Installed, OTHER, VERSION};
 pub use metrics::differences;
+pub use newer::newest_with;
 pub use node::{Node, Running};
 pub use process::Process;
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};

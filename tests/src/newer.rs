@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 
 use crate::node::Node;
-use crate::releases::cache;
+use crate::releases::{Release, cache};
 
 /// The path of a program, or why it cannot be had.
 pub(crate) fn find(program: &str) -> Result<PathBuf, String> {
@@ -18,6 +18,14 @@ pub(crate) fn find(program: &str) -> Result<PathBuf, String> {
         true => Ok(path),
         false => Err(format!("{} is not there: run tests/setup", path.display())),
     }
+}
+
+/// The newest release of containerd, for a test that needs this program of a newer Debian; why there
+/// is none.
+pub fn newest_with(program: &str) -> Result<Release, String> {
+    find(program)?;
+    let newest = Release::available().pop();
+    newest.ok_or_else(|| "no release of containerd is there: run tests/setup".to_owned())
 }
 
 impl Node {

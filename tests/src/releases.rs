@@ -224,7 +224,7 @@ impl Tests<'_> {
         for &(test, run) in self.once {
             trials.push(trial(test.to_owned(), newest(), run));
         }
-        let with = |program: &str| newer::find(program).and_then(|_| newest());
+        let with = newer::newest_with;
         for (tests, needed) in [
             (self.once_with_each_shim, newest()),
             (self.with_criu_and_each_shim, with("criu")),

@@ -16,6 +16,7 @@ use recoverd_common::{
     failpoint,
     handoff::MAX_DESCRIPTORS,
     proc::Proc,
+    record::Process,
     seen::Seen,
     shim_client::ShimClient,
     sys,
@@ -60,19 +61,22 @@ fn is_fifo(path: &Path) -> bool {
 }
 
 /// Has `executable` adopt the tasks at `socket`; gives the pid of the shim that serves them, which
-/// may be somebody else's successor.
+/// may be somebody else's successor. It ends `hung` itself, with everything in its hands: had we
+/// done that and died, the connections would have died with us, and a containerd that sees their
+/// end kills the workload.
 pub fn start(
     candidate: &Candidate,
     socket: &Path,
     executable: &File,
     kept: &Kept,
+    hung: Option<Process>,
     how: &How,
 ) -> Result<u32, String> {
     let adoption = Adoption {
         socket: socket.to_owned(),
         record: None,
         observed: Vec::new(),
-        predecessor: None,
+        predecessor: hung,
         descriptors: kept.iter().map(|(name, _)| name.clone()).collect(),
     };
     // Out of our own table: in the child's the number is a kept descriptor's by then.

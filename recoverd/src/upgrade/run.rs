@@ -3,10 +3,7 @@
 
 use std::{
     fs::{self, File},
-    os::{
-        fd::{AsFd, OwnedFd},
-        unix::fs::MetadataExt,
-    },
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
     sync::mpsc::{self, RecvTimeoutError},
     thread,
@@ -19,7 +16,7 @@ use recoverd_common::{
     proc::Proc,
     record,
     shim_client::{CallError, ShimClient},
-    sys, witness,
+    witness,
 };
 
 use super::{Candidate, back};
@@ -29,7 +26,7 @@ use super::{Candidate, back};
 const ANSWERS: Duration = Duration::from_secs(10);
 /// How often a shim that is asked is looked at.
 const LOOK: Duration = Duration::from_millis(10);
-/// For a process that was sent SIGKILL to be gone.
+/// For a process that has closed its connections to be gone.
 const ENDS: Duration = Duration::from_secs(2);
 /// A new shim is asked this long after it said that it serves.
 const VERIFY: Duration = Duration::from_secs(2);
@@ -101,7 +98,11 @@ fn upgrade(candidate: &Candidate, to: &Path, how: &How) -> Result<Verdict, Strin
         return Ok(Verdict::Refused("it has ended".to_owned()));
     };
     if is_same(&old.executable, to) {
-        return Ok(Verdict::Current);
+        // It may be an image that hung when whoever had asked for it was killed.
+        return match verify(candidate, socket) {
+            Ok(()) => Ok(Verdict::Current),
+            Err(why) => Err(format!("runs that executable already, but {why}")),
+        };
     }
     failpoint!("upgrade.ask.before");
     let asked = ask_while_it_lives(candidate, socket, to, &old);
@@ -121,12 +122,16 @@ fn upgrade(candidate: &Candidate, to: &Path, how: &How) -> Result<Verdict, Strin
         }),
         Err(error) => {
             let closed = matches!(error, CallError::Closed);
-            let why = match gone(&old, closed, to, &how.proc) {
-                Gone::Died => format!("died of becoming {}", to.display()),
-                Gone::Hung => format!("did not serve as {} in time, and was ended", to.display()),
+            let (why, hung) = match gone(&old, closed, &how.proc) {
+                Gone::Died => (format!("died of becoming {}", to.display()), None),
+                Gone::Hung => {
+                    tracing::warn!(pid = old.pid, to = %to.display(), "a new image does not serve");
+                    let why = format!("did not serve as {} in time, and was ended", to.display());
+                    (why, Some(process(candidate)))
+                }
                 Gone::No => return Err(format!("talk to it: {error}; nothing was done about it")),
             };
-            let successor = back::start(candidate, socket, &old.executable, &old.kept, how);
+            let successor = back::start(candidate, socket, &old.executable, &old.kept, hung, how);
             let pid = successor.map_err(|e| format!("{why}; start the old one: {e}"))?;
             Ok(Verdict::CameBack(pid, why))
         }
@@ -137,11 +142,7 @@ fn upgrade(candidate: &Candidate, to: &Path, how: &How) -> Result<Verdict, Strin
 fn old(candidate: &Candidate, how: &How) -> Result<Option<Old>, String> {
     let proc = Proc::new(&how.proc);
     let pid = candidate.shim.pid;
-    let process = record::Process {
-        pid: pid.unsigned_abs(),
-        start_time: candidate.shim.start_time,
-    };
-    let Ok(pidfd) = witness::open(&proc, process) else {
+    let Ok(pidfd) = witness::open(&proc, process(candidate)) else {
         return Ok(None);
     };
     let path = proc.path(pid, "exe");
@@ -153,6 +154,13 @@ fn old(candidate: &Candidate, how: &How) -> Result<Option<Old>, String> {
         executable,
         kept,
     }))
+}
+
+fn process(candidate: &Candidate) -> record::Process {
+    record::Process {
+        pid: candidate.shim.pid.unsigned_abs(),
+        start_time: candidate.shim.start_time,
+    }
 }
 
 fn is_same(executable: &File, path: &Path) -> bool {
@@ -199,34 +207,25 @@ fn ask(socket: &Path, namespace: &str, to: &Path) -> Result<String, CallError> {
 enum Gone {
     /// By itself.
     Died,
-    /// The new image did not say that it serves: it was ended.
+    /// The new image does not say that it serves.
     Hung,
-    /// It is there, and still the old one, or nobody's.
+    /// It is there, and still the old one.
     No,
 }
 
 /// What has become of a shim that gave no answer.
-fn gone(old: &Old, closed: bool, to: &Path, proc: &Path) -> Gone {
+fn gone(old: &Old, closed: bool, proc: &Path) -> Gone {
     // One that is on its way has let go of its connections before.
     let longest = if closed { ENDS } else { Duration::ZERO };
     if witness::await_end(&old.pidfd, longest) {
         return Gone::Died;
     }
-    let exe = Proc::new(proc).path(old.pid, "exe");
-    let still_old = is_same(&old.executable, &exe);
-    if still_old && !witness::has_ended(&old.pidfd) {
-        return Gone::No;
-    }
-    tracing::warn!(pid = old.pid, to = %to.display(), "a new image does not serve");
-    failpoint!("upgrade.end.before");
-    let sent = sys::pidfd_signal(old.pidfd.as_fd(), libc::SIGKILL);
-    failpoint!("upgrade.end.after");
-    match sent {
-        Ok(()) if witness::await_end(&old.pidfd, ENDS) => Gone::Hung,
-        Ok(()) => Gone::No,
-        // It ended just now.
-        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Gone::Died,
-        Err(_) => Gone::No,
+    let still_old = is_same(&old.executable, &Proc::new(proc).path(old.pid, "exe"));
+    // One that has just ended has no executable to be looked at.
+    match (witness::has_ended(&old.pidfd), still_old) {
+        (true, _) => Gone::Died,
+        (false, true) => Gone::No,
+        (false, false) => Gone::Hung,
     }
 }
 

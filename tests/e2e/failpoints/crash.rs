@@ -27,23 +27,24 @@ pub fn play(ground: &mut Ground, armed: &Armed) -> bool {
     died || armed.was_hit(&ground.node)
 }
 
-/// What systemd does with the drop-in, containerd having ended; `between` its first hook and the
-/// start.
+/// containerd has ended: what systemd does with the drop-in, `between` its first hook and the start;
+/// then the pod is looked at.
 #[track_caller]
 pub fn recover(ground: &mut Ground, life: &mut Life, between: impl FnOnce()) {
-    let hook = ground.recoverd(&["pre-start", "--strict"], None);
-    let code = hook.status.code();
-    assert!(
-        code == Some(0) || code == Some(1) && life.in_flight(),
-        "{hook:?}"
-    );
+    start_again(ground, life.in_flight(), between);
+    life.check(ground);
+}
+
+/// The same without a look. Of what was under way the hooks may have something to say.
+#[track_caller]
+pub fn start_again(ground: &mut Ground, in_flight: bool, between: impl FnOnce()) {
+    let hook = |ground: &Ground, name: &str| {
+        let hook = ground.recoverd(&[name, "--strict"], None);
+        let code = hook.status.code();
+        assert!(code == Some(0) || code == Some(1) && in_flight, "{hook:?}");
+    };
+    hook(ground, "pre-start");
     between();
     ground.start(None);
-    let hook = ground.recoverd(&["post-start", "--strict"], None);
-    let code = hook.status.code();
-    assert!(
-        code == Some(0) || code == Some(1) && life.in_flight(),
-        "{hook:?}"
-    );
-    life.check(ground);
+    hook(ground, "post-start");
 }

@@ -18,6 +18,8 @@ pub struct Ground {
     pub containerd: Containerd,
     pub built: Failpoints,
     api: Option<Api>,
+    /// containerd has a point in its environment.
+    armed: bool,
     before: Traces,
     round: u32,
 }
@@ -25,8 +27,14 @@ pub struct Ground {
 impl Ground {
     #[track_caller]
     pub fn new(release: &Release, built: &Failpoints) -> Ground {
+        Ground::with(release, built, &[])
+    }
+
+    /// The same with programs of a newer Debian.
+    #[track_caller]
+    pub fn with(release: &Release, built: &Failpoints, programs: &[&str]) -> Ground {
         let node = Node::start();
-        let containerd = node.containerd(release);
+        let containerd = node.containerd_with(release, programs);
         // Everything counts as old, and nothing as in transition.
         fs::write(config(&node), "[scan]\nsettle = \"0s\"\n")
             .unwrap_or_else(|error| panic!("write configuration: {error}"));
@@ -36,6 +44,7 @@ impl Ground {
             containerd,
             built: built.clone(),
             api: None,
+            armed: false,
             before,
             round: 0,
         }
@@ -94,7 +103,17 @@ impl Ground {
     pub fn start(&mut self, armed: Option<&Armed>) {
         let environment = armed.map(Armed::environment).unwrap_or_default();
         self.containerd.environment(environment);
+        self.armed = armed.is_some();
         self.containerd.start();
+    }
+
+    /// Nobody whom containerd starts from now on is armed.
+    #[track_caller]
+    pub fn disarm(&mut self) {
+        if self.armed {
+            self.kill();
+            self.start(None);
+        }
     }
 
     fn command(&self, args: &[&str], armed: Option<&Armed>) -> Command {

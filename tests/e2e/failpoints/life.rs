@@ -266,6 +266,11 @@ impl Life {
         self.containers.push(id);
     }
 
+    /// Its containers have this shim.
+    pub fn shim_binary(&mut self, path: &Path) {
+        self.runtime = path.to_owned();
+    }
+
     /// Its containers have this runtime instead of runc.
     pub fn runtime_binary(&mut self, path: &Path) {
         self.options = Some(runc_options(&Options {

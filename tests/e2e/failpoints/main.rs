@@ -11,6 +11,7 @@
 //! in turn.
 
 mod again;
+mod checkpoint;
 mod crash;
 mod delete;
 mod ground;
@@ -27,7 +28,7 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use recoverd_tests::{Armed, Failpoints, Release};
+use recoverd_tests::{Armed, Failpoints, Release, newest_with};
 
 use ground::Ground;
 
@@ -37,31 +38,12 @@ type Scenario = fn(&mut Ground, &Armed) -> bool;
 /// What is no walk of points.
 type Whole = fn(&Release, &Failpoints);
 
-/// Steps that no scenario leads to yet, and what one would need; reported as ignored.
-const NOT_WALKED: [(&str, &str); 6] = [
-    ("handoff.requests", "a supervisor"),
-    ("checkpoint.dump", "a task that is checkpointed"),
-    ("serve.restore", "a task that is restored"),
-    (
-        "upgrade.ask",
-        "an older shim, and recoverd that upgrades it",
-    ),
-    (
-        "upgrade.end",
-        "an image that hangs, and recoverd that ends it",
-    ),
-    (
-        "upgrade.back",
-        "an image that dies, and recoverd that goes back",
-    ),
-];
-
 /// So often one point is died at, if nothing else is said.
 const TIMES: u64 = 3;
 
-/// The scenarios that may come by a point, by its first word; those of an area that is not named
-/// here are all tried.
-fn scenarios(area: &str) -> Vec<Scenario> {
+/// The scenarios that may come by a step, by its first word; those of an area that is not named here
+/// are all tried.
+fn scenarios(step: &str) -> Vec<Scenario> {
     let all: [Scenario; 10] = [
         crash::play,
         again::play,
@@ -74,9 +56,17 @@ fn scenarios(area: &str) -> Vec<Scenario> {
         retired::play,
         upgrade::play,
     ];
-    match area {
+    if needs_criu(step) {
+        return vec![checkpoint::play];
+    }
+    match step.split('.').next().unwrap_or_default() {
         "record" | "events" | "serve" | "retire" => vec![crash::play, retired::play],
-        "upgrade" => vec![upgrade::play],
+        "upgrade" => vec![
+            upgrade::play,
+            upgrade::play_asked,
+            upgrade::play_dead_image,
+            upgrade::play_hung_image,
+        ],
         "start" | "daemon" => vec![again::play, again::play_dead_group],
         "delete" => vec![delete::play],
         "adopt" | "order" | "prestart" | "poststart" | "history" => {
@@ -85,6 +75,20 @@ fn scenarios(area: &str) -> Vec<Scenario> {
         "repair" | "quarantine" => vec![repair::play, repair::play_untold],
         _ => all.to_vec(),
     }
+}
+
+/// More scenarios that come by a step, each in another world: every point of it is died at in all of
+/// them, once.
+fn also(step: &str) -> Vec<Scenario> {
+    match step {
+        "upgrade.back" => vec![upgrade::play_hung_image],
+        _ => Vec::new(),
+    }
+}
+
+/// Whether only a task that is checkpointed or restored comes by.
+fn needs_criu(step: &str) -> bool {
+    step.starts_with("checkpoint.") || step == "serve.restore"
 }
 
 fn main() -> ExitCode {
@@ -132,30 +136,27 @@ fn trials(names: Vec<String>, built: &Failpoints) -> Vec<Trial> {
         .zip(turn)
         .map(|((step, points), release)| {
             let built = built.clone();
-            let not_walked = NOT_WALKED.iter().find(|(name, _)| *name == step);
-            let release = match not_walked {
-                Some((_, needed)) => Err(format!("{step} needs {needed}")),
-                None => Release::find(release),
+            let needed = match needs_criu(&step) {
+                true => newest_with("criu"),
+                false => Release::find(release),
             };
-            let suffix = match &release {
-                Ok(release) => format!("containerd_{}", release.name.replace('.', "_")),
-                Err(_) => "cannot_be_walked".into(),
-            };
-            recoverd_tests::trial(format!("{step}::{suffix}"), release, move |release| {
-                walk(release, &built, &points);
+            let name = needed.as_ref().map_or("newest", |release| release.name);
+            let title = format!("{step}::containerd_{}", name.replace('.', "_"));
+            recoverd_tests::trial(title, needed, move |release| {
+                walk(release, &built, &step, &points);
             })
         })
         .chain(others)
         .collect()
 }
 
-fn walk(release: &Release, built: &Failpoints, points: &[String]) {
+fn walk(release: &Release, built: &Failpoints, step: &str, points: &[String]) {
     let times = std::env::var("RECOVERD_WALK_TIMES").ok();
     let times = times.and_then(|times| times.parse().ok()).unwrap_or(TIMES);
-    let mut ground = Ground::new(release, built);
+    let programs: &[&str] = if needs_criu(step) { &["criu"] } else { &[] };
+    let mut ground = Ground::with(release, built, programs);
     for point in points {
-        let area = point.split('.').next().unwrap_or_default();
-        let reached = scenarios(area)
+        let reached = scenarios(step)
             .into_iter()
             .find(|scenario| die(&mut ground, *scenario, point, 1));
         let Some(scenario) = reached else {
@@ -164,6 +165,9 @@ fn walk(release: &Release, built: &Failpoints, points: &[String]) {
         let mut time = 3;
         while time <= times && die(&mut ground, scenario, point, time) {
             time *= 3;
+        }
+        for scenario in also(step) {
+            die(&mut ground, scenario, point, 1);
         }
     }
 }
@@ -176,6 +180,7 @@ fn die(ground: &mut Ground, scenario: Scenario, point: &str, time: u64) -> bool 
     // A failed test shows this line.
     eprintln!("-- {point}");
     let died = scenario(ground, &armed);
+    ground.disarm();
     eprintln!("-- {point}: {died}, {} ms", began.elapsed().as_millis());
     died
 }

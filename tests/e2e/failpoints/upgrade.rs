@@ -1,10 +1,11 @@
-//! A shim, and containerd with it, dies while it becomes another image; then as after any crash.
+//! A shim becomes another image. It dies at it, and containerd with it; or `recoverd upgrade` does,
+//! which has asked it to, with an image that is good, dies or hangs.
 
 use std::time::{Duration, Instant};
 
 use recoverd_common::handoff::{SERVICE, UPGRADE, UpgradeRequest, UpgradeResponse};
 use recoverd_common::shim_client::ShimClient;
-use recoverd_tests::Armed;
+use recoverd_tests::{Armed, Installed, VERSION};
 
 use crate::crash::recover;
 use crate::ground::{Ground, NAMESPACE};
@@ -42,4 +43,85 @@ pub fn play(ground: &mut Ground, armed: &Armed) -> bool {
     life.finish(ground);
     ground.assert_restored();
     died
+}
+
+/// recoverd asks, and the new image serves.
+#[track_caller]
+pub fn play_asked(ground: &mut Ground, armed: &Armed) -> bool {
+    play_image(ground, armed, Image::Good)
+}
+
+/// The new image dies, and containerd dies with recoverd: nobody is left who has the connections.
+#[track_caller]
+pub fn play_dead_image(ground: &mut Ground, armed: &Armed) -> bool {
+    armed.and(&ground.containerd.process());
+    play_image(ground, armed, Image::Dies)
+}
+
+/// The new image hangs. containerd runs on.
+#[track_caller]
+pub fn play_hung_image(ground: &mut Ground, armed: &Armed) -> bool {
+    play_image(ground, armed, Image::Hangs)
+}
+
+/// What a shim is to become.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Image {
+    Good,
+    Dies,
+    Hangs,
+}
+
+impl Image {
+    /// It can read the message, and comes as far as its first step.
+    #[track_caller]
+    fn install(self, ground: &mut Ground, installed: &Installed) {
+        let fault = match self {
+            Image::Good => return installed.install(VERSION),
+            Image::Dies => "",
+            Image::Hangs => "RECOVERD_FAILPOINT_STOPS=1",
+        };
+        let said = ground.round() + "-image";
+        let script = format!(
+            "#!/bin/sh\ncase \"$*\" in *-handoff=*) export RECOVERD_FAILPOINT=upgrade.image.before \
+             RECOVERD_FAILPOINT_FILE={} {fault};; esac\nexec {} \"$@\"\n",
+            ground.node.folder().join(said).display(),
+            ground.built.shim().display()
+        );
+        installed.put(script.as_bytes());
+    }
+}
+
+#[track_caller]
+fn play_image(ground: &mut Ground, armed: &Armed, image: Image) -> bool {
+    let installed = Installed::copy_of(&ground.node, &ground.built.shim());
+    let mut life = Life::new(ground);
+    life.shim_binary(installed.path());
+    assert!(life.run(ground, &RUNNING, None).is_ok());
+    image.install(ground, &installed);
+    let upgrade = ["upgrade", "--all"];
+    let output = ground.recoverd(&upgrade, Some(armed));
+    let hit = armed.was_hit(&ground.node);
+    let expected = i32::from(image != Image::Good);
+    assert!(hit || output.status.code() == Some(expected), "{output:?}");
+    Image::Good.install(ground, &installed);
+    if hit && image == Image::Dies {
+        ground.wait_ended();
+        recover(ground, &mut life, || ());
+    }
+    let mut output = ground.recoverd(&upgrade, None);
+    if hit && image == Image::Hangs && output.status.code() == Some(1) {
+        // Nobody has ended it: that is done while containerd is down.
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        assert!(said.contains("runs that executable already, but"), "{said}");
+        ground.kill();
+        recover(ground, &mut life, || ());
+        output = ground.recoverd(&upgrade, None);
+    }
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    life.check(ground);
+    assert!(life.run(ground, &WHOLE, None).is_ok());
+    life.finish(ground);
+    ground.assert_restored();
+    hit
 }

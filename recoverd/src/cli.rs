@@ -4,6 +4,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+/// The systemd unit that runs containerd, on most machines.
+pub const UNIT: &str = "containerd.service";
+
 /// Finds and explains what is wrong with the runc shims of a node.
 ///
 /// Looks by default and changes nothing.
@@ -171,10 +174,10 @@ pub struct Show {
 #[derive(Debug, Args)]
 pub struct Preflight {
     /// The containerd release that is to start, such as 2.1 [default: the one that runs]
-    #[arg(long, value_name = "VERSION", value_parser = crate::preflight::Release::of_word)]
-    pub to: Option<crate::preflight::Release>,
+    #[arg(long, value_name = "VERSION", value_parser = crate::release::Release::of_word)]
+    pub to: Option<crate::release::Release>,
     /// The systemd unit that runs containerd
-    #[arg(long, default_value = "containerd.service", value_name = "UNIT")]
+    #[arg(long, default_value = UNIT, value_name = "UNIT")]
     pub unit: String,
     /// How to print
     #[arg(short, long, value_enum, default_value = "text", value_name = "FORMAT")]
@@ -224,9 +227,12 @@ pub struct PreStart {
     /// Be done within this time [default: 20s, or pre-start.deadline of the configuration]
     #[arg(long, value_name = "TIME", value_parser = crate::config::parse_duration)]
     pub deadline: Option<std::time::Duration>,
-    /// The systemd unit that runs containerd
-    #[arg(long, default_value = "containerd.service", value_name = "UNIT")]
-    pub unit: String,
+    /// The systemd unit that runs containerd. Named, it tells which program is about to start
+    #[arg(long, value_name = "UNIT")]
+    pub unit: Option<String>,
+    /// The program that is about to start, where the unit does not say [default: as --unit says]
+    #[arg(long, value_name = "PATH")]
+    pub containerd: Option<PathBuf>,
     /// Exit as commands that act do: not 0 when a workload will be lost
     #[arg(long)]
     pub strict: bool,

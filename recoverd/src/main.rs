@@ -22,6 +22,7 @@ mod permit;
 mod plan;
 mod preflight;
 mod quarantine;
+mod release;
 mod report;
 mod supervise;
 mod sys;

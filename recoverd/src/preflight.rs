@@ -13,7 +13,6 @@
 
 mod bundle;
 mod host;
-mod release;
 #[cfg(test)]
 mod tests;
 
@@ -25,9 +24,8 @@ use crate::{
     correlate::Case,
     facts::{Api, Gap, Instance, Look, Premises, TaskName, one_line},
     findings::{Code, Finding, Severity, Subject},
+    release::Release,
 };
-
-pub use release::Release;
 
 /// What a reason is about.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
@@ -184,6 +182,7 @@ pub fn judge(input: &Input<'_>) -> Report {
         latest = latest.max(to);
         judge.hop(instance, running, from, to);
         judge.sandboxes(at, instance, to);
+        judge.unheard(at, instance, to);
         judge.state_folder(instance);
         for case in input.cases.iter().filter(|case| case.instance == Some(at)) {
             if let Some(bundle) = case.bundle {

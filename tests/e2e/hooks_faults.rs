@@ -9,7 +9,7 @@ use std::sync::Arc;
 use recoverd_common::record::Exit;
 use recoverd_tests::{
     Container, Containerd, Fifos, Input, Node, Output, Process, Release, ShimUnderTest, Task,
-    Traces, numbers, oci_spec, wait_for,
+    Traces, built, numbers, oci_spec, wait_for,
 };
 use serde_json::json;
 
@@ -30,6 +30,7 @@ recoverd_tests::tests! {
     once: [
         a_start_a_hook_and_two_repairs_at_once_have_one_winner,
         a_verb_of_a_containerd_that_is_gone_ends_no_workload,
+        the_journal_gets_one_line_of_each_hook_and_people_a_table,
     ],
 }
 
@@ -631,4 +632,47 @@ fn a_verb_of_a_containerd_that_is_gone_ends_no_workload(release: &Release) {
     });
     task.assert_init_alive();
     start_with_hooks(&mut containerd, &[&task]);
+}
+
+fn the_journal_gets_one_line_of_each_hook_and_people_a_table(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let ours = |id| Container::new(id).shim(ShimUnderTest::Recoverd);
+    containerd.run(&ours("kept"));
+    let job = containerd.run(&ours("job"));
+    containerd.stop();
+    node.signal(&job.init, "TERM");
+    node.wait_gone(&job.init);
+    // As systemd starts a unit's program: standard output is the journal, and it is told which
+    // stream that is.
+    let program = built("recoverd").display().to_string();
+    let flags = containerd.flags().join(" ");
+    let said = |hook: &str, stream: &str| {
+        let file = node.folder().join("journal");
+        node.shell(&format!(
+            "exec >{0}; JOURNAL_STREAM={stream} {program} {flags} {hook}",
+            file.display()
+        ));
+        fs::read_to_string(&file).unwrap_or_else(|error| panic!("{error}"))
+    };
+    let journal = node.folder().join("journal");
+    let of_stdout = format!("$(stat -c %d:%i {})", journal.display());
+    let before = said("pre-start", &of_stdout);
+    assert!(
+        before.starts_with("recoverd: pre-start: 2 tasks, "),
+        "{before}"
+    );
+    assert_eq!(before.lines().count(), 1, "{before}");
+    containerd.start();
+    let line = "recoverd: post-start: 1 kept, 0 adopted, 1 exited, 0 new, 0 lost\n";
+    assert_eq!(said("post-start", &of_stdout), line);
+    // A shell that was started from a service has the variable too, and another output.
+    for stream in ["0:0", ""] {
+        let table = said("post-start", stream);
+        assert!(
+            table.ends_with(line) && table.lines().count() == 3,
+            "{table}"
+        );
+        assert!(table.contains("e2e/job   exited with 0"), "{table}");
+    }
 }

@@ -6,6 +6,7 @@ use serde::Deserialize;
 use crate::container::Task;
 use crate::containerd::Containerd;
 use crate::process::Process;
+use crate::releases::Release;
 
 /// What `recoverd pre-start --strict` said.
 #[derive(Debug)]
@@ -68,8 +69,21 @@ impl Containerd {
     /// The hook before its start, which must not find it running.
     #[track_caller]
     pub fn pre_start(&self) -> PreStart {
+        self.pre_start_with(&[])
+    }
+
+    /// The same, told that this release is about to start.
+    #[track_caller]
+    pub fn pre_start_of(&self, release: &Release) -> PreStart {
+        let program = release.folder.join("containerd").display().to_string();
+        self.pre_start_with(&["--containerd", &program])
+    }
+
+    #[track_caller]
+    fn pre_start_with(&self, words: &[&str]) -> PreStart {
         let mut args = self.flags();
         args.extend(["pre-start", "--strict"].map(str::to_owned));
+        args.extend(words.iter().map(|word| (*word).to_owned()));
         let output = self.node().recoverd(&args);
         PreStart {
             exit: output.status.code().unwrap_or(-1),

@@ -6,6 +6,8 @@
 //!                            init ended, nothing recorded            ─▶ lost, because
 //! case, its shim unresponsive (seen twice), stopped or idle          ─▶ adopted with predecessor
 //!                                           busy, waiting for a device ─▶ refused: it may come back
+//! case, its shim well, containerd down and about to be one that cannot
+//!                                           speak to it              ─▶ adopted with predecessor
 //! foreign, no bundle, a verb at work, abstract address, unknown init ─▶ refused, because
 //! ```
 //!
@@ -32,7 +34,7 @@ use recoverd_common::{
 use super::{Member, Order, clues::Clues};
 use crate::{
     correlate::{Case, Cases, Init, Kind, ShimOf, kind},
-    facts::{Api, Connection, Instance, Look, Shim, TaskName, one_line},
+    facts::{Api, Connection, Instance, Look, Phase, Shim, TaskName, one_line},
 };
 
 /// A path of a unix socket has at most this many bytes.
@@ -49,6 +51,8 @@ pub struct Wish<'a> {
     pub only: Option<&'a BTreeSet<TaskName>>,
     /// Shims that two looks saw unresponsive. Empty: none is replaced.
     pub unresponsive: &'a BTreeSet<ProcessId>,
+    /// Shims that are well and cannot be heard by the containerd that is about to start; why, each.
+    pub unheard: Option<&'a BTreeMap<ProcessId, String>>,
     /// The systemd unit of containerd: who runs in it has the surroundings that its shims have.
     pub unit: Option<&'a str>,
 }
@@ -201,6 +205,7 @@ impl<'a> Selection<'a> {
         let worth = |case: &&Case<'_>| {
             let seen_to_end = |id: &ProcessId| witnessed(look, *id);
             case.init.alive().is_some()
+                || told_exit(case).is_some()
                 || zombie(look, case).is_some()
                 || matches!(&case.init, Init::Dead(Some(id), _) if seen_to_end(id))
         };
@@ -244,7 +249,11 @@ fn wanted(look: &Look, case: &Case<'_>, wish: &Wish<'_>) -> bool {
 }
 
 fn standing<'a>(look: &'a Look, case: &'a Case<'a>, wish: &Wish<'_>) -> Standing<'a> {
-    if case.answered() && unresponsive(case, wish).is_none() {
+    let unheard = case
+        .shim
+        .process()
+        .and_then(|shim| wish.unheard?.get(&shim.id));
+    if case.answered() && unresponsive(case, wish).is_none() && unheard.is_none() {
         return Standing::Healthy("its shim answers");
     }
     if kind_of(case) == Kind::Foreign {
@@ -256,6 +265,13 @@ fn standing<'a>(look: &'a Look, case: &'a Case<'a>, wish: &Wish<'_>) -> Standing
             Some(shim) => match replaceable(look, case, shim) {
                 Ok(()) => Some(shim),
                 Err(why) => return Standing::No(why),
+            },
+            None if unheard.is_some() => match containerd_is_down(look, case) {
+                Ok(()) => Some(*shim),
+                Err(why) => {
+                    let pid = shim.id.pid;
+                    return Standing::No(format!("shim {pid} is not replaced: {why}"));
+                }
             },
             None if case.answered() => return Standing::Healthy("its shim answers"),
             None => {
@@ -299,6 +315,10 @@ fn standing<'a>(look: &'a Look, case: &'a Case<'a>, wish: &Wish<'_>) -> Standing
     };
     let recorded = recorded(look, case, instance, &socket);
     let because = match (predecessor, &case.init) {
+        (Some(shim), _) if unheard.is_some() => {
+            let why = unheard.map_or("", String::as_str);
+            format!("shim {} {why}", shim.id.pid)
+        }
         (Some(shim), _) if unreachable(case) => {
             format!("shim {} lives and its socket is gone", shim.id.pid)
         }
@@ -344,16 +364,8 @@ fn unresponsive<'a>(case: &Case<'a>, wish: &Wish<'_>) -> Option<&'a Shim> {
 /// not merely need time.
 fn replaceable(look: &Look, case: &Case<'_>, shim: &Shim) -> Result<(), String> {
     let pid = shim.id.pid;
-    let instance = case.instance.and_then(|at| look.instances.get(at));
-    match instance.map(|instance| (&instance.api, instance.daemon)) {
-        Some((Api::Down, None)) => {}
-        Some(_) => {
-            return Err(format!(
-                "shim {pid} does not answer, and its containerd runs: ending it would end the task"
-            ));
-        }
-        None => return Err("its containerd is not known".into()),
-    }
+    containerd_is_down(look, case)
+        .map_err(|why| format!("shim {pid} does not answer, and {why}"))?;
     match stillness(shim) {
         Stillness::Stopped | Stillness::Idle => Ok(()),
         // It is well: only, containerd will not find it, whatever it does.
@@ -362,6 +374,16 @@ fn replaceable(look: &Look, case: &Case<'_>, shim: &Shim) -> Result<(), String> 
         Stillness::Device => Err(format!(
             "shim {pid} waits for a device (state D): it may answer yet"
         )),
+    }
+}
+
+/// Only then may a shim that lives be ended: containerd ends the task of one that ends.
+fn containerd_is_down(look: &Look, case: &Case<'_>) -> Result<(), &'static str> {
+    let instance = case.instance.and_then(|at| look.instances.get(at));
+    match instance.map(|instance| (&instance.api, instance.daemon)) {
+        Some((Api::Down, None)) => Ok(()),
+        Some(_) => Err("its containerd runs: ending it would end the task"),
+        None => Err("its containerd is not known"),
     }
 }
 
@@ -467,18 +489,38 @@ fn witnessed(look: &Look, id: ProcessId) -> bool {
     exit.is_some_and(|exit| exit.status.is_some())
 }
 
-/// As its shim said while it lived, to a supervisor; else what its client's fifos tell.
+/// How it ended, as its shim says: only the shim knows once the process is gone.
+pub fn told_exit(case: &Case<'_>) -> Option<(u32, Timestamp)> {
+    let state = case.state()?;
+    // A stock shim always knows when it saw the end.
+    let seconds = state.exited_at?;
+    let at = Timestamp { seconds, nanos: 0 };
+    (state.phase == Phase::Stopped).then_some((state.exit_status, at))
+}
+
+/// As its shim says, or said to a supervisor while it lived; else what its client's fifos tell.
 fn stdio_of(
     look: &Look,
     case: &Case<'_>,
     init: Option<ProcessId>,
     clue: Option<&super::clues::TaskClues>,
 ) -> record::Stdio {
-    let said = init.map(process).and_then(|init| {
+    let says = case.state().map(|state| {
+        let [stdin, stdout, stderr] = state.stdio.clone();
+        record::Stdio {
+            stdin,
+            stdout,
+            stderr,
+            ..record::Stdio::default()
+        }
+    });
+    let said = || {
+        let init = process(init?);
         let init = (init.pid, init.start_time);
         look.witnessed.stdio_of(&case.name, init)
-    });
-    said.or_else(|| clue.map(|clue| clue.stdio.clone()))
+    };
+    says.or_else(said)
+        .or_else(|| clue.map(|clue| clue.stdio.clone()))
         .unwrap_or_default()
 }
 
@@ -631,13 +673,16 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
             (Some(*id), None)
         }
         Init::Dead(id, why) => {
-            let why = format!("it ended before it was adopted ({why})");
-            (
-                *id,
-                Some(Exit::Unknown {
-                    why: one_line(&why),
-                }),
-            )
+            let unknown = || Exit::Unknown {
+                why: one_line(&format!("it ended before it was adopted ({why})")),
+            };
+            let told = told_exit(case).map(|(status, at)| Exit::Observed {
+                status,
+                at,
+                // What its shim knew of that it has told.
+                oom: false,
+            });
+            (*id, Some(told.unwrap_or_else(unknown)))
         }
         Init::None | Init::Unknown(_) => return None,
     };

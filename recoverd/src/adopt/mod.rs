@@ -57,6 +57,13 @@ pub struct Member {
 }
 
 impl Order {
+    /// Its successor is to take the place of this living shim.
+    pub fn replaces(&self, shim: ProcessId) -> bool {
+        self.adoption.predecessor.is_some_and(|predecessor| {
+            predecessor.pid == shim.pid.unsigned_abs() && predecessor.start_time == shim.start_time
+        })
+    }
+
     /// Living inits in it: what it is worth.
     pub fn living(&self) -> usize {
         self.members.iter().filter(|m| m.init.is_some()).count()

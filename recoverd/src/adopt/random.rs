@@ -31,6 +31,7 @@ fn decide(look: &Look, unresponsive: &BTreeSet<ProcessId>) -> Decision {
         namespace: None,
         only: None,
         unresponsive,
+        unheard: None,
         unit: None,
     };
     let cases = correlate(look, SOCKET_DIR.as_ref());

@@ -81,6 +81,7 @@ fn wish(unresponsive: &BTreeSet<ProcessId>) -> Wish<'_> {
         namespace: None,
         only: None,
         unresponsive,
+        unheard: None,
         unit: None,
     }
 }

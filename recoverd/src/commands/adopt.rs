@@ -54,6 +54,7 @@ pub fn run(args: &cli::Adopt, global: &cli::Global, config: &Config) -> Result<V
         namespace: narrow.namespace.as_deref(),
         only: only.as_ref(),
         unresponsive: &BTreeSet::new(),
+        unheard: None,
         unit: None,
     };
     let mut decision = adopt::decide(&plan.roots, &examined.look, &cases, &wish);

@@ -1,10 +1,10 @@
 //! `recoverd pre-start`: runs while no containerd does, and has none of its workloads die at the
 //! start that follows. In this order, as time may run out: the baseline; the files that a
-//! containerd of another release needs; what is orphaned; what does not answer; what would stop
-//! containerd. Never keeps containerd from starting: it exits 0 unless told otherwise.
+//! containerd of another release needs; what is orphaned; whose shim that release cannot speak to;
+//! what does not answer; what would stop containerd. Never keeps containerd from starting: it exits 0 unless told otherwise.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     io::{self, Write},
     time::{Duration, Instant},
 };
@@ -13,6 +13,7 @@ use nix::sys::signal::Signal;
 use recoverd_common::{
     failpoint,
     proc::{FileId, Proc, ProcessId},
+    seen::Seen,
 };
 use serde_json::{Map, Value, json};
 
@@ -33,6 +34,8 @@ use crate::{
     hooks::{
         baseline::{self, Baseline, Did},
         batches,
+        coming::{self, Named},
+        downgrade,
         foreign::{self, Foreigner},
         stoppers, twins,
     },
@@ -191,12 +194,15 @@ impl<'a> Hook<'a> {
         let cases = examined.cases(&self.plan);
         let mut baseline = baseline::of(look, &cases.cases, at);
         let hung = unresponsive(&examined, &cases, at);
+        let unheard = self.unheard(&runtime, look, &cases, at);
+        remarks.extend(unheard.left);
         let wish = Wish {
             address: self.narrow.address.as_deref(),
             namespace: self.narrow.namespace.as_deref(),
             only: None,
             unresponsive: &hung,
-            unit: Some(&self.args.unit),
+            unheard: Some(&unheard.replace),
+            unit: Some(self.args.unit.as_deref().unwrap_or(cli::UNIT)),
         };
         let decision = adopt::decide(&self.plan.roots, look, &cases, &wish);
         for order in &decision.orders {
@@ -207,7 +213,7 @@ impl<'a> Hook<'a> {
         let shims = look.shims.iter();
         let shims = shims.filter(|s| look.instances.get(at).is_some_and(|i| i.is(&s.address)));
         let at_once = batches::at_once(shims.count());
-        let outcomes = self.adopt(&runtime, &decision, at_once, &mut complaint);
+        let outcomes = self.adopt(&runtime, &decision, &hung, at_once, &mut complaint);
         failpoint!("prestart.adopted.after");
         note(&mut baseline, &decision, &outcomes);
         let foreign = self.foreign(look, &cases, at, &hung, at_once);
@@ -238,6 +244,30 @@ impl<'a> Hook<'a> {
             .map(|error| format!("write baseline: {error}"))
     }
 
+    /// The shims that are well and cannot be spoken to by the containerd that is about to start.
+    fn unheard(
+        &self,
+        runtime: &tokio::runtime::Runtime,
+        look: &Look,
+        cases: &Cases<'_>,
+        at: usize,
+    ) -> downgrade::Decision {
+        let suspects = downgrade::suspects(look, &cases.cases, at);
+        let Some(instance) = look.instances.get(at).filter(|_| !suspects.is_empty()) else {
+            return downgrade::Decision::default();
+        };
+        let named = Named {
+            program: self.args.containerd.as_deref(),
+            unit: self.args.unit.as_deref(),
+        };
+        let release = coming::release(named, instance);
+        let spoken = match &release {
+            Seen::Present(release) if release.is_1() => runtime.block_on(coming::spoken(&suspects)),
+            Seen::Present(_) | Seen::Absent | Seen::Unknown(_) => BTreeMap::new(),
+        };
+        downgrade::decide(&suspects, &release, &spoken)
+    }
+
     fn until(&self) -> Instant {
         self.began + self.config.pre_start.deadline.saturating_sub(LAST_WORDS)
     }
@@ -262,12 +292,14 @@ impl<'a> Hook<'a> {
         written
     }
 
-    /// First what has no shim at all, all at once; then what has one that hangs, a batch at a time,
-    /// the next only after every one of the last turned out well.
+    /// First what has no shim at all, and what has one that containerd cannot speak to: their tasks
+    /// end for certain if nothing is done. Then what has one of `hung`, a batch at a time, the next
+    /// only after every one of the last turned out well.
     fn adopt(
         &self,
         runtime: &tokio::runtime::Runtime,
         decision: &Decision,
+        hung: &BTreeSet<ProcessId>,
         at_once: usize,
         complaint: &mut Complaint,
     ) -> Vec<Outcome> {
@@ -295,11 +327,14 @@ impl<'a> Hook<'a> {
             run: self.history.run().to_owned(),
             run_dir: self.config.run_dir.clone(),
         };
-        let (hung, orphaned): (Vec<Order>, Vec<Order>) = decision
+        let (with_shim, orphaned): (Vec<Order>, Vec<Order>) = decision
             .orders
             .iter()
             .cloned()
             .partition(|order| order.adoption.predecessor.is_some());
+        let (hung, unheard): (Vec<Order>, Vec<Order>) = with_shim
+            .into_iter()
+            .partition(|order| hung.iter().any(|shim| order.replaces(*shim)));
         let mut outcomes = Vec::new();
         let mut go = |orders: Vec<Order>, outcomes: &mut Vec<Outcome>| {
             for order in &orders {
@@ -315,6 +350,7 @@ impl<'a> Hook<'a> {
             well
         };
         go(orphaned, &mut outcomes);
+        go(unheard, &mut outcomes);
         let mut well = true;
         for batch in hung.chunks(at_once) {
             if well {
@@ -437,8 +473,7 @@ impl<'a> Hook<'a> {
         for stopper in stoppers::stoppers(look, left, hung) {
             let subject = format!("{}/{}", stopper.name.0, stopper.name.1);
             // By its identity now: whatever stands there later stays.
-            let recoverd_common::seen::Seen::Present(file) = FileId::of_entry(&stopper.bundle)
-            else {
+            let Seen::Present(file) = FileId::of_entry(&stopper.bundle) else {
                 continue;
             };
             let thing = quarantine::Thing {
@@ -515,14 +550,14 @@ fn unresponsive(examined: &Examined, cases: &Cases<'_>, at: usize) -> BTreeSet<P
 /// Notes in the baseline what was done.
 fn note(baseline: &mut Baseline, decision: &Decision, outcomes: &[Outcome]) {
     for outcome in outcomes {
-        let hung = outcome.order.adoption.predecessor.is_some();
+        let lived = outcome.order.adoption.predecessor.is_some();
         for member in &outcome.order.members {
             let Some(task) = baseline.task_mut(&member.name) else {
                 continue;
             };
             (task.did, task.why) = match &outcome.verdict {
                 adopt::Verdict::Adopted(adopted) => {
-                    let did = if hung { Did::Replaced } else { Did::Adopted };
+                    let did = if lived { Did::Replaced } else { Did::Adopted };
                     let mut remarks = Vec::new();
                     let of_task = adopted.tasks.iter().filter(|t| t.id == member.name.1);
                     for adopted in of_task {

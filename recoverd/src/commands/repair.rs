@@ -164,6 +164,7 @@ fn decision(
         namespace: narrow.namespace.as_deref(),
         only: None,
         unresponsive: &unresponsive,
+        unheard: None,
         unit: None,
     };
     adopt::decide(&looking.roots, &examined.look, cases, &wish)

@@ -94,7 +94,7 @@ pub enum Did {
     Nothing,
     /// A new shim serves it; there was none.
     Adopted,
-    /// A new shim serves it; the old one hung.
+    /// A new shim serves it; the old one hung, or could not be spoken to.
     Replaced,
     /// It should have been adopted and was not.
     Failed,

@@ -67,7 +67,7 @@ pub fn missing(case: &Case<'_>) -> Vec<Twin> {
 }
 
 /// The shim speaks for this very task.
-fn proven(case: &Case<'_>) -> bool {
+pub fn proven(case: &Case<'_>) -> bool {
     let Some(state) = case.state() else {
         return false;
     };

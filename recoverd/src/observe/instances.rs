@@ -69,27 +69,38 @@ fn parse_config(text: &str) -> Result<Places, String> {
     })
 }
 
+/// The value that containerd's arguments give to a flag.
+fn flag(arguments: &[String], names: [&str; 2]) -> Option<String> {
+    arguments.iter().enumerate().find_map(|(at, argument)| {
+        let flag = argument.trim_start_matches('-');
+        if flag.len() == argument.len() {
+            return None;
+        }
+        match flag.split_once('=') {
+            Some((name, value)) if names.contains(&name) => Some(value.to_owned()),
+            None if names.contains(&flag) => arguments.get(at.checked_add(1)?).cloned(),
+            Some(_) | None => None,
+        }
+    })
+}
+
+/// Where a containerd will listen that is started in `/` with these arguments.
+pub fn address_of(arguments: &[String]) -> Seen<String> {
+    if let Some(address) = flag(arguments, ["address", "a"]) {
+        return Seen::Present(address);
+    }
+    let config = flag(arguments, ["config", "c"]).unwrap_or_else(|| DEFAULT_CONFIG.to_owned());
+    let mut gaps = Vec::new();
+    let file = read_config(&Path::new("/").join(config), &mut gaps);
+    match gaps.pop() {
+        Some(Gap { what, why, .. }) => Seen::Unknown(format!("{what}: {why}")),
+        None => Seen::Present(file.address.unwrap_or_else(|| DEFAULT_ADDRESS.to_owned())),
+    }
+}
+
 /// A daemon's flags over its configuration file over the defaults.
 fn of_daemon(daemon: &Daemon, gaps: &mut Vec<Gap>) -> Instance {
-    let value = |names: [&str; 2]| {
-        daemon
-            .arguments
-            .iter()
-            .enumerate()
-            .find_map(|(at, argument)| {
-                let flag = argument.trim_start_matches('-');
-                if flag.len() == argument.len() {
-                    return None;
-                }
-                match flag.split_once('=') {
-                    Some((name, value)) if names.contains(&name) => Some(value.to_owned()),
-                    None if names.contains(&flag) => {
-                        daemon.arguments.get(at.checked_add(1)?).cloned()
-                    }
-                    Some(_) | None => None,
-                }
-            })
-    };
+    let value = |names| flag(&daemon.arguments, names);
     let config = value(["config", "c"]).unwrap_or_else(|| DEFAULT_CONFIG.to_owned());
     // A relative name is relative to where the daemon works; unseen, it leads to no file, which
     // is told.
@@ -266,6 +277,31 @@ fn merge(found: &mut Vec<Instance>, new: Instance) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn where_a_command_will_listen_its_flag_says_else_its_file_else_nobody() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("config.toml");
+        let of = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            address_of(&words)
+        };
+        let path = file.to_str().unwrap();
+        std::fs::write(&file, "[grpc]\naddress='/a'\n").unwrap();
+        assert_eq!(of(&["--config", path]), Seen::Present("/a".into()));
+        let config = format!("-c={path}");
+        assert_eq!(
+            of(&[&config, "--address", "/b"]),
+            Seen::Present("/b".into())
+        );
+        std::fs::write(&file, "").unwrap();
+        assert_eq!(
+            of(&["--config", path]),
+            Seen::Present(DEFAULT_ADDRESS.into())
+        );
+        std::fs::write(&file, "address = [").unwrap();
+        assert!(matches!(of(&["--config", path]), Seen::Unknown(_)));
+    }
 
     #[test]
     fn configuration_of_each_generation_is_understood() {

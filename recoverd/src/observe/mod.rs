@@ -13,11 +13,11 @@ pub mod command;
 pub mod containerd;
 pub mod grounds;
 mod host;
-mod instances;
+pub mod instances;
 mod leftovers;
 pub mod premises;
 pub mod processes;
-mod unit;
+pub mod unit;
 
 use std::{collections::BTreeSet, path::PathBuf, time::Duration};
 

@@ -1,4 +1,5 @@
-//! The systemd unit that runs containerd, as `systemctl show` tells. Only asks.
+//! The systemd unit that runs containerd, as `systemctl show` tells: how it is set up, and what it
+//! starts. Only asks.
 
 use std::{collections::HashMap, path::Path, time::Duration};
 
@@ -17,19 +18,50 @@ const PROPERTIES: &str = "LoadState,KillMode,Delegate,TimeoutStartUSec,MainPID";
 
 /// Asks for `name`. *Absent* when systemd does not run this machine.
 pub fn observe(name: &str) -> Seen<Unit> {
+    show(name, PROPERTIES).and_then(|text| match parse(name, &text) {
+        Ok(unit) => Seen::Present(unit),
+        Err(why) => Seen::Unknown(why),
+    })
+}
+
+/// The command that the unit `name` starts, word by word. *Absent* when systemd does not run this
+/// machine; *unknown* unless it is one program with words that mean what they are.
+pub fn command(name: &str) -> Seen<Vec<String>> {
+    show(name, "ExecStart").and_then(|text| match parse_command(&text) {
+        Ok(words) => Seen::Present(words),
+        Err(why) => Seen::Unknown(format!("{name} {why}")),
+    })
+}
+
+fn show(name: &str, properties: &str) -> Seen<String> {
     if !Path::new(BOOTED).is_dir() {
         return Seen::Absent;
     }
     // After `--` nothing is a flag, whatever it is called.
-    let arguments = ["show", "--property", PROPERTIES, "--", name];
+    let arguments = ["show", "--property", properties, "--", name];
     match command::output("systemctl", &arguments, TIMEOUT, MAX_OUTPUT) {
-        Seen::Present(bytes) => match parse(name, &String::from_utf8_lossy(&bytes)) {
-            Ok(unit) => Seen::Present(unit),
-            Err(why) => Seen::Unknown(why),
-        },
+        Seen::Present(bytes) => Seen::Present(String::from_utf8_lossy(&bytes).into_owned()),
         Seen::Absent => Seen::Unknown("there is no systemctl in PATH".into()),
         Seen::Unknown(why) => Seen::Unknown(why),
     }
+}
+
+/// Parses `ExecStart={ path=P ; argv[]=A B C ; ignore_errors=no ; … }`. systemd prints words as
+/// they are, unquoted, and variables unexpanded.
+fn parse_command(text: &str) -> Result<Vec<String>, String> {
+    let mut lines = text.lines().filter_map(|l| l.strip_prefix("ExecStart="));
+    let (Some(line), None) = (lines.next(), lines.next()) else {
+        return Err("starts nothing, or more than one program".into());
+    };
+    let words = line
+        .split_once(" argv[]=")
+        .and_then(|(_, rest)| rest.split_once(" ; "))
+        .map(|(words, _)| words)
+        .ok_or("has an ExecStart that is not understood")?;
+    if words.contains(['$', '%', '"', '\'', '\\']) {
+        return Err(format!("has variables or quotes in {words:?}"));
+    }
+    Ok(words.split_ascii_whitespace().map(str::to_owned).collect())
 }
 
 /// Parses `NAME=VALUE` lines. A property that is missing or not understood is an error: a
@@ -131,6 +163,32 @@ mod tests {
         }
         assert!(parse("x", &text.replace("30s", "30x")).is_err());
         assert!(parse("x", &text.replace("Delegate=yes", "Delegate=")).is_err());
+    }
+
+    #[test]
+    fn a_command_is_one_program_with_plain_words() {
+        // systemd 252: systemctl show --property ExecStart -- containerd.service
+        let shown = |words: &str| {
+            format!(
+                "ExecStart={{ path=/usr/bin/containerd ; argv[]={words} ; ignore_errors=no ; \
+                 start_time=[n/a] ; stop_time=[n/a] ; pid=0 ; code=(null) ; status=0/0 }}\n"
+            )
+        };
+        let one = shown("/usr/bin/containerd --config /c.toml");
+        assert_eq!(
+            parse_command(&one).unwrap(),
+            ["/usr/bin/containerd", "--config", "/c.toml"]
+        );
+        for bad in [
+            String::new(),
+            "ExecStart=\n".into(),
+            "ExecStart={ path=/usr/bin/containerd ;".into(),
+            format!("{one}{one}"),
+            shown("/usr/bin/containerd $OPTIONS"),
+            shown("/usr/bin/containerd \"--config=/with space\""),
+        ] {
+            assert!(parse_command(&bad).is_err(), "{bad:?}");
+        }
     }
 
     #[test]

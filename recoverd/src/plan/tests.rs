@@ -56,6 +56,7 @@ fn planned_on(look: &Look, grounds: &Grounds, policy: &Policy) -> Plan {
         namespace: None,
         only: None,
         unresponsive: &unresponsive,
+        unheard: None,
         unit: None,
     };
     let selection = decide::select(look, &cases, &wish);

@@ -5,11 +5,12 @@ use recoverd_common::{
     seen::Seen,
 };
 
-use super::{Check, Fate, Judge, Release, release::no_downgrade, task};
+use super::{Check, Fate, Judge, task};
 use crate::{
     correlate::{Case, Init, Kind},
     facts::{Answer, Connection, Instance, Phase, Reply, address_of},
     findings::Severity,
+    release::{Release, no_downgrade},
 };
 
 impl Judge<'_> {

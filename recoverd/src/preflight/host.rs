@@ -5,11 +5,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use recoverd_common::seen::Seen;
 
-use super::{Check, Judge, Release, release::unsupported};
+use super::{Check, Judge};
 use crate::{
     correlate::Case,
     facts::{Connection, Filesystem, Instance, Reply, Sandbox, Unit},
     findings::Severity,
+    hooks::downgrade,
+    release::{Release, unsupported},
 };
 
 /// How long containerd waits for each shim's answer at its start
@@ -43,6 +45,28 @@ impl Judge<'_> {
                 self.gap(what, "it does not say; name the one to start with --to");
             }
             (Some(_), Some(_), None) => {}
+        }
+    }
+
+    /// What pre-start would do about shims that the release cannot speak to. That each of their
+    /// tasks is lost without it is said of each.
+    pub(super) fn unheard(&mut self, at: usize, instance: &Instance, to: Option<Release>) {
+        let Some(to) = to.filter(|to| to.is_1()) else {
+            return;
+        };
+        let suspects = downgrade::suspects(self.input.look, self.input.cases, at);
+        let tasks: usize = suspects.iter().map(|suspect| suspect.tasks.len()).sum();
+        if tasks > 0 {
+            let why = format!(
+                "{tasks} tasks have shims that containerd {to} cannot speak to: `recoverd pre-start`, \
+                 which learns the release from --unit or --containerd, replaces these by ours before"
+            );
+            self.add(
+                Severity::Info,
+                Check::Protocol,
+                instance.address.clone(),
+                why,
+            );
         }
     }
 

@@ -35,15 +35,30 @@ impl Release {
         Self::parse(text).ok_or_else(|| "must be a release, such as 2.1 or 1.7.24".to_owned())
     }
 
-    pub(super) fn minor(self) -> (u32, u32) {
+    /// From what `containerd --version` prints, its source, version and revision:
+    /// `containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1`. Another
+    /// program's words are no release of containerd, whatever stands in them.
+    pub fn of_version_line(text: &str) -> Option<Self> {
+        let mut words = text.lines().next()?.split_ascii_whitespace();
+        (words.next()? == "containerd").then_some(())?;
+        let source = words.next()?;
+        // Docker's packages say `containerd.io`; 2.x says `…/containerd/v2`, k3s's names its own.
+        let known = source == "containerd.io" || source.split('/').any(|part| part == "containerd");
+        known.then(|| words.next().and_then(Self::parse))?
+    }
+
+    /// Major and minor.
+    pub fn minor(self) -> (u32, u32) {
         (self.major, self.minor)
     }
 
-    pub(super) fn is_1_6(self) -> bool {
+    /// 1.6, or older.
+    pub fn is_1_6(self) -> bool {
         self.minor() <= (1, 6)
     }
 
-    pub(super) fn is_1(self) -> bool {
+    /// The generation that speaks the second task API only: it takes a shim of the third for none.
+    pub fn is_1(self) -> bool {
         self.major <= 1
     }
 }
@@ -59,7 +74,7 @@ impl fmt::Display for Release {
 }
 
 /// Why containerd does not support going from one release to the other.
-pub(super) fn unsupported(from: Release, to: Release) -> Option<String> {
+pub fn unsupported(from: Release, to: Release) -> Option<String> {
     let next = match from.minor() {
         (1, minor @ 0..=6) => vec![(1, minor + 1)],
         // Long-term releases, one to the next.
@@ -87,7 +102,7 @@ pub(super) fn unsupported(from: Release, to: Release) -> Option<String> {
 }
 
 /// 2.0.0 to 2.0.5 do not try task API 2 when 3 is not served.
-pub(super) fn no_downgrade(to: Release) -> bool {
+pub fn no_downgrade(to: Release) -> bool {
     to.minor() == (2, 0) && to.patch.is_none_or(|patch| patch < 6)
 }
 
@@ -118,6 +133,43 @@ mod tests {
         ] {
             let read = Release::parse(text).map(|r| (r.major, r.minor, r.patch));
             assert_eq!(read, release, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn the_word_of_a_containerd_is_told_from_another_programs() {
+        for (line, said) in [
+            (
+                "containerd github.com/containerd/containerd 1.6.20~ds1 1.6.20~ds1-1+deb12u3\n",
+                Some("1.6.20"),
+            ),
+            (
+                "containerd github.com/containerd/containerd 1.7.24~ds1 1.7.24~ds1-6+deb13u1",
+                Some("1.7.24"),
+            ),
+            // The revision may be empty.
+            (
+                "containerd github.com/containerd/containerd/v2 2.1.9+unknown \n",
+                Some("2.1.9"),
+            ),
+            (
+                "containerd containerd.io 1.7.27 05044ec0a9a7",
+                Some("1.7.27"),
+            ),
+            (
+                "containerd github.com/k3s-io/containerd v1.7.11-k3s2 6c2b1a9",
+                Some("1.7.11"),
+            ),
+            ("k3s version v1.27.4+k3s1 (36645e73)", None),
+            ("Docker version 26.1.5, build a72d7cd", None),
+            ("containerd", None),
+            ("containerd somewhere 1.7.24", None),
+            ("containerd github.com/containerd/containerd dev", None),
+            ("1.7.24", None),
+            ("", None),
+        ] {
+            let read = Release::of_version_line(line).map(|release| release.to_string());
+            assert_eq!(read.as_deref(), said, "{line:?}");
         }
     }
 

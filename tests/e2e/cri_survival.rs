@@ -8,13 +8,14 @@ use k8s_cri::v1::{ContainerState, LinuxContainerResources};
 use recoverd_common::pb::task::Status;
 use recoverd_tests::{
     ContainerSpec, Containerd, Cri, Handler, Node, Pod, Release, ShimUnderTest, Task, Traces,
-    numbers, wait_for,
+    numbers, wait_for, wait_within,
 };
 
 recoverd_tests::tests! {
     on_every_release: [
         a_downtime_costs_no_exit_and_no_oom,
         containerd_may_die_in_the_middle_of_any_request,
+        containerd_may_be_restarted_in_the_middle_of_any_request,
     ],
     once: [
         an_oom_kill_is_told_in_a_downtime_and_without_one,
@@ -278,13 +279,15 @@ fn a_pod_outlives(release: &Release, shim: ShimUnderTest, fault: Fault) {
     before.wait_restored(&node);
 }
 
-/// A request that containerd's death interrupts.
+/// A request that containerd's end interrupts.
 #[derive(Clone, Copy, Debug)]
 enum Request {
     RunPod,
     Create,
     Start,
     Exec,
+    /// A grandchild keeps its output.
+    HeldExec,
     Update,
     Stats,
     Stop,
@@ -315,6 +318,7 @@ impl Target {
             | Request::Create
             | Request::Start
             | Request::Exec
+            | Request::HeldExec
             | Request::Update
             | Request::Stats
             | Request::Stop
@@ -338,6 +342,9 @@ impl Target {
             Request::Exec => cri
                 .exec_sync(&self.container, "echo; usleep 20000", 30)
                 .map(drop),
+            Request::HeldExec => cri
+                .exec_sync(&self.container, "sleep 1000 & echo early", 30)
+                .map(drop),
             Request::Update => cri.try_update(&self.container, resources),
             Request::Stats => cri.try_stats(&self.container).map(drop),
             Request::Stop => cri.try_stop(&self.container, 30),
@@ -348,17 +355,33 @@ impl Target {
     }
 }
 
+/// How containerd ends in the middle of a request.
+#[derive(Clone, Copy)]
+enum End {
+    /// As the kernel, or a test, ends it.
+    Killed,
+    /// As systemd does.
+    Stopped,
+}
+
 fn containerd_may_die_in_the_middle_of_any_request(release: &Release) {
+    containerd_may_end(release, End::Killed);
+}
+
+fn containerd_may_be_restarted_in_the_middle_of_any_request(release: &Release) {
+    containerd_may_end(release, End::Stopped);
+}
+
+fn containerd_may_end(release: &Release, end: End) {
     let node = Node::start();
     let mut containerd = node.kubernetes(release);
     let before = Traces::of(&node);
     let cri = containerd.cri();
     let pod = cri.run_pod("bystander", Handler::ByType);
     let id = cri.run(&pod, &writer("bystander", 23));
-    let bystander = [
-        containerd.member(&pod, &pod.id),
-        containerd.member(&pod, &id),
-    ];
+    let answers = "while read x; do echo \"got $x\"; done; exit 7";
+    let answers = cri.run(&pod, &ContainerSpec::shell("answers", answers).stdin());
+    let bystander = [&pod.id, &id, &answers].map(|id| containerd.member(&pod, id));
     node.tell("go");
     drop(cri);
     let all = [
@@ -366,6 +389,7 @@ fn containerd_may_die_in_the_middle_of_any_request(release: &Release) {
         Request::Create,
         Request::Start,
         Request::Exec,
+        Request::HeldExec,
         Request::Update,
         Request::Stats,
         Request::Stop,
@@ -381,7 +405,13 @@ fn containerd_may_die_in_the_middle_of_any_request(release: &Release) {
     });
     for request in all {
         let name = format!("target-{request:?}").to_lowercase();
-        interrupt(&mut containerd, &name, request, after);
+        let cri = containerd.cri();
+        let mut attached = cri.attach(&answers, true, false);
+        attached.write(&format!("{request:?}\n"));
+        attached.wait_for(&format!("got {request:?}\n"));
+        drop(cri);
+        interrupt(&mut containerd, &name, request, after, end);
+        drop(attached);
         let cri = containerd.cri();
         assert_pod_runs(&cri, &pod, &bystander);
         wait_logging(&cri, &pod, "bystander");
@@ -393,13 +423,36 @@ fn containerd_may_die_in_the_middle_of_any_request(release: &Release) {
     node.tell("end");
     assert_eq!(cri.exited(&id), (23, "Error".into()));
     assert_logged_but(&cri, &node, &pod, "bystander", all.len());
+    let said: Vec<String> = all
+        .iter()
+        .map(|request| format!("got {request:?}"))
+        .collect();
+    assert_eq!(cri.log(&pod, "answers", "stdout"), said);
     cri.stop_pod(&pod);
     cri.remove_pod(&pod);
+    // A runtime that was ended while it made a container leaves cgroups that nobody knows of.
+    wait_within(
+        Duration::from_secs(120),
+        "shims without a task to leave",
+        || node.shims().is_empty().then_some(()),
+    );
+    let mut words = containerd.flags();
+    let repair = [
+        "repair",
+        "--apply",
+        "--only",
+        "leaked-cgroup",
+        "--min-age",
+        "0s",
+    ];
+    words.extend(repair.map(str::to_owned));
+    let output = node.recoverd(&words);
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
     before.wait_restored(&node);
 }
 
-/// Kills containerd so long after it was asked; what it then says of the target is true.
-fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: Duration) {
+/// Ends containerd so long after it was asked; what it then says of the target is true.
+fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: Duration, end: End) {
     let cri = containerd.cri();
     let target = Target::new(&cri, name);
     let created = cri.create(&target.pod, &ContainerSpec::until_term("created", 0));
@@ -408,7 +461,10 @@ fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: D
         scope.spawn(|| target.make(&cri, request, &created));
         // Not a wait for luck: the point in time is what is varied.
         thread::sleep(after);
-        containerd.kill();
+        match end {
+            End::Killed => containerd.kill(),
+            End::Stopped => containerd.stop(),
+        }
     });
     drop(cri);
     containerd.start();
@@ -417,14 +473,29 @@ fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: D
     for id in [&target.container, &created] {
         // Where it is gone the request was done.
         let Ok(status) = cri.status(id) else { continue };
-        if status.state() == ContainerState::ContainerRunning {
-            let pid = cri.pid(id);
-            let lives = node
-                .process(pid)
-                .is_some_and(|process| process.state != 'Z');
-            assert!(lives, "{request:?}: {id} is said to run as {pid}");
-            let (code, said) = cri.sh(id, "echo well");
-            assert_eq!((code, &*said), (0, "well\n"), "{request:?}");
+        match status.state() {
+            ContainerState::ContainerRunning => {
+                let pid = cri.pid(id);
+                let lives = node
+                    .process(pid)
+                    .is_some_and(|process| process.state != 'Z');
+                assert!(lives, "{request:?}: {id} is said to run as {pid}");
+                let (code, said) = cri.sh(id, "echo well");
+                assert_eq!((code, &*said), (0, "well\n"), "{request:?}");
+            }
+            // True, or said to be unknown: an exit that containerd had deleted from the shim and not
+            // yet written down when it ended is lost with it. A pod's containers are given no time
+            // to end by themselves.
+            ContainerState::ContainerExited if *id == target.container => {
+                let of_pod = matches!(request, Request::StopPod | Request::RemovePod);
+                let known = match (status.exit_code, &*status.reason) {
+                    (0, "Completed") | (255, "Unknown") => true,
+                    (137, "Error") => of_pod,
+                    _ => false,
+                };
+                assert!(known, "{request:?}: {status:?}");
+            }
+            _ => {}
         }
     }
 }

@@ -1,13 +1,12 @@
 //! Pods, as kubelet has them made: containerd's CRI plugin with the stock shim and with ours.
 
 use std::fs;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::LinuxContainerResources;
 use recoverd_tests::{
     Code, ContainerSpec, Containerd, Cri, Handler, Node, Pod, Release, ShimUnderTest, Task, Traces,
-    built, numbers, wait_for,
+    built, numbers, readme, wait_for,
 };
 
 recoverd_tests::tests! {
@@ -37,19 +36,6 @@ fn a_pod_lives_its_life(release: &Release, shim: ShimUnderTest) {
     life(release, shim.into());
 }
 
-/// The README's TOML below a line that begins like this.
-#[track_caller]
-fn readme_toml(above: &str) -> String {
-    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
-    let text = fs::read_to_string(&path)
-        .unwrap_or_else(|error| panic!("read {}: {error}", path.display()));
-    let found = text
-        .split_once(&format!("\n{above}"))
-        .and_then(|(_, rest)| rest.split_once("```toml\n")?.1.split_once("```"))
-        .unwrap_or_else(|| panic!("the README has no TOML below {above:?}"));
-    found.0.to_owned()
-}
-
 /// As the README writes it, but that the shim is where cargo has put it, and that runc is told of
 /// another root instead of systemd's cgroups: no systemd is on a node, and a folder can be seen.
 fn the_readme_makes_it_the_default_runtime(release: &Release) {
@@ -64,7 +50,7 @@ fn the_readme_makes_it_the_default_runtime(release: &Release) {
     fs::write(&options, line).unwrap_or_else(|error| panic!("write options: {error}"));
     let installed = "/usr/local/bin/containerd-shim-recoverd-v1";
     let shim = built("containerd-shim-recoverd-v1").display().to_string();
-    let toml = readme_toml(above)
+    let toml = readme(above, "toml")
         .replace(installed, &shim)
         .replace("SystemdCgroup = true", line)
         .replace(

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::process::Stdio;
 
-use recoverd_tests::{Docker, Node, Process, Release, wait_for};
+use recoverd_tests::{Docker, Node, Process, Release, SystemdBox, readme, wait_for};
 
 recoverd_tests::tests! {
     with_docker: [
@@ -11,6 +11,7 @@ recoverd_tests::tests! {
         containers_outlive_dockerd_and_containerd,
         dockers_own_containerd_is_found,
     ],
+    docker_in_a_box: [the_readme_makes_it_dockers_default_runtime],
 }
 
 const IMAGE: &str = "localhost/busybox:latest";
@@ -224,4 +225,73 @@ fn dockers_own_containerd_is_found(release: &Release) {
         "{scan:?}"
     );
     docker.ok(&["rm", "--force", "own"]);
+}
+
+/// Under systemd, word for word; only the image is not from a registry.
+fn the_readme_makes_it_dockers_default_runtime() {
+    const SECTION: &str = "### With Docker";
+    let host = SystemdBox::start();
+    // Docker of today wants a containerd of today.
+    let newest = Release::available().pop();
+    let newest = newest.unwrap_or_else(|| panic!("no release of containerd: run tests/setup"));
+    host.put(newest.package(), "/root/containerd.deb");
+    host.shell("dpkg --install /root/containerd.deb");
+    host.install_docker();
+    host.shell("systemctl start docker");
+    host.docker_image();
+    let runtime = || host.shell("docker info --format '{{.DefaultRuntime}}'");
+    assert_eq!(runtime(), "runc\n");
+
+    host.write("/etc/docker/daemon.json", &readme(SECTION, "json"));
+    let commands = readme(SECTION, "sh").replace("sudo ", "");
+    let said = host.shell(&commands);
+    assert_eq!(said, "Hello from Docker!\n");
+    assert_eq!(runtime(), "recoverd\n");
+
+    let line = "trap \"exit 42\" TERM; n=0; while :; do n=$((n+1)); echo $n; usleep 100000; done";
+    let run = |name: &str, options: &str| {
+        host.shell(&format!(
+            "docker run --detach --name {name} {options} hello-world /bin/sh -c '{line}'"
+        ));
+        let pid = host.shell(&format!(
+            "docker inspect --format '{{{{.State.Pid}}}}' {name}"
+        ));
+        let pid = pid.trim().parse().ok();
+        let init = pid.and_then(|pid| host.process(pid));
+        let init = init.unwrap_or_else(|| panic!("{name} does not run"));
+        let shim = host.process(init.parent);
+        (init, shim.unwrap_or_else(|| panic!("{name} has no shim")))
+    };
+    let all = [run("stays", ""), run("ends", "--runtime recoverd")];
+    for (_, shim) in &all {
+        assert_eq!(shim.program(), "containerd-shim-recoverd-v1");
+    }
+    let lines = |name: &str| host.shell(&format!("docker logs {name}")).lines().count();
+    for restarted in ["docker", "containerd"] {
+        let before = lines("stays");
+        host.shell(&format!("systemctl restart {restarted}"));
+        for (init, shim) in &all {
+            assert!(host.alive(init) && host.alive(shim), "{restarted}");
+        }
+        let running = host.shell("docker ps --format '{{.Names}}'");
+        assert_eq!(running.lines().count(), 2, "{restarted}: {running}");
+        wait_for("the log to go on", || {
+            (lines("stays") > before).then_some(())
+        });
+        let said = host.shell("docker exec stays /bin/echo well");
+        assert_eq!(said, "well\n", "{restarted}");
+    }
+    // One that ends while dockerd is away keeps its exit code.
+    host.shell("systemctl stop docker.socket docker");
+    host.signal(&all[1].0, "TERM");
+    host.wait_gone(&all[1].0);
+    host.shell("systemctl start docker");
+    assert_eq!(host.shell("docker wait ends"), "42\n");
+    host.shell("docker stop stays >/dev/null");
+    assert_eq!(host.shell("docker wait stays"), "42\n");
+    let text = host.shell("docker logs stays");
+    for (number, line) in (1..).zip(text.lines()) {
+        assert_eq!(line, format!("{number}"));
+    }
+    host.shell("docker rm stays ends");
 }

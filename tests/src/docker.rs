@@ -11,7 +11,41 @@ use crate::newer;
 use crate::node::{Node, Running};
 use crate::process::Process;
 use crate::releases::{Release, built, image_archive};
+use crate::systemd_box::SystemdBox;
 use crate::wait::{wait_for, wait_within};
+
+impl SystemdBox {
+    /// Installs Docker as Debian's packages have it, with their units; starts nothing. That a box
+    /// has no firewall and no overlay is told to dockerd on its command line, in Debian's own file
+    /// for that: `/etc/docker/daemon.json` is the operator's.
+    #[track_caller]
+    pub fn install_docker(&self) {
+        for (program, place) in [("dockerd", "/usr/sbin"), ("docker", "/usr/bin")] {
+            let from = newer::find(program).unwrap_or_else(|why| panic!("{program}: {why}"));
+            self.put(from, format!("{place}/{program}"));
+        }
+        for unit in ["docker.service", "docker.socket"] {
+            let from = newer::unit(unit);
+            self.put(from, format!("/etc/systemd/system/{unit}"));
+        }
+        let options = "--iptables=false --ip6tables=false --bridge=none --storage-driver=vfs \
+                       --userland-proxy=false";
+        self.write(
+            "/etc/default/docker",
+            &format!("DOCKER_OPTS=\"{options}\"\n"),
+        );
+        self.shell("groupadd --force docker; systemctl daemon-reload");
+    }
+
+    /// Makes the image `hello-world`, which says hello, by a dockerd that runs.
+    #[track_caller]
+    pub fn docker_image(&self) {
+        self.shell(
+            "tar --create --directory /usr/share/box/rootfs . |
+             docker import --change 'CMD [\"/bin/echo\", \"Hello from Docker!\"]' - hello-world",
+        );
+    }
+}
 
 /// A dockerd that leaves the node's network alone. Dropping it does not stop it; the node's end does.
 pub struct Docker {

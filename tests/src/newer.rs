@@ -20,6 +20,11 @@ pub(crate) fn find(program: &str) -> Result<PathBuf, String> {
     }
 }
 
+/// A unit that the package of one of these programs brings.
+pub(crate) fn unit(name: &str) -> PathBuf {
+    cache().join("newer/usr/lib/systemd/system").join(name)
+}
+
 /// The newest release of containerd, for a test that needs this program of a newer Debian; why there
 /// is none.
 pub fn newest_with(program: &str) -> Result<Release, String> {

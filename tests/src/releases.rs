@@ -190,6 +190,8 @@ pub struct Tests<'a> {
     pub with_docker: &'a [OnRelease],
     /// Run once, each with a [`crate::SystemdBox`].
     pub in_a_box: &'a [OnMachine],
+    /// Run once, each with a [`crate::SystemdBox`] and with Docker for it.
+    pub docker_in_a_box: &'a [OnMachine],
     /// Run once, each in a vm of its own.
     pub in_a_vm: &'a [OnMachine],
     /// Run once, in the first network and pid namespaces of the machine.
@@ -260,6 +262,9 @@ impl Tests<'_> {
         };
         let boxed = |kind: BoxKind| move || kind.unavailable();
         trials.extend(needing(self.in_a_box, &boxed(BoxKind::Container)));
+        let docker = || newer::find("dockerd").and_then(|_| newer::find("docker"));
+        let boxed_docker = || BoxKind::Container.unavailable().or_else(|| docker().err());
+        trials.extend(needing(self.docker_in_a_box, &boxed_docker));
         trials.extend(needing(self.in_a_vm, &boxed(BoxKind::Vm)));
         trials.extend(needing(
             self.in_first_namespaces,

@@ -13,6 +13,7 @@ use recoverd_common::shim_client::{ShimClient, TASK_SERVICES};
 
 use crate::direct::ANSWERS_WITHIN;
 use crate::process::Process;
+use crate::readme::readme;
 use crate::releases::{Release, ShimUnderTest, built, cache};
 use crate::wait::{wait_for, wait_within};
 
@@ -69,14 +70,8 @@ fn clone_of_project() -> Vec<String> {
 /// The commands that the README gives below `heading`, for a root shell in a clone.
 #[track_caller]
 fn readme_commands(heading: &str) -> String {
-    let readme = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
-    let text = fs::read_to_string(&readme)
-        .unwrap_or_else(|error| panic!("read {}: {error}", readme.display()));
-    let section = text.split_once(&format!("\n{heading}\n"));
-    let block = section
-        .and_then(|(_, section)| section.split_once("```sh\n")?.1.split_once("```"))
-        .unwrap_or_else(|| panic!("README has no commands below {heading:?}"));
-    format!("cd {CLONE}\n{}", block.0.replace("sudo ", ""))
+    let commands = readme(&format!("{heading}\n"), "sh").replace("sudo ", "");
+    format!("cd {CLONE}\n{commands}")
 }
 
 fn script() -> Command {

@@ -1,0 +1,18 @@
+//! What the README tells an operator to write and to type: tests do it as it stands there.
+
+use std::fs;
+use std::path::Path;
+
+/// The first block of that language (`sh`, `toml`, `json`) below a line that begins like this.
+#[track_caller]
+pub fn readme(above: &str, language: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md");
+    let text = fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("read {}: {error}", path.display()));
+    let start = format!("```{language}\n");
+    let found = text
+        .split_once(&format!("\n{above}"))
+        .and_then(|(_, rest)| rest.split_once(&start)?.1.split_once("```"))
+        .unwrap_or_else(|| panic!("the README has no {language} below {above:?}"));
+    found.0.to_owned()
+}

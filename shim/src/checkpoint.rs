@@ -30,7 +30,7 @@ use recoverd_common::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::{options::bare, service::Refusal};
+use crate::{children, options::bare, service::Refusal};
 
 /// What containerd 1.x calls the same options when it does not know the runtime's name.
 const LINUX_OPTIONS: &str = "containerd.linux.runc.CheckpointOptions";
@@ -200,7 +200,7 @@ impl Dump {
         let result = command.output();
         failpoint!("checkpoint.dump.after");
         let result = match result {
-            Err(e) => Err(format!("exec {program}: {e}")),
+            Err(e) => Err(children::not_executed(program, &e)),
             Ok(output) if output.status.success() => self.write_keys(&keys),
             Ok(output) => Err(self.failed(program, output.status, &output.stderr)),
         };

@@ -84,7 +84,7 @@ pub enum Step {
 pub struct Plan {
     /// 0, 1, 2 and so on.
     pub files: Vec<ChildFile>,
-    /// Working directory.
+    /// Working directory; `/` where it is gone, as a bundle may be when its task is deleted.
     pub folder: PathBuf,
     /// In this order; the first failure ends the child, unless `to_the_end`.
     pub steps: Vec<Step>,
@@ -203,8 +203,7 @@ fn work(plan: &Plan) -> Result<(), String> {
             opened?;
         }
     }
-    std::env::set_current_dir(&plan.folder)
-        .map_err(|e| format!("enter {}: {e}", plan.folder.display()))?;
+    enter(&plan.folder)?;
     let mut failed = None;
     for step in &plan.steps {
         match take(step) {
@@ -221,9 +220,16 @@ fn work(plan: &Plan) -> Result<(), String> {
         return Ok(());
     }
     // A mount step may have moved.
-    std::env::set_current_dir(&plan.folder)
-        .map_err(|e| format!("enter {}: {e}", plan.folder.display()))?;
+    enter(&plan.folder)?;
     Err(execute(plan))
+}
+
+fn enter(folder: &Path) -> Result<(), String> {
+    match std::env::set_current_dir(folder) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => std::env::set_current_dir("/"),
+        entered => entered,
+    }
+    .map_err(|e| format!("enter {}: {e}", folder.display()))
 }
 
 fn append(path: &Path, create: bool) -> io::Result<File> {
@@ -314,7 +320,7 @@ fn run(argv: &[String], log: &Path) -> Result<(), String> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .output()
-        .map_err(|e| format!("exec {program}: {e}"))?;
+        .map_err(|e| not_executed(program, &e))?;
     if output.status.success() {
         return Ok(());
     }
@@ -366,7 +372,7 @@ fn execute(plan: &Plan) -> String {
     };
     match execvpe(file, &argv, &env) {
         Ok(never) => match never {},
-        Err(errno) => format!("exec {program}: {}", io::Error::from(errno)),
+        Err(errno) => not_executed(program, &errno.into()),
     }
 }
 
@@ -400,6 +406,15 @@ pub fn memory_file(bytes: &[u8]) -> io::Result<OwnedFd> {
     file.write_all(bytes)?;
     file.rewind()?;
     Ok(file.into())
+}
+
+/// Why `program` could not be executed, as the stock shim says it: clients look for the quoted name.
+pub fn not_executed(program: &str, error: &io::Error) -> String {
+    if error.kind() == io::ErrorKind::NotFound && !program.contains('/') {
+        format!("exec: {program:?}: executable file not found in $PATH")
+    } else {
+        format!("exec: {program:?}: {error}")
+    }
 }
 
 #[cfg(test)]
@@ -448,10 +463,28 @@ mod tests {
         assert_eq!(status, 1);
         assert_eq!(
             words,
-            "exec /no/such/program: No such file or directory (os error 2)"
+            "exec: \"/no/such/program\": No such file or directory (os error 2)"
+        );
+        let (status, words) = outcome(plan(&["no-such-program"]));
+        assert_eq!(status, 1);
+        assert_eq!(
+            words,
+            "exec: \"no-such-program\": executable file not found in $PATH"
         );
         let (status, words) = outcome(plan(&["sh", "-c", "echo sorry >&2; exit 3"]));
         assert_eq!((status, words.as_str()), (3, "sorry"));
+    }
+
+    #[test]
+    fn a_child_works_in_its_folder_or_where_that_is_gone_at_the_root() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut there = plan(&["pwd"]);
+        there.folder = fs::canonicalize(dir.path()).unwrap();
+        let mut gone = plan(&["pwd"]);
+        gone.folder = dir.path().join("gone");
+        let expected = there.folder.display().to_string();
+        assert_eq!(outcome(there), (0, expected));
+        assert_eq!(outcome(gone), (0, "/".to_owned()));
     }
 
     #[test]

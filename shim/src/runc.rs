@@ -166,7 +166,8 @@ pub fn log_length(path: &Path) -> u64 {
     std::fs::symlink_metadata(path).map_or(0, |meta| meta.len())
 }
 
-/// The last error in the log at `path`, from `offset` on.
+/// The last error in the log at `path`, from `offset` on. A line that says only that the runtime
+/// gives up (level `fatal`, as what wraps a runtime writes) counts where nothing says why.
 pub fn last_error(path: &Path, offset: u64) -> Option<String> {
     let mut file = File::options()
         .read(true)
@@ -178,12 +179,15 @@ pub fn last_error(path: &Path, offset: u64) -> Option<String> {
     file.seek(SeekFrom::Start(from)).ok()?;
     let mut bytes = Vec::new();
     file.take(LOG_TAIL).read_to_end(&mut bytes).ok()?;
-    bytes
-        .split(|byte| *byte == b'\n')
-        .rev()
-        .filter_map(|line| serde_json::from_slice::<Line>(line).ok())
-        .find(|line| matches!(line.level.as_str(), "error" | "fatal"))
-        .map(|line| line.msg)
+    let last = |level| {
+        bytes
+            .split(|byte| *byte == b'\n')
+            .rev()
+            .filter_map(|line| serde_json::from_slice::<Line>(line).ok())
+            .find(|line| line.level == level)
+            .map(|line| line.msg)
+    };
+    last("error").or_else(|| last("fatal"))
 }
 
 /// Sorts what runc and crun say: the one place where a runtime's text is looked into, because
@@ -294,6 +298,14 @@ mod tests {
         assert_eq!(
             last_error(&path, old.len() as u64).as_deref(),
             Some("exec failed: \"x\"")
+        );
+        // What a program around runc says at its end explains nothing.
+        let end = "{\"level\":\"fatal\",\"msg\":\"gave up\"}\n";
+        std::fs::write(&path, format!("{old}{end}")).unwrap();
+        assert_eq!(last_error(&path, 0).as_deref(), Some("old"));
+        assert_eq!(
+            last_error(&path, old.len() as u64).as_deref(),
+            Some("gave up")
         );
         std::fs::write(&path, old).unwrap();
         assert_eq!(last_error(&path, old.len() as u64), None);

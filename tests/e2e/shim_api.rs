@@ -421,11 +421,17 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
         Code::Unknown,
         "OCI runtime exec failed",
     );
+    assert_eq!(api.phase(id, "absent"), Status::Created);
+    assert_refused(
+        api.kill(id, "absent", 9),
+        Code::FailedPrecondition,
+        "process not created",
+    );
     if ours {
         assert_refused(
             api.start(id, "absent"),
-            Code::Unknown,
-            "cannot start a stopped process",
+            Code::FailedPrecondition,
+            "did not start",
         );
         assert_refused(
             api.wait(id, "absent"),

@@ -22,6 +22,7 @@ recoverd_tests::tests! {
         delete_while_an_exec_starts_is_refused_and_harms_nothing,
         exec_that_was_given_up_is_not_there,
         init_that_the_runtime_itself_lost_is_stopped,
+        what_stands_in_for_runc_works_in_the_bundle,
     ],
 }
 
@@ -184,7 +185,7 @@ fn delete_while_an_exec_starts_is_refused_and_harms_nothing(
         assert_eq!(refused.code, Code::Unknown, "{refused:?}");
         assert_eq!(waiting.join().expect("wait"), KILLED);
     });
-    assert_eq!(api.phase(id, "late"), Status::Stopped);
+    assert_eq!(api.phase(id, "late"), Status::Created);
     api.delete(id, "late")
         .expect("delete an exec that did not start");
     assert_eq!(api.delete(id, "").expect("delete").status, KILLED);
@@ -236,12 +237,8 @@ fn exec_that_was_given_up_is_not_there(release: &Release, shim: ShimUnderTest) {
         }
         wait_for("its end", || runtime.sleeping(left).is_none().then_some(()));
         assert!(runtime.sleeping("3003").is_none() && runtime.sleeping("3004").is_none());
-        wait_for("the exec to have failed", || {
-            let state = api.state(id, "late").ok()?;
-            (state.status() == Status::Stopped).then_some(())
-        });
-        api.delete(id, "late")
-            .expect("delete an exec that did not start");
+        // Refused until the start has failed.
+        wait_for("the exec's removal", || api.delete(id, "late").ok());
         // The container is untouched, and its id free.
         assert_eq!(api.phase(id, ""), Status::Running);
         let pids = api.pids(id).expect("pids");
@@ -367,4 +364,55 @@ fn init_that_the_runtime_itself_lost_is_stopped(release: &Release, shim: ShimUnd
         assert_eq!((deleted.pid, deleted.status), (pid, KILLED));
     }
     wait_for("the shim's end", || node.shims().is_empty().then_some(()));
+}
+
+/// Programs around runc read `config.json` where they are: the stock shim's runtimes work in the
+/// bundle, whatever they are asked for.
+fn what_stands_in_for_runc_works_in_the_bundle(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    // What every command has.
+    let every = "--root";
+    let runtime = Runtime::with(
+        &node,
+        "reads",
+        every,
+        "pwd >>$base.folders; exec runc \"$@\"",
+    );
+    let id = "read";
+    run(&api, id, shim, &runtime);
+    api.exec(id, "more", &oci_process(&["true"]), &Stdio::default())
+        .expect("exec");
+    api.start(id, "more").expect("start an exec");
+    assert_eq!(api.status(id, "more"), 0);
+    api.delete(id, "more").expect("delete an exec");
+    api.pause(id).expect("pause");
+    api.resume(id).expect("resume");
+    api.kill_all(id, 9).expect("kill all");
+    assert_eq!(api.status(id, ""), KILLED);
+    api.delete(id, "").expect("delete");
+
+    let folders = std::fs::read_to_string(runtime.program.with_extension("folders"))
+        .expect("read what the runtime saw");
+    let bundle = containerd
+        .state()
+        .join("io.containerd.runtime.v2.task/e2e")
+        .join(id);
+    let bundle = bundle.display().to_string();
+    // Create, start, exec, pause, resume, kill, delete.
+    assert!(folders.lines().count() >= 7, "{folders}");
+    assert!(folders.lines().all(|folder| folder == bundle), "{folders}");
+
+    // One that is not there is named as the stock shim names it.
+    let options = runc::Options {
+        binary_name: "no-such-runtime".into(),
+        ..runc::Options::default()
+    };
+    api.container("none", &oci_spec("none", &SLEEPER), shim, Some(&options));
+    assert_refused(
+        api.create("none", &Stdio::default()),
+        Code::Unknown,
+        "exec: \"no-such-runtime\": executable file not found in $PATH",
+    );
 }

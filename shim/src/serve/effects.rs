@@ -217,7 +217,6 @@ impl Shim {
                 }));
             }
             Work::Undo => {
-                plan.folder = "/".into();
                 plan.steps.push(Step::Run {
                     argv: place.argv(key, work, None),
                     log: log.clone(),
@@ -225,8 +224,6 @@ impl Shim {
             }
             Work::Delete | Work::Cleanup => {
                 plan.to_the_end = *work == Work::Cleanup;
-                // The bundle may be gone.
-                plan.folder = "/".into();
                 let run = Step::Run {
                     argv: place.argv(key, work, None),
                     log: log.clone(),

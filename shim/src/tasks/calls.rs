@@ -64,9 +64,11 @@ impl Tasks {
         let of_task = task.status(&self.jobs);
         let status = match task.execs.get(&key.exec_id).map(|exec| exec.phase) {
             None => of_task,
-            Some(ExecPhase::Stopped | ExecPhase::Failed) => Status::Stopped,
+            Some(ExecPhase::Stopped) => Status::Stopped,
             Some(_) if matches!(of_task, Status::Paused | Status::Pausing) => of_task,
-            Some(ExecPhase::Added | ExecPhase::Starting) => Status::Created,
+            // What failed to start has not run: *stopped* would promise an exit status. It is
+            // deleted like any other that was never started.
+            Some(ExecPhase::Added | ExecPhase::Starting | ExecPhase::Failed) => Status::Created,
             Some(ExecPhase::Running) => Status::Running,
         };
         Ok(Reply::State(Box::new(State {
@@ -161,7 +163,7 @@ impl Tasks {
                 .execs
                 .get(&key.exec_id)
                 .ok_or_else(|| no_exec(&key.exec_id))?;
-            if exec.member.exit.is_some() || exec.phase == ExecPhase::Failed {
+            if exec.member.exit.is_some() {
                 return Err(finished());
             }
             exec.member

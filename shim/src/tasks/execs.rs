@@ -102,7 +102,8 @@ impl Tasks {
             ExecPhase::Starting | ExecPhase::Running => {
                 return Err(Refusal::unknown("cannot start a running process"));
             }
-            ExecPhase::Failed | ExecPhase::Stopped => {
+            ExecPhase::Failed => return Err(never_started(&key.exec_id)),
+            ExecPhase::Stopped => {
                 return Err(Refusal::unknown("cannot start a stopped process"));
             }
         }

@@ -16,6 +16,10 @@ use recoverd_common::{mounts, seen::Seen};
 
 use crate::service::Mount;
 
+mod idmap;
+
+use idmap::IdMap;
+
 /// The kernel takes one page of options; some room is left for what it adds, as containerd does.
 const MAX_OPTIONS: usize = 4096 - 512;
 /// As containerd: a mount that is busy is tried again this often, 50 ms apart.
@@ -26,11 +30,13 @@ const BUSY_TRIES: u32 = 50;
 struct Parsed {
     flags: MsFlags,
     data: Vec<String>,
+    ids: Option<IdMap>,
 }
 
 fn parse(options: &[String]) -> Result<Parsed, String> {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
+    let (mut uids, mut gids) = (None, None);
     for word in options {
         let (set, flag) = match word.as_str() {
             "async" => (false, MsFlags::MS_SYNCHRONOUS),
@@ -69,17 +75,25 @@ fn parse(options: &[String]) -> Result<Parsed, String> {
             "loop" => return Err("mount option loop is not supported".to_owned()),
             // For containerd's own mount code.
             word if word.starts_with("X-containerd.") => continue,
-            word if word.starts_with("uidmap=") || word.starts_with("gidmap=") => {
-                return Err(format!("mount option {word} is not supported"));
-            }
             word => {
-                data.push(word.to_owned());
+                if let Some(map) = word.strip_prefix("uidmap=") {
+                    uids = Some(map);
+                } else if let Some(map) = word.strip_prefix("gidmap=") {
+                    gids = Some(map);
+                } else {
+                    data.push(word.to_owned());
+                }
                 continue;
             }
         };
         flags.set(flag, set);
     }
-    Ok(Parsed { flags, data })
+    let ids = match (uids, gids) {
+        (Some(uids), Some(gids)) => Some(IdMap::parse(uids, gids)?),
+        (None, None) => None,
+        _ => return Err("only uids and gids together can be mapped".to_owned()),
+    };
+    Ok(Parsed { flags, data, ids })
 }
 
 /// Overlays of many layers have options longer than a page: names the lower folders relative to
@@ -137,13 +151,31 @@ pub fn apply(wanted: &Mount, rootfs: &Path) -> Result<(), String> {
         )
     };
     let mut parsed = parse(&wanted.options).map_err(|e| at(&e))?;
+    let ids = parsed.ids.take();
+    // Absolute, whatever is made of the words below.
+    let lower = parsed
+        .data
+        .iter()
+        .find_map(|word| word.strip_prefix("lowerdir="))
+        .map(str::to_owned);
     if parsed.data.join(",").len() > MAX_OPTIONS
         && let Some((shared, short)) = compact(&parsed.data)
     {
         std::env::set_current_dir(&shared).map_err(|e| at(&e))?;
         parsed.data = short;
     }
-    mount_with(wanted, &target, &parsed).map_err(|e| at(&io::Error::from(e)))
+    let make = || mount_with(wanted, &target, &parsed);
+    match (ids, lower) {
+        (Some(ids), Some(lower)) if wanted.kind == "overlay" => {
+            let lower: Vec<&Path> = lower.split(':').map(Path::new).collect();
+            idmap::overlay(&ids, &lower, &target, make).map_err(|e| at(&e))
+        }
+        (ids, _) => {
+            make().map_err(|e| at(&io::Error::from(e)))?;
+            ids.map_or(Ok(()), |ids| idmap::mounted(&ids, &target))
+                .map_err(|e| at(&e))
+        }
+    }
 }
 
 /// The three calls that one `mount` may need, in containerd's order.

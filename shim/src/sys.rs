@@ -3,9 +3,14 @@
 // ---- launch: start, delete, context ----
 
 use std::{
+    ffi::CString,
     fs::File,
     io,
-    os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+    os::{
+        fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
+        unix::ffi::OsStrExt,
+    },
+    path::Path,
 };
 
 pub use recoverd_common::sys::{give, pidfd_getfd, pidfd_open, pidfd_signal, terminal_number};
@@ -296,6 +301,70 @@ unsafe extern "C" fn unmap_unwritten(
         }
     }
     0
+}
+
+/// A detached copy of the mount that `path` is on, `path` its root.
+pub fn clone_mount(path: &Path) -> io::Result<OwnedFd> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC;
+    // SAFETY: the path is a C string that outlives the call.
+    let got = unsafe { libc::syscall(libc::SYS_open_tree, libc::AT_FDCWD, path.as_ptr(), flags) };
+    if got == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    let number = RawFd::try_from(got).map_err(io::Error::other)?;
+    // SAFETY: the kernel has just opened it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(number) })
+}
+
+/// Shows the files of a detached mount with the ids that user namespace `of` gives them.
+pub fn map_ids(mount: BorrowedFd<'_>, of: BorrowedFd<'_>, read_only: bool) -> io::Result<()> {
+    let attributes = libc::mount_attr {
+        attr_set: libc::MOUNT_ATTR_IDMAP
+            | if read_only {
+                libc::MOUNT_ATTR_RDONLY
+            } else {
+                0
+            },
+        attr_clr: 0,
+        propagation: 0,
+        userns_fd: u64::try_from(of.as_raw_fd()).map_err(io::Error::other)?,
+    };
+    // SAFETY: the path is an empty C string; the kernel reads as many bytes as the last argument
+    // says, which is the structure's size.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            &raw const attributes,
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
+/// Mounts a detached mount on the folder that is open as `place`.
+pub fn attach_mount(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: both paths are empty C strings.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_move_mount,
+            mount.as_raw_fd(),
+            c"".as_ptr(),
+            place.as_raw_fd(),
+            c"".as_ptr(),
+            libc::MOVE_MOUNT_F_EMPTY_PATH | libc::MOVE_MOUNT_T_EMPTY_PATH,
+        )
+    };
+    if done == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
 }
 
 // ---- end of serve ----

@@ -4,11 +4,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Stdio as Pipe;
 
+use containerd_client::types::Mount;
 use prost::Message;
 use recoverd_common::pb::{info::RuntimeInfo, runc};
 use recoverd_tests::{
-    Code, Container, Fifos, Node, Release, ShimUnderTest, Stdio, assert_refused, oci_process,
-    oci_spec, runc_options, wait_for,
+    Code, Container, Fifos, Node, Release, ShimUnderTest, Stdio, Traces, assert_refused,
+    oci_process, oci_spec, runc_options, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -17,6 +18,8 @@ recoverd_tests::tests! {
         a_mapped_root_opens_its_stdio_again,
         a_user_opens_a_log_file_again,
         a_mapped_root_runs_on_a_mounted_image,
+        an_image_is_mapped_to_its_root_and_not_changed,
+        a_folder_is_mapped_to_its_root_and_not_changed,
         mounts_are_not_mapped_by_a_runtime_that_cannot,
     ],
     with_newer_runc: [
@@ -186,6 +189,105 @@ fn a_mapped_root_runs_on_a_mounted_image(release: &Release, shim: ShimUnderTest)
     let said = (exec.wait().success(), exec.text());
     assert_eq!(said, (true, "hi\n".to_owned()));
     containerd.remove(&task);
+}
+
+/// Where its kernel can, containerd has the shim map the ids of an image's layers.
+fn an_image_is_mapped_to_its_root_and_not_changed(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    containerd.import_image("e2e");
+    let before = Traces::of(&node);
+    let mapping = format!("0:{MAPPED}:65536");
+    let maps = ["--uidmap", &mapping, "--gidmap", &mapping, "--remap-labels"];
+    let container = Container::new("c")
+        .image()
+        .shim(shim)
+        .option(&maps)
+        .command(["sh", "-c", "touch /made; exec sleep 1000"]);
+    let task = containerd.run(&container);
+    let made = task.bundle().join("rootfs/made");
+    wait_for("a file of the container", || made_on(&node, &made));
+    let words = ["stat", "-c", "%u %g", "/bin/busybox", "/made"];
+    let mut exec = containerd.exec_attached(&task, "e", &words);
+    let said = (exec.wait().success(), exec.text());
+    assert_eq!(said, (true, "0 0\n0 0\n".to_owned()));
+    // On disk the image is as it was, and what the container makes is its root's.
+    let layers = containerd
+        .root()
+        .join("io.containerd.snapshotter.v1.overlayfs/snapshots");
+    let owners = |file: &str| {
+        let files = format!("{}/*/fs/{file}", layers.display());
+        let owners = node.shell(&format!("stat -c '%u %g' {files}"));
+        owners.lines().map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(owners("bin/busybox"), ["0 0"]);
+    assert_eq!(owners("made"), [format!("{MAPPED} {MAPPED}")]);
+    // One mount more than before, and that one goes.
+    let mounts = before.new_since(&node);
+    let mounts = mounts.iter().filter(|trace| trace.starts_with("mount "));
+    let rootfs = task.bundle().join("rootfs");
+    assert_eq!(
+        mounts.collect::<Vec<_>>(),
+        [&format!("mount {}", rootfs.display())]
+    );
+    containerd.remove(&task);
+    before.wait_restored(&node);
+}
+
+fn made_on(node: &Node, path: &Path) -> Option<()> {
+    let there = node.output("test", ["-e".as_ref(), path.as_os_str()]);
+    there.status.success().then_some(())
+}
+
+/// The same for what is no overlay.
+fn a_folder_is_mapped_to_its_root_and_not_changed(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    let before = Traces::of(&node);
+    let fifos = Fifos::make(&node, "c");
+    let (stdout, stderr) = (fifos.stdout(), fifos.stderr());
+    let image = node.folder().join("image").display().to_string();
+    let from = Release::rootfs().display().to_string();
+    node.run("cp", ["-a", &from, &image]);
+    let mut spec = mapped_spec(&node, "c", &["stat", "-c", "%u", "/bin/busybox"]);
+    spec["root"]["path"] = json!("rootfs");
+    api.container("c", &spec, shim, Some(&owned()));
+    let ids = format!("0:{MAPPED}:65536");
+    let mount = |options: &[&str]| Mount {
+        r#type: "bind".into(),
+        source: image.clone(),
+        target: String::new(),
+        options: options.iter().map(|word| (*word).to_owned()).collect(),
+    };
+    let (uids, gids) = (format!("uidmap={ids}"), format!("gidmap={ids}"));
+    api.create_on(
+        "c",
+        &fifos.stdio,
+        vec![mount(&["rbind", "rw", &uids, &gids])],
+    )
+    .unwrap();
+    api.start("c", "").unwrap();
+    assert_eq!(api.status("c", ""), 0);
+    api.delete("c", "").unwrap();
+    assert_eq!(
+        (stdout.wait_end(), stderr.wait_end()),
+        ("0\n".into(), String::new())
+    );
+    let owner = node.run("stat", ["-c", "%u", &format!("{image}/bin/busybox")]);
+    assert_eq!(owner.trim(), "0");
+
+    if shim == ShimUnderTest::Recoverd {
+        // Half a mapping is none; the stock shim does without a word what nobody meant.
+        api.container("half", &spec, shim, Some(&owned()));
+        let half = vec![mount(&["rbind", "rw", &uids])];
+        assert_refused(
+            api.create_on("half", &Stdio::default(), half),
+            Code::Unknown,
+            "only uids and gids together can be mapped",
+        );
+    }
+    before.wait_restored(&node);
 }
 
 /// What `-info` says of the runtime that is found first in `path`: can it map a mount's ids?

@@ -9,7 +9,10 @@ use containerd_client::services::v1::containers_client::ContainersClient;
 use containerd_client::services::v1::tasks_client::TasksClient;
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{self, Code};
-use containerd_client::types::v1::{Process as ProtoProcess, ProcessInfo, Status};
+use containerd_client::types::{
+    Mount,
+    v1::{Process as ProtoProcess, ProcessInfo, Status},
+};
 use prost::Message;
 use prost_types::Any;
 use recoverd_common::pb::runc;
@@ -154,7 +157,12 @@ impl Api {
 
     /// Create of the task API; the init's pid.
     pub fn create(&self, id: &str, stdio: &Stdio) -> Result<u32, Refused> {
-        self.create_with(id, stdio, None)
+        self.create_with(id, stdio, None, Vec::new())
+    }
+
+    /// Create of a task whose root file system its shim mounts.
+    pub fn create_on(&self, id: &str, stdio: &Stdio, rootfs: Vec<Mount>) -> Result<u32, Refused> {
+        self.create_with(id, stdio, None, rootfs)
     }
 
     /// Create of a task that Start restores from the images in a folder; 0, since nothing runs.
@@ -163,10 +171,16 @@ impl Api {
             criu_image_path: images.display().to_string(),
             ..runc::Options::default()
         };
-        self.create_with(id, stdio, Some(runc_options(&options)))
+        self.create_with(id, stdio, Some(runc_options(&options)), Vec::new())
     }
 
-    fn create_with(&self, id: &str, stdio: &Stdio, options: Option<Any>) -> Result<u32, Refused> {
+    fn create_with(
+        &self,
+        id: &str,
+        stdio: &Stdio,
+        options: Option<Any>,
+        rootfs: Vec<Mount>,
+    ) -> Result<u32, Refused> {
         let request = pb::CreateTaskRequest {
             container_id: id.into(),
             stdin: stdio.stdin.clone(),
@@ -174,6 +188,7 @@ impl Api {
             stderr: stdio.stderr.clone(),
             terminal: stdio.terminal,
             options,
+            rootfs,
             ..pb::CreateTaskRequest::default()
         };
         self.call(request, |channel, request| async {

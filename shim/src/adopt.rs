@@ -137,6 +137,13 @@ pub fn decide(task: &record::Task, record: &Record, mut facts: Facts) -> Decisio
     let mut execs = BTreeMap::new();
     for exec in &task.execs {
         let seen = facts.execs.get(&exec.id).cloned().unwrap_or_default();
+        let named = |named: &record::Unanswered| {
+            named.method == "add" && (&named.id, &named.exec_id) == (&task.id, &exec.id)
+        };
+        if record.unanswered.iter().any(named) {
+            // Nobody was told of it: its caller has no answer, or is refused.
+            continue;
+        }
         if let Some(adopted) = decide_exec(exec, seen, record.written_at, &mut news) {
             execs.insert(exec.id.clone(), adopted);
         }
@@ -366,8 +373,8 @@ mod tests {
         }
     }
 
-    fn adoptee(restored: Option<Restored>) -> Adoptee {
-        let record = Record {
+    fn record() -> Record {
+        Record {
             written_at: Timestamp::now(),
             boot_id: "b".into(),
             shim: record::Shim {
@@ -388,10 +395,21 @@ mod tests {
             running: Vec::new(),
             descriptors: Vec::new(),
             unanswered: Vec::new(),
-        };
+        }
+    }
+
+    fn adoptee(restored: Option<Restored>) -> Adoptee {
+        of_record(&record(), restored, BTreeMap::new())
+    }
+
+    fn of_record(
+        record: &Record,
+        restored: Option<Restored>,
+        execs: BTreeMap<String, ExecFacts>,
+    ) -> Adoptee {
         let facts = Facts {
             init: None,
-            execs: BTreeMap::new(),
+            execs,
             frozen: None,
             container: Container::Absent,
             options: Options::default(),
@@ -401,10 +419,38 @@ mod tests {
             cgroup: None,
             restored,
         };
-        match decide(&record.tasks[0], &record, facts) {
+        match decide(&record.tasks[0], record, facts) {
             Decision::Adopt(adoptee) => *adoptee,
             Decision::Drop(why) => panic!("{why}"),
         }
+    }
+
+    #[test]
+    fn an_exec_whose_adding_was_not_answered_is_not_there() {
+        let mut record = record();
+        let exec = |id: &str| record::Exec {
+            id: id.into(),
+            phase: Phase::Created,
+            process: None,
+            stdio: record::Stdio::default(),
+            terminal: false,
+            exit: None,
+        };
+        record.tasks[0].execs = vec![exec("told"), exec("adding")];
+        record.unanswered = vec![record::Unanswered {
+            connection: 1,
+            stream: 1,
+            method: "add".into(),
+            id: "c".into(),
+            exec_id: "adding".into(),
+        }];
+        let prepared = ExecFacts {
+            prepared: true,
+            ..ExecFacts::default()
+        };
+        let seen = ["told", "adding"].map(|id| (id.to_owned(), prepared.clone()));
+        let adoptee = of_record(&record, None, seen.into());
+        assert_eq!(adoptee.execs.keys().collect::<Vec<_>>(), ["told"]);
     }
 
     #[test]

@@ -6,7 +6,8 @@
 //!
 //! What comes back after a downtime of containerd is not only containerd: its subscribers (the
 //! CRI, a client) come later, and an event that nobody subscribes to is gone. So exits and OOM
-//! kills that had to wait are sent once more, [`ECHO_MS`] after the first acknowledgement.
+//! kills that had to wait are sent once more, [`ECHO_MS`] after the first acknowledgement; but
+//! never after the event of their task's deletion: whoever deleted it knows how it ended.
 
 use std::collections::VecDeque;
 
@@ -23,6 +24,8 @@ use crate::{
     tasks::{Notice, Now},
 };
 
+/// The topic after which nothing is told of a task.
+const DELETE: &str = "/tasks/delete";
 const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
 /// A larger event fits into no frame with its service and method, bytes.
 const MAX_EVENT: usize = MAX_PAYLOAD - 256;
@@ -124,6 +127,12 @@ impl Outbox {
     pub fn restore(&mut self, entries: Vec<(u64, bool, Vec<u8>)>) {
         for (number, echo, payload) in entries {
             self.last = self.last.max(number);
+            if let Some((topic, id)) = subject(&payload)
+                && topic == DELETE
+            {
+                // As far as we know nothing of it was told yet: nothing is given up.
+                let _nothing = self.deleted(&id);
+            }
             self.entries.push_back(Entry {
                 number,
                 payload,
@@ -162,6 +171,28 @@ impl Outbox {
         };
         self.entries.push_back(entry.clone());
         entry
+    }
+
+    /// The next event is that of a task's deletion: what was told of the task is not told again.
+    pub fn deleted(&mut self, id: &str) -> Vec<Post> {
+        let sent = match &self.link {
+            Link::Up { under_way, .. } => under_way.map(|(number, _)| number),
+            Link::Down { .. } => None,
+        };
+        let mut out = Vec::new();
+        self.entries.retain_mut(|entry| {
+            let of_task = |entry: &Entry| subject(&entry.payload).is_some_and(|(_, of)| of == id);
+            if !entry.echo || !of_task(entry) {
+                return true;
+            }
+            if entry.again_at.is_some() && sent != Some(entry.number) {
+                out.push(Post::Acknowledged(entry.number));
+                return false;
+            }
+            entry.echo = false;
+            true
+        });
+        out
     }
 
     /// What happens between two failed tries to connect waits for containerd, too, even if the
@@ -430,6 +461,13 @@ impl Outbox {
     }
 }
 
+/// Topic and task of an event. Every one of ours names its task first.
+fn subject(payload: &[u8]) -> Option<(String, String)> {
+    let envelope = events::ForwardRequest::decode(payload).ok()?.envelope?;
+    let event = events::TaskOom::decode(envelope.event?.value.as_slice()).ok()?;
+    Some((envelope.topic, event.container_id))
+}
+
 fn message(notice: &Notice) -> (&'static str, Any) {
     fn any(type_url: &str, message: &impl Message) -> Any {
         Any {
@@ -513,7 +551,7 @@ fn message(notice: &Notice) -> (&'static str, Any) {
             ),
         ),
         Notice::Delete { id, ended } => (
-            "/tasks/delete",
+            DELETE,
             any(
                 type_url::TASK_DELETE,
                 &events::TaskDelete {
@@ -649,6 +687,53 @@ mod tests {
         assert!(outbox.is_empty());
         assert_eq!(outbox.deadline(), None);
         assert_eq!(outbox.tick(at(9)), []);
+    }
+
+    #[test]
+    fn nothing_is_said_again_of_a_task_that_is_deleted() {
+        let delete = Notice::Delete {
+            id: "a".into(),
+            ended: Ended {
+                pid: 1,
+                status: 42,
+                at: None,
+            },
+        };
+        // Before it was told, after it was told, and by a successor.
+        for (told, successor) in [(false, false), (true, false), (false, true)] {
+            let mut outbox = Outbox::default();
+            outbox.lost(at(0), "away");
+            let ended = push(&mut outbox, &exit("a"));
+            let other = push(&mut outbox, &exit("b"));
+            outbox.opened();
+            if told {
+                assert_eq!(deliver(&mut outbox, 50), None);
+                assert_eq!(deliver(&mut outbox, 50), None);
+            }
+            let given_up = outbox.deleted("a");
+            let expected: &[Post] = if told {
+                &[Post::Acknowledged(ended)]
+            } else {
+                &[]
+            };
+            assert_eq!(given_up, expected);
+            let deleted = push(&mut outbox, &delete);
+            if successor {
+                let left = outbox.entries.iter();
+                let left = left.map(|e| (e.number, e.number < deleted, e.payload.clone()));
+                let left = left.collect();
+                outbox = Outbox::default();
+                outbox.restore(left);
+                outbox.opened();
+            }
+            if !told {
+                assert_eq!(deliver(&mut outbox, 60), Some(ended));
+                assert_eq!(deliver(&mut outbox, 60), None);
+            }
+            assert_eq!(deliver(&mut outbox, 60), Some(deleted));
+            assert_eq!(deliver(&mut outbox, 60 + ECHO_MS), Some(other));
+            assert!(outbox.is_empty());
+        }
     }
 
     #[test]

@@ -445,6 +445,9 @@ impl LoopState {
         {
             return;
         }
+        if let Notice::Delete { id, .. } = notice {
+            post(self.outbox.deleted(id), out);
+        }
         let entry = self.outbox.push(notice, &self.namespace, now);
         out.push(Output::Log {
             number: entry.number,

@@ -243,7 +243,9 @@ struct Group {
     stage: Stage,
     /// When it ended, the last times.
     ends: VecDeque<u64>,
-    meant: Option<Process>,
+    /// Whose end was announced, and until when that counts: whoever has announced it may have died
+    /// before it came.
+    meant: Option<(Process, u64)>,
 }
 
 impl Group {
@@ -398,7 +400,7 @@ impl State {
             Input::Tried(socket, tried) => self.tried(&socket, tried, now, &mut out),
             Input::Leave(socket, process) => {
                 if let Some(group) = self.groups.get_mut(&socket) {
-                    group.meant = Some(process);
+                    group.meant = Some((process, now.saturating_add(MINUTE_MS)));
                 }
             }
             Input::Tick => {
@@ -475,7 +477,8 @@ impl State {
             // Somebody else serves already.
             return;
         }
-        let meant = group.meant == Some(process) || how == How::Exited(0);
+        let announced = |(announced, until): (Process, u64)| announced == process && now < until;
+        let meant = group.meant.is_some_and(announced) || how == How::Exited(0);
         let nothing = group.sighting.tasks == 0;
         let follows = match group.sighting.kind {
             _ if meant || nothing => Follows::Nothing,

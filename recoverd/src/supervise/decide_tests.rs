@@ -139,6 +139,12 @@ fn an_announced_end_and_one_without_tasks_have_no_successor() {
     );
     let mut state = watching(Kind::Ours);
     state.step(Input::Leave(S.into(), p(1)), 0);
+    assert!(
+        resumes(&state.step(ended(1, KILLED), 60_000)),
+        "its end was announced and did not come"
+    );
+    let mut state = watching(Kind::Ours);
+    state.step(Input::Leave(S.into(), p(1)), 0);
     assert_eq!(
         follows(&state.step(ended(1, KILLED), 0)),
         Some(Follows::Nothing)

@@ -18,7 +18,7 @@
 //! | `record` | the shim's record: its two files, their exchange |
 //! | `events` | the log of events not yet acknowledged |
 //! | `requests` | the file of requests not yet answered |
-//! | `handoff` | a successor answers what its predecessor was asked |
+//! | `handoff` | a shim gives its descriptors to the supervisor; a successor answers what its predecessor was asked |
 //! | `upgrade` | a shim becomes another executable, in the old image and in the new one |
 //! | `start`, `daemon` | the `start` verb, and the daemon's first steps |
 //! | `serve` | one input of the shim's loop: events, record, effects, answers |
@@ -30,6 +30,7 @@
 //! | `repair`, `quarantine` | recoverd's plan at work |
 //! | `prestart`, `poststart` | its hooks |
 //! | `history` | what it writes about it |
+//! | `supervise` | the supervisor: what it keeps and drops, sees, writes down and starts |
 //!
 //! In the environment, which containerd, `start` and recoverd hand on to what they start. It is in
 //! no record: a successor dies only where those who start it want it to.

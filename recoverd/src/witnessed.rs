@@ -12,6 +12,7 @@ use std::{
 
 use recoverd_common::{
     adoption::Observed,
+    failpoint,
     read::{MAX_FILE, read_file},
     record::{Process, Stdio},
     seen::Seen,
@@ -237,13 +238,17 @@ pub fn write(run_dir: &Path, witnessed: &Witnessed) -> io::Result<()> {
         .create_new(true)
         .mode(0o600)
         .open(&spare)?;
+    failpoint!("supervise.witnessed.opened");
     let file = File {
         format: FORMAT,
         witnessed,
     };
     out.write_all(&serde_json::to_vec(&file)?)?;
     drop(out);
-    fs::rename(&spare, run_dir.join(FILE))
+    failpoint!("supervise.witnessed.written");
+    fs::rename(&spare, run_dir.join(FILE))?;
+    failpoint!("supervise.witnessed.after");
+    Ok(())
 }
 
 #[cfg(test)]

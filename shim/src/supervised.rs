@@ -9,7 +9,7 @@ use std::{
 };
 
 use recoverd_common::{
-    record,
+    failpoint, record,
     supervision::{self, Answer, Link, Named, Word},
 };
 
@@ -96,6 +96,13 @@ impl Supervised {
     }
 
     fn say(&mut self, word: &Word, files: &[BorrowedFd<'_>]) -> bool {
+        failpoint!("handoff.tell.before");
+        let fresh = self.say_it(word, files);
+        failpoint!("handoff.tell.after");
+        fresh
+    }
+
+    fn say_it(&mut self, word: &Word, files: &[BorrowedFd<'_>]) -> bool {
         if let Some(link) = &self.link
             && link.send(word, files).is_ok()
         {

@@ -1,7 +1,7 @@
 //! `recoverd supervise` in a node.
 
 use std::fs;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -79,30 +79,13 @@ impl Supervisor {
     /// Its metrics.
     #[track_caller]
     pub fn metrics(&self) -> String {
-        let path = self.node.path("/run/recoverd/metrics.sock");
-        let mut stream = UnixStream::connect(&path)
-            .unwrap_or_else(|e| panic!("connect {}: {e}", path.display()));
-        let mut text = String::new();
-        stream
-            .write_all(b"GET /metrics HTTP/1.1\r\n\r\n")
-            .and_then(|()| stream.read_to_string(&mut text))
-            .unwrap_or_else(|e| panic!("read metrics: {e}"));
-        assert!(text.starts_with("HTTP/1.1 200 OK\r\n"), "{text}");
-        text
+        metrics(&self.node).unwrap_or_else(|error| panic!("read metrics: {error}"))
     }
 
     /// The value of one metric, its labels as printed; 0 when it is not there.
     #[track_caller]
     pub fn metric(&self, name: &str) -> f64 {
-        let text = self.metrics();
-        let line = text
-            .lines()
-            .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        line.map_or(0.0, |value| {
-            value
-                .parse()
-                .unwrap_or_else(|e| panic!("value of {name} {value:?}: {e}"))
-        })
+        value_in(&self.metrics(), name)
     }
 
     /// How many descriptors of this kind it keeps.
@@ -120,4 +103,32 @@ impl Supervisor {
             (self.metric(&name) == shims).then_some(())
         });
     }
+}
+
+/// One metric of the node's supervisor; none when nobody answers.
+pub fn metric(node: &Node, name: &str) -> Option<f64> {
+    Some(value_in(&metrics(node).ok()?, name))
+}
+
+fn metrics(node: &Node) -> io::Result<String> {
+    let mut stream = UnixStream::connect(node.path("/run/recoverd/metrics.sock"))?;
+    let mut text = String::new();
+    stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
+    stream.read_to_string(&mut text)?;
+    match text.starts_with("HTTP/1.1 200 OK\r\n") {
+        true => Ok(text),
+        false => Err(io::Error::other(text)),
+    }
+}
+
+#[track_caller]
+fn value_in(metrics: &str, name: &str) -> f64 {
+    let line = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    line.map_or(0.0, |value| {
+        value
+            .parse()
+            .unwrap_or_else(|e| panic!("value of {name} {value:?}: {e}"))
+    })
 }

@@ -338,7 +338,9 @@ fn remove_tree(path: &Path, file: FileId, _leave: &Delete) -> Result<(), NotDone
     if mount_of(&folder).map_err(failed("look at", path))? != mount {
         return Err(NotDone::Changed(format!("{} is a mount", path.display())));
     }
+    failpoint!("repair.tree.before");
     empty(&top, path, mount, 0)?;
+    failpoint!("repair.tree.emptied");
     unlink(&folder, name, UnlinkatFlags::RemoveDir).map_err(failed_errno("remove", path))
 }
 
@@ -373,6 +375,7 @@ fn empty(folder: &OwnedFd, path: &Path, mount: u64, depth: u32) -> Result<(), No
         if kind(&stat) != SFlag::S_IFDIR {
             unlink(folder, &name, UnlinkatFlags::NoRemoveDir)
                 .map_err(failed_errno("remove", &inner))?;
+            failpoint!("repair.tree.between");
             continue;
         }
         let below = open_folder(folder, &name).map_err(failed_errno("open", &inner))?;
@@ -434,6 +437,7 @@ fn remove_fifos(path: &Path, file: FileId, fifos: &[String]) -> Result<String, N
             return Err(NotDone::Changed(format!("{} is no fifo", full.display())));
         }
         unlink(&inside, fifo, UnlinkatFlags::NoRemoveDir).map_err(failed_errno("remove", &full))?;
+        failpoint!("repair.fifo.between");
     }
     // What else is in it is somebody's, and keeps the folder.
     match unlink(&folder, name, UnlinkatFlags::RemoveDir) {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
-use recoverd_common::{proc::Proc, supervision};
+use recoverd_common::{failpoint, proc::Proc, supervision};
 use sd_notify::NotifyState;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -130,7 +130,9 @@ pub async fn run(setup: Setup) -> io::Result<()> {
     let mut textfile_at = Instant::now();
     daemon.look_around();
     daemon.settle();
+    failpoint!("supervise.ready.before");
     store::tell(&[NotifyState::Ready, NotifyState::Status("watching")]);
+    failpoint!("supervise.ready.after");
     tracing::info!("supervisor serves");
     loop {
         let now = Instant::now();
@@ -295,8 +297,11 @@ impl Daemon {
         self.tries.detach_all();
         // Nobody is to find a socket without anybody behind it. What may have come in its place
         // has taken the lock after us.
+        failpoint!("supervise.stop.before");
         let _ = fs::remove_file(supervision::path(&self.setup.run_dir));
+        failpoint!("supervise.stop.between");
         let _ = fs::remove_file(self.setup.run_dir.join("metrics.sock"));
+        failpoint!("supervise.stop.after");
     }
 
     fn ready(&mut self) {

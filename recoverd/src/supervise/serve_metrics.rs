@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use recoverd_common::failpoint;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{TcpListener, UnixListener},
@@ -29,6 +30,7 @@ pub fn unix(path: &Path) -> io::Result<UnixListener> {
         Ok(()) | Err(_) => {}
     }
     let listener = UnixListener::bind(path)?;
+    failpoint!("supervise.metrics.between");
     fs::set_permissions(path, fs::Permissions::from_mode(0o600))?;
     Ok(listener)
 }
@@ -79,9 +81,13 @@ pub fn textfile(path: &Path, text: &str) -> io::Result<()> {
         .custom_flags(libc::O_NOFOLLOW)
         .mode(0o644)
         .open(&beside)?;
+    failpoint!("supervise.textfile.opened");
     io::Write::write_all(&mut file, text.as_bytes())?;
     drop(file);
-    fs::rename(&beside, path)
+    failpoint!("supervise.textfile.written");
+    fs::rename(&beside, path)?;
+    failpoint!("supervise.textfile.after");
+    Ok(())
 }
 
 #[cfg(test)]

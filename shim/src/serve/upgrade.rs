@@ -105,6 +105,7 @@ pub fn go_on(flags: &Flags, message: RawFd) -> Result<(), Box<dyn Error>> {
     let (namespace, socket) = (flags.namespace.as_str(), coming.socket.clone());
     let (mut shim, signals) = prepare(namespace, flags.group(), &flags.address, socket, log)?;
     let lock = shim.restore(coming)?;
+    failpoint!("upgrade.restored.after");
     failpoint!("upgrade.record.before");
     shim.write_record();
     failpoint!("upgrade.record.after");
@@ -173,6 +174,7 @@ impl Shim {
             return false;
         };
         reaper::collect(trial.pid);
+        failpoint!("upgrade.tried.after");
         let said = trial.words.take().map(children::words_of);
         let said = said.unwrap_or_default();
         // Anything may end with 0.

@@ -2,12 +2,13 @@
 //! point; every one leaves it as it was.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
 use recoverd_tests::{
-    Api, Armed, Containerd, Failpoints, Node, Release, Running, Traces, record_at, wait_for,
+    Api, Armed, Containerd, EventRelay, Failpoints, Node, Release, Running, ServiceManager, Traces,
+    metric, record_at, wait_for,
 };
 
 /// The containerd namespace of everything here.
@@ -17,6 +18,10 @@ pub struct Ground {
     pub node: Arc<Node>,
     pub containerd: Containerd,
     pub built: Failpoints,
+    /// Between shims and containerd's event service.
+    pub events: EventRelay,
+    /// The shim of most containers here.
+    pub shim: PathBuf,
     api: Option<Api>,
     /// containerd has a point in its environment.
     armed: bool,
@@ -38,8 +43,11 @@ impl Ground {
         // Everything counts as old, and nothing as in transition.
         fs::write(config(&node), "[scan]\nsettle = \"0s\"\n")
             .unwrap_or_else(|error| panic!("write configuration: {error}"));
+        let events = EventRelay::of(&containerd);
         let before = Traces::of(&node);
         Ground {
+            shim: events.shim(&node, "relayed", &built.shim()),
+            events,
             node,
             containerd,
             built: built.clone(),
@@ -133,6 +141,45 @@ impl Ground {
         command
             .output()
             .unwrap_or_else(|error| panic!("start {command:?}: {error}"))
+    }
+
+    /// `recoverd supervise` as its unit has it; it, or who it starts, may die at `armed`. It serves.
+    #[track_caller]
+    pub fn supervise(&mut self, armed: Option<&Armed>) -> ServiceManager {
+        let metrics = self.node.folder().join("recoverd.prom");
+        let config = self.node.folder().join("supervise.toml");
+        let text = format!(
+            "[supervise]\ntextfile = {:?}\n",
+            metrics.display().to_string()
+        );
+        fs::write(&config, text).unwrap_or_else(|error| panic!("write configuration: {error}"));
+        let mut words = vec!["--config".to_owned(), config.display().to_string()];
+        words.extend(self.containerd.flags());
+        words.push("supervise".into());
+        let program = self.built.recoverd();
+        let environment = armed.map(Armed::environment).unwrap_or_default();
+        let name = self.round();
+        let service = ServiceManager::start(&self.node, &name, move || {
+            let mut command = Command::new(&program);
+            command.args(&words).envs(environment.clone());
+            command
+        });
+        self.wait_watching(0);
+        service
+    }
+
+    /// Waits until a supervisor serves that watches so many shims and keeps their connections.
+    #[track_caller]
+    pub fn wait_watching(&self, shims: usize) {
+        wait_for("a supervisor that watches", || {
+            let number = |name: &str| metric(&self.node, name);
+            let watched = number("recoverd_supervised_shims{kind=\"ours\"}")?;
+            let kept = |what| number(&format!("recoverd_kept_descriptors{{what=\"{what}\"}}"));
+            let (listeners, connections) = (kept("listener")?, kept("connection")?);
+            #[expect(clippy::cast_precision_loss, reason = "a few shims")]
+            let shims = shims as f64;
+            (watched == shims && listeners == shims && connections >= shims).then_some(())
+        });
     }
 
     /// Starts `recoverd`.

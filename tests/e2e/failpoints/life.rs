@@ -3,17 +3,23 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::{Duration, Instant};
 
 use prost_types::Any;
 use recoverd_common::pb::runc::Options;
 use recoverd_common::record::Exit;
 use recoverd_tests::{
-    Api, Armed, Code, Events, Process, Reader, Refused, Status, Stdio, make_fifo, oci_process,
+    Api, Armed, Code, Process, Reader, Refused, Sent, Status, Stdio, make_fifo, oci_process,
     oci_spec, record_at, runc_options, wait_for,
 };
 use serde_json::json;
 
 use crate::ground::{Ground, NAMESPACE};
+
+/// For the last events to come.
+const EVENTS: Duration = Duration::from_secs(30);
+const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Somebody has died at the armed point.
 #[derive(Debug)]
@@ -52,6 +58,8 @@ struct Member {
     process: Option<Process>,
     /// It ended while nobody looked.
     unknown: bool,
+    /// Its shim died of deleting it: containerd has cleaned up, and tells of that itself.
+    cleaned: bool,
     stream: Option<Stream>,
 }
 
@@ -125,7 +133,8 @@ pub struct Life {
     paused: bool,
     runtime: PathBuf,
     options: Option<Any>,
-    events: Option<Events>,
+    /// Pause and Resume were answered.
+    thawed: bool,
 }
 
 /// As `numbers` of the harness, slower: many of these run beside each other.
@@ -152,6 +161,7 @@ impl Life {
             stage: Stage::Nothing,
             process: None,
             unknown: false,
+            cleaned: false,
             stream: None,
         };
         let told = |name: &str, status: u32| {
@@ -188,9 +198,9 @@ impl Life {
             members,
             containers: Vec::new(),
             paused: false,
-            runtime: ground.built.shim(),
+            runtime: ground.shim.clone(),
             options: None,
-            events: None,
+            thawed: false,
         }
     }
 
@@ -332,6 +342,7 @@ impl Life {
                     let answer = ground.api().resume(&id);
                     self.answered(ground, answer, armed)?;
                     self.paused = false;
+                    self.thawed = true;
                 }
                 Goal::Backlog
                     if self.stage(Who::Session) == Stage::Started
@@ -540,7 +551,6 @@ impl Life {
     /// containerd runs again: fails unless everything is as it was answered before somebody died.
     #[track_caller]
     pub fn check(&mut self, ground: &mut Ground) {
-        self.events = Some(Events::of(&ground.containerd));
         for who in ALL {
             self.check_one(ground, who);
         }
@@ -596,6 +606,7 @@ impl Life {
                     _ => panic!("{label}: {refused:?}"),
                 };
                 self.member(who).stage = now;
+                self.member(who).cleaned = now == Stage::Deleted;
                 return;
             }
             Err(refused) => panic!("{label}: {refused:?}"),
@@ -642,8 +653,74 @@ impl Life {
             assert_eq!(self.stage(who), Stage::Deleted, "{who:?}");
         }
         self.assert_streams(ground);
+        self.assert_events(ground);
         for id in std::mem::take(&mut self.containers) {
             ground.api().remove_container(&id);
+        }
+    }
+
+    /// Every event that an undisturbed run publishes has come, maybe more than once, in order.
+    #[track_caller]
+    pub fn assert_events(&self, ground: &Ground) {
+        let first = [
+            ("/tasks/create", Who::First),
+            ("/tasks/start", Who::First),
+            ("/tasks/exec-added", Who::Session),
+            ("/tasks/exec-started", Who::Session),
+            ("/tasks/exec-added", Who::Short),
+            ("/tasks/exec-started", Who::Short),
+            ("/tasks/exit", Who::Short),
+            ("/tasks/exit", Who::Session),
+            ("/tasks/exit", Who::First),
+            ("/tasks/delete", Who::First),
+        ];
+        let second = ["create", "start", "exit", "delete"];
+        let second = second.map(|topic| (format!("/tasks/{topic}"), Who::Second));
+        let all = first.map(|(topic, who)| (topic.to_owned(), who));
+        for task in [Who::First, Who::Second] {
+            let id = self.id(task);
+            let expected: Vec<(&str, &str)> = all
+                .iter()
+                .chain(&second)
+                .map(|(topic, who)| (topic.as_str(), &self.members[*who as usize]))
+                .filter(|(_, member)| member.id == id && member.stage != Stage::Nothing)
+                .filter(|(topic, member)| *topic != "/tasks/delete" || !member.cleaned)
+                .map(|(topic, member)| (topic, member.exec_id.as_str()))
+                .collect();
+            let place = |sent: &Sent| {
+                let is_it = |(topic, exec_id): &(&str, &str)| {
+                    *topic == sent.topic && *exec_id == sent.exec_id
+                };
+                expected.iter().position(is_it)
+            };
+            let thaws: &[&str] = match self.thawed && task == Who::First {
+                true => &["/tasks/paused", "/tasks/resumed"],
+                false => &[],
+            };
+            let has_all = |sent: &[Sent]| {
+                let told: Vec<&Sent> = sent.iter().filter(|sent| sent.acknowledged).collect();
+                let has = |at: usize| told.iter().any(|sent| place(sent) == Some(at));
+                let thawed = |topic: &&str| told.iter().any(|sent| sent.topic == *topic);
+                (0..expected.len()).all(has) && thaws.iter().all(thawed)
+            };
+            let patience = Instant::now() + EVENTS;
+            while !has_all(&ground.events.of_container(id)) && Instant::now() < patience {
+                sleep(BETWEEN_LOOKS);
+            }
+            let sent = ground.events.of_container(id);
+            assert!(has_all(&sent), "of {expected:?} only {sent:#?}");
+            // Whoever was not there for an exit hears of it once more, as long as its task is there.
+            let mut order: Vec<usize> = Vec::new();
+            for at in sent.iter().filter_map(place) {
+                let deleted = order.last().is_some_and(|last| last + 1 == expected.len());
+                let is_exit = expected
+                    .get(at)
+                    .is_some_and(|(topic, _)| *topic == "/tasks/exit");
+                if deleted || !is_exit || !order.contains(&at) {
+                    order.push(at);
+                }
+            }
+            assert!(order.is_sorted(), "events of {id}: {sent:#?}");
         }
     }
 

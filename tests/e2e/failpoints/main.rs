@@ -1,11 +1,14 @@
 //! Every step at which a process of ours may die: the binaries print the list, this test walks all
 //! of it, on real containerd with real containers. A scenario is played until somebody dies at the
 //! point; what was at work is done again, and then SPEC's promises hold: the workload lives, its
-//! exit is true or *unknown, because*, no byte is lost or doubled, nothing is left behind.
+//! exit is true or *unknown, because*, no byte is lost or doubled, every event comes and in order,
+//! nothing is left behind.
 //!
 //! A point that no scenario comes by is a failure: a new point needs a scenario at most, and none
 //! when one passes there already. Most points are passed many times; the first, the third, the
-//! ninth… time is a death of its own, up to `RECOVERD_WALK_TIMES`.
+//! ninth… time is a death of its own, up to `RECOVERD_WALK_TIMES`. Points of areas that are passed
+//! in more than one world (containerd up and supervised, an image that was upgraded) are died at
+//! in each.
 //!
 //! Each step (`adopt.lock` of `adopt.lock.after`) is a test of its own, on one containerd release,
 //! in turn.
@@ -22,6 +25,7 @@ mod oom;
 mod random;
 mod repair;
 mod retired;
+mod supervised;
 mod upgrade;
 
 use std::collections::BTreeMap;
@@ -60,13 +64,14 @@ fn scenarios(step: &str) -> Vec<Scenario> {
         return vec![checkpoint::play];
     }
     match step.split('.').next().unwrap_or_default() {
-        "record" | "events" | "serve" | "retire" => vec![crash::play, retired::play],
+        "record" | "events" | "requests" | "serve" | "retire" => vec![crash::play, retired::play],
         "upgrade" => vec![
             upgrade::play,
             upgrade::play_asked,
             upgrade::play_dead_image,
             upgrade::play_hung_image,
         ],
+        "supervise" | "handoff" => vec![supervised::play_supervisor, supervised::play_shim],
         "start" | "daemon" => vec![again::play, again::play_dead_group],
         "delete" => vec![delete::play],
         "adopt" | "order" | "prestart" | "poststart" | "history" => {
@@ -77,11 +82,21 @@ fn scenarios(step: &str) -> Vec<Scenario> {
     }
 }
 
-/// More scenarios that come by a step, each in another world: every point of it is died at in all of
-/// them, once.
+/// More scenarios that may come by a step, each in another world: every point of it is died at in all
+/// of them, once.
 fn also(step: &str) -> Vec<Scenario> {
-    match step {
-        "upgrade.back" => vec![upgrade::play_hung_image],
+    if needs_criu(step) {
+        return Vec::new();
+    }
+    if step == "upgrade.back" {
+        return vec![upgrade::play_hung_image];
+    }
+    match step.split('.').next().unwrap_or_default() {
+        "record" | "events" | "requests" | "serve" => {
+            vec![supervised::play_shim, supervised::play_next_image]
+        }
+        "upgrade" => vec![supervised::play_upgraded],
+        "adopt" | "order" | "history" => vec![supervised::play_supervisor],
         _ => Vec::new(),
     }
 }

@@ -1,10 +1,11 @@
 //! A shim becomes another image. It dies at it, and containerd with it; or `recoverd upgrade` does,
 //! which has asked it to, with an image that is good, dies or hangs.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use recoverd_common::handoff::{SERVICE, UPGRADE, UpgradeRequest, UpgradeResponse};
-use recoverd_common::shim_client::ShimClient;
+use recoverd_common::shim_client::{CallError, ShimClient};
 use recoverd_tests::{Armed, Installed, VERSION};
 
 use crate::crash::recover;
@@ -23,12 +24,10 @@ pub fn play(ground: &mut Ground, armed: &Armed) -> bool {
     // Not every point of an area comes only with an upgrade.
     let mut died = life.run(ground, &RUNNING, Some(armed)).is_err();
     if !died {
-        let socket = ground.node.path(life.socket(ground));
-        let request = UpgradeRequest {
-            executable: ground.built.shim().display().to_string(),
-        };
-        let asked = ShimClient::connect(&socket, NAMESPACE, Instant::now() + ANSWERS)
-            .and_then(|mut shim| shim.call::<UpgradeResponse>(SERVICE, UPGRADE, &request));
+        // One that is no shim is refused, and nothing has changed.
+        let refused = ask(ground, &life, Path::new("/bin/true"));
+        assert!(refused.is_err(), "{refused:?}");
+        let asked = ask(ground, &life, &ground.built.shim());
         died = armed.was_hit(&ground.node);
         assert!(died || asked.is_ok(), "{asked:?}");
     }
@@ -43,6 +42,17 @@ pub fn play(ground: &mut Ground, armed: &Armed) -> bool {
     life.finish(ground);
     ground.assert_restored();
     died
+}
+
+/// Asks the pod's shim to become this executable.
+#[track_caller]
+pub fn ask(ground: &Ground, life: &Life, executable: &Path) -> Result<UpgradeResponse, CallError> {
+    let socket = ground.node.path(life.socket(ground));
+    let request = UpgradeRequest {
+        executable: executable.display().to_string(),
+    };
+    ShimClient::connect(&socket, NAMESPACE, Instant::now() + ANSWERS)
+        .and_then(|mut shim| shim.call(SERVICE, UPGRADE, &request))
 }
 
 /// recoverd asks, and the new image serves.
@@ -96,7 +106,9 @@ impl Image {
 fn play_image(ground: &mut Ground, armed: &Armed, image: Image) -> bool {
     let installed = Installed::copy_of(&ground.node, &ground.built.shim());
     let mut life = Life::new(ground);
-    life.shim_binary(installed.path());
+    let folder = ground.round();
+    let relayed = ground.events.shim(&ground.node, &folder, installed.path());
+    life.shim_binary(&relayed);
     assert!(life.run(ground, &RUNNING, None).is_ok());
     image.install(ground, &installed);
     let upgrade = ["upgrade", "--all"];

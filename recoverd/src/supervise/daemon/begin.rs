@@ -17,7 +17,9 @@ use nix::sys::{
     epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags},
     socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket},
 };
-use recoverd_common::{proc::Proc, record::Process, seen::Seen, supervision, timestamp::Timestamp};
+use recoverd_common::{
+    failpoint, proc::Proc, record::Process, seen::Seen, supervision, timestamp::Timestamp,
+};
 use tokio::{
     net::UnixListener,
     sync::{Semaphore, mpsc},
@@ -53,7 +55,9 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     bind(fd.as_raw_fd(), &UnixAddr::new(&beside)?)?;
     fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
     listen(&fd, Backlog::MAXCONN)?;
+    failpoint!("supervise.listen.before");
     fs::rename(&beside, path)?;
+    failpoint!("supervise.listen.after");
     Ok(fd)
 }
 
@@ -78,6 +82,7 @@ impl Daemon {
         };
         // Before anything else is opened.
         let restored = store::restore(&sockets);
+        failpoint!("supervise.restore.after");
         let boot_id = match proc.boot_id() {
             Seen::Present(id) => id,
             Seen::Absent | Seen::Unknown(_) => String::new(),

@@ -7,7 +7,7 @@ use std::{
 };
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use recoverd_common::{record::Process, timestamp::Timestamp, witness};
+use recoverd_common::{failpoint, record::Process, timestamp::Timestamp, witness};
 
 use super::{
     super::decide::{How, Input, Member},
@@ -74,6 +74,7 @@ impl Daemon {
         let status = witness::status(&self.proc, process, &pidfd);
         match member {
             Some(member) => {
+                failpoint!("supervise.exit.before");
                 self.metrics.exited(status.is_some());
                 let namespace = self.state.sighting(&socket).map(|s| s.namespace.clone());
                 self.witnessed.exited(SeenExit {
@@ -88,6 +89,7 @@ impl Daemon {
                 self.inbox.push(Input::MemberEnded(socket, member, process));
             }
             None => {
+                failpoint!("supervise.death.before");
                 self.ends.insert(socket.clone(), Instant::now());
                 // What it said and wrote last.
                 let peers: Vec<u64> = self

@@ -3,7 +3,7 @@
 use std::{os::fd::OwnedFd, path::Path};
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use recoverd_common::seen::Seen;
+use recoverd_common::{failpoint, seen::Seen};
 
 use super::{
     super::{
@@ -50,12 +50,14 @@ impl Daemon {
         let has = |inode| self.bag.has(socket, inode);
         let whose = (pid, &watch.pidfd);
         let caught = catch::catch_up(&self.proc, kind, whose, socket, &members, has);
+        failpoint!("supervise.catch.after");
         for (name, fd) in caught {
             self.keep(socket, &name, fd);
         }
     }
 
     pub(super) fn keep(&mut self, socket: &Path, name: &str, fd: OwnedFd) {
+        failpoint!("supervise.keep.before");
         let change = match self.bag.keep(socket, name, fd) {
             Ok(change) => change,
             Err(error) => {
@@ -72,7 +74,9 @@ impl Daemon {
                     tracing::warn!(%error, "watch descriptor");
                 }
             }
+            failpoint!("supervise.store.before");
             store::store(socket, &kept);
+            failpoint!("supervise.store.after");
         }
     }
 
@@ -82,7 +86,9 @@ impl Daemon {
                 // A try may have a duplicate of it: closing alone would not end the watch.
                 let _ = self.epoll.delete(&*kept.fd);
             }
+            failpoint!("supervise.drop.before");
             store::remove(socket, &kept);
+            failpoint!("supervise.drop.after");
         }
     }
 }

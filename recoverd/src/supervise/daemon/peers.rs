@@ -12,6 +12,7 @@ use nix::sys::{
     socket::{SockFlag, accept4},
 };
 use recoverd_common::{
+    failpoint,
     seen::Seen,
     supervision::{Answer, Link, MAX_FILES, Named, Packet, Word},
     sys,
@@ -49,6 +50,7 @@ impl Daemon {
             let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
             if self.epoll.add(&link, event).is_ok() {
                 self.peers.insert(token, Peer { link, socket: None });
+                failpoint!("supervise.accept.after");
             }
         }
     }
@@ -131,12 +133,14 @@ impl Daemon {
 
     /// Whoever does not take an answer at once does without.
     pub(super) fn answer(&self, token: u64, answer: &Answer, files: &[&Kept]) {
+        failpoint!("supervise.answer.before");
         let files: Vec<_> = files.iter().map(|kept| kept.fd.as_fd()).collect();
         if let Some(peer) = self.peers.get(&token)
             && let Err(error) = peer.link.send(answer, &files)
         {
             tracing::info!(%error, "answer");
         }
+        failpoint!("supervise.answer.after");
     }
 
     pub(super) fn fetch(&mut self, token: u64, socket: &Path) {

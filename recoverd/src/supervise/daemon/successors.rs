@@ -7,7 +7,7 @@ use std::{
 };
 
 use recoverd_common::{
-    adoption::Adoption, handoff, proc::ProcessId, record::Process, timestamp::Timestamp,
+    adoption::Adoption, failpoint, handoff, proc::ProcessId, record::Process, timestamp::Timestamp,
 };
 use serde_json::Map;
 
@@ -91,6 +91,7 @@ impl Daemon {
         let died = self.ends.get(&socket).copied();
         let died = died.unwrap_or_else(Instant::now);
         let places = Arc::clone(&self.places_to_try);
+        failpoint!("supervise.resume.before");
         self.tries.spawn(async move {
             // Nobody closes it.
             let _place = places.acquire().await;
@@ -126,6 +127,7 @@ impl Daemon {
         if let Err(error) = told::tell(&self.history, &outcome) {
             tracing::warn!(%error, "history");
         }
+        failpoint!("supervise.tried.after");
         self.inbox.push(Input::Tried(socket, tried));
     }
 

@@ -71,7 +71,11 @@ fn scenarios(step: &str) -> Vec<Scenario> {
             upgrade::play_dead_image,
             upgrade::play_hung_image,
         ],
-        "supervise" | "handoff" => vec![supervised::play_supervisor, supervised::play_shim],
+        "supervise" | "handoff" => vec![
+            supervised::play_supervisor,
+            supervised::play_shim,
+            supervised::play_hook,
+        ],
         "start" | "daemon" => vec![again::play, again::play_dead_group],
         "delete" => vec![delete::play],
         "adopt" | "order" | "prestart" | "poststart" | "history" => {
@@ -89,7 +93,10 @@ fn also(step: &str) -> Vec<Scenario> {
         return Vec::new();
     }
     if step == "upgrade.back" {
-        return vec![upgrade::play_hung_image];
+        return vec![
+            upgrade::play_hung_image,
+            upgrade::play_dead_image_supervised,
+        ];
     }
     match step.split('.').next().unwrap_or_default() {
         "record" | "events" | "requests" | "serve" => {

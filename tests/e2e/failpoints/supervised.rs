@@ -1,13 +1,15 @@
 //! containerd runs on, and so does a supervisor, or its service manager starts it again: whoever
 //! dies at the point, no client notices. A Wait is blocked all the while.
 
-use std::fs;
+use std::fs::{self, File};
+use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::path::PathBuf;
 use std::thread;
 
-use recoverd_tests::{Armed, record_at, wait_for};
+use recoverd_tests::{Armed, Fifos, Output, oci_process, record_at, wait_for};
 
+use crate::crash::recover;
 use crate::ground::{Ground, NAMESPACE};
 use crate::life::{Goal, Life, RUNNING, Stage, WHOLE, Who};
 use crate::upgrade::ask;
@@ -15,7 +17,7 @@ use crate::upgrade::ask;
 /// Who dies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Victim {
-    /// Or the successor of the pod's shim, which is killed.
+    /// Or the successor of the pod's shim, which is killed with a terminal in its hands.
     Supervisor,
     Shim,
     /// A shim that becomes its own next image, before it or after it.
@@ -48,6 +50,28 @@ pub fn play_next_image(ground: &mut Ground, armed: &Armed) -> bool {
     play(ground, armed, Victim::NextImage)
 }
 
+/// containerd is down and the pod's shim hangs: whoever replaces it asks the supervisor, which dies
+/// of that, for what it keeps.
+#[track_caller]
+pub fn play_hook(ground: &mut Ground, armed: &Armed) -> bool {
+    let supervisor = ground.supervise(Some(armed));
+    let mut life = Life::new(ground);
+    let mut died = false;
+    go(ground, &mut life, &RUNNING, armed, &mut died);
+    ground.wait_watching(1);
+    let shim = life.shim(ground);
+    ground.kill();
+    ground.node.freeze(&shim);
+    recover(ground, &mut life, || ());
+    died |= armed.was_hit(&ground.node);
+    go(ground, &mut life, &WHOLE, armed, &mut died);
+    ground.wait_watching(0);
+    life.finish(ground);
+    supervisor.stop();
+    ground.assert_restored();
+    armed.was_hit(&ground.node)
+}
+
 #[track_caller]
 fn play(ground: &mut Ground, armed: &Armed, victim: Victim) -> bool {
     if matches!(victim, Victim::Shim | Victim::Upgraded) {
@@ -72,6 +96,8 @@ fn play(ground: &mut Ground, armed: &Armed, victim: Victim) -> bool {
     go(ground, &mut life, &RUNNING, armed, &mut died);
     match victim {
         Victim::Supervisor => {
+            let mut typed = Typed::begin(ground, life.id(Who::First));
+            typed.answers("before");
             ground.wait_watching(1);
             let shim = life.shim(ground);
             ground.node.kill(&shim);
@@ -83,6 +109,8 @@ fn play(ground: &mut Ground, armed: &Armed, victim: Victim) -> bool {
                     .filter(|now| now.pid != shim.pid)?;
                 ground.node.alive(&now).then_some(())
             });
+            typed.answers("after");
+            typed.end(ground);
         }
         Victim::Shim => {}
         Victim::Upgraded | Victim::NextImage => {
@@ -105,6 +133,61 @@ fn play(ground: &mut Ground, armed: &Armed, victim: Victim) -> bool {
     supervisor.stop();
     ground.assert_restored();
     armed.was_hit(&ground.node)
+}
+
+/// A shell on a terminal, an exec of a task. The client keeps its fifos from ending: for a shim and a
+/// supervisor that die together nobody else does.
+struct Typed {
+    task: String,
+    shown: Output,
+    kept: [File; 2],
+}
+
+impl Typed {
+    #[track_caller]
+    fn begin(ground: &mut Ground, task: &str) -> Typed {
+        let name = ground.round();
+        let fifos = Fifos::make_terminal(&ground.node, &name);
+        let stdio = &fifos.stdio;
+        let kept = [&stdio.stdin, &stdio.stdout].map(|path| {
+            let file = File::options().read(true).write(true).open(path);
+            file.unwrap_or_else(|error| panic!("open {path}: {error}"))
+        });
+        let mut process = oci_process(&["sh"]);
+        process["terminal"] = true.into();
+        ground.api().run_exec(task, "typed", &process, stdio);
+        Typed {
+            task: task.to_owned(),
+            shown: fifos.stdout(),
+            kept,
+        }
+    }
+
+    fn line(&mut self, line: &str) {
+        let [keys, _] = &mut self.kept;
+        let written = keys.write_all(format!("{line}\n").as_bytes());
+        written.unwrap_or_else(|error| panic!("type: {error}"));
+    }
+
+    /// Types a line and waits for what it prints.
+    #[track_caller]
+    fn answers(&mut self, word: &str) {
+        let (first, rest) = word.split_at(1);
+        // Its echo does not hold the word itself.
+        self.line(&format!("echo '{first}''{rest}'"));
+        self.shown.wait_text(word);
+    }
+
+    #[track_caller]
+    fn end(mut self, ground: &mut Ground) {
+        self.line("exit 4");
+        let api = ground.api();
+        assert_eq!(api.status(&self.task, "typed"), 4);
+        let deleted = api.delete(&self.task, "typed");
+        deleted.unwrap_or_else(|refused| panic!("delete exec: {refused:?}"));
+        drop(self.kept);
+        self.shown.wait_end();
+    }
 }
 
 /// Until all of it is done, whether somebody dies on the way or has died.

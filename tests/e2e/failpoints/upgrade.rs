@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use recoverd_common::handoff::{SERVICE, UPGRADE, UpgradeRequest, UpgradeResponse};
 use recoverd_common::shim_client::{CallError, ShimClient};
-use recoverd_tests::{Armed, Installed, VERSION};
+use recoverd_tests::{Armed, Installed, ServiceManager, VERSION, record_at, wait_for};
 
 use crate::crash::recover;
 use crate::ground::{Ground, NAMESPACE};
@@ -58,20 +58,27 @@ pub fn ask(ground: &Ground, life: &Life, executable: &Path) -> Result<UpgradeRes
 /// recoverd asks, and the new image serves.
 #[track_caller]
 pub fn play_asked(ground: &mut Ground, armed: &Armed) -> bool {
-    play_image(ground, armed, Image::Good)
+    play_image(ground, armed, Image::Good, None)
 }
 
 /// The new image dies, and containerd dies with recoverd: nobody is left who has the connections.
 #[track_caller]
 pub fn play_dead_image(ground: &mut Ground, armed: &Armed) -> bool {
     armed.and(&ground.containerd.process());
-    play_image(ground, armed, Image::Dies)
+    play_image(ground, armed, Image::Dies, None)
+}
+
+/// The new image dies; containerd runs on, for a supervisor has the connections too.
+#[track_caller]
+pub fn play_dead_image_supervised(ground: &mut Ground, armed: &Armed) -> bool {
+    let supervisor = ground.supervise(None);
+    play_image(ground, armed, Image::Dies, Some(supervisor))
 }
 
 /// The new image hangs. containerd runs on.
 #[track_caller]
 pub fn play_hung_image(ground: &mut Ground, armed: &Armed) -> bool {
-    play_image(ground, armed, Image::Hangs)
+    play_image(ground, armed, Image::Hangs, None)
 }
 
 /// What a shim is to become.
@@ -103,13 +110,21 @@ impl Image {
 }
 
 #[track_caller]
-fn play_image(ground: &mut Ground, armed: &Armed, image: Image) -> bool {
+fn play_image(
+    ground: &mut Ground,
+    armed: &Armed,
+    image: Image,
+    supervisor: Option<ServiceManager>,
+) -> bool {
     let installed = Installed::copy_of(&ground.node, &ground.built.shim());
     let mut life = Life::new(ground);
     let folder = ground.round();
     let relayed = ground.events.shim(&ground.node, &folder, installed.path());
     life.shim_binary(&relayed);
     assert!(life.run(ground, &RUNNING, None).is_ok());
+    if supervisor.is_some() {
+        ground.wait_watching(1);
+    }
     image.install(ground, &installed);
     let upgrade = ["upgrade", "--all"];
     let output = ground.recoverd(&upgrade, Some(armed));
@@ -117,7 +132,14 @@ fn play_image(ground: &mut Ground, armed: &Armed, image: Image) -> bool {
     let expected = i32::from(image != Image::Good);
     assert!(hit || output.status.code() == Some(expected), "{output:?}");
     Image::Good.install(ground, &installed);
-    if hit && image == Image::Dies {
+    if supervisor.is_some() {
+        wait_for("a shim that serves", || {
+            let shim = record_at(&ground.node, &life.socket(ground)).shim.process;
+            let shim = ground.node.process(shim.pid)?;
+            ground.node.alive(&shim).then_some(())
+        });
+        ground.wait_watching(1);
+    } else if hit && image == Image::Dies {
         ground.wait_ended();
         recover(ground, &mut life, || ());
     }
@@ -134,6 +156,7 @@ fn play_image(ground: &mut Ground, armed: &Armed, image: Image) -> bool {
     life.check(ground);
     assert!(life.run(ground, &WHOLE, None).is_ok());
     life.finish(ground);
+    drop(supervisor);
     ground.assert_restored();
     hit
 }

@@ -123,8 +123,10 @@ impl Daemon {
                 socket,
                 process: Named(process),
             } => {
+                failpoint!("supervise.leave.before");
                 self.inbox.push(Input::Leave(socket, process));
                 self.settle();
+                failpoint!("supervise.leave.after");
                 self.answer(token, &Answer::Noted, &[]);
             }
         }
@@ -144,6 +146,7 @@ impl Daemon {
     }
 
     pub(super) fn fetch(&mut self, token: u64, socket: &Path) {
+        failpoint!("supervise.fetch.before");
         let all: Vec<&Kept> = self.bag.of(socket).iter().collect();
         let mut packets = all.chunks(MAX_FILES).peekable();
         if packets.peek().is_none() {
@@ -155,5 +158,6 @@ impl Daemon {
             let more = packets.peek().is_some();
             self.answer(token, &Answer::Kept { names, more }, files);
         }
+        failpoint!("supervise.fetch.after");
     }
 }

@@ -97,12 +97,12 @@ impl Supervised {
 
     fn say(&mut self, word: &Word, files: &[BorrowedFd<'_>]) -> bool {
         failpoint!("handoff.tell.before");
-        let fresh = self.say_it(word, files);
+        let fresh = self.deliver(word, files);
         failpoint!("handoff.tell.after");
         fresh
     }
 
-    fn say_it(&mut self, word: &Word, files: &[BorrowedFd<'_>]) -> bool {
+    fn deliver(&mut self, word: &Word, files: &[BorrowedFd<'_>]) -> bool {
         if let Some(link) = &self.link
             && link.send(word, files).is_ok()
         {

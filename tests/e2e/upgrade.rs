@@ -16,6 +16,7 @@ recoverd_tests::tests! {
     ],
     once: [
         an_image_that_hangs_is_ended_and_the_old_one_comes_back,
+        a_shim_that_does_not_answer_is_not_current_and_holds_up_no_other,
     ],
 }
 
@@ -308,5 +309,26 @@ fn an_image_that_hangs_is_ended_and_the_old_one_comes_back(release: &Release) {
     assert!(told, "{text}");
     scene.installed.install(VERSION);
     scene.goes_on("hung");
+    scene.end();
+}
+
+fn a_shim_that_does_not_answer_is_not_current_and_holds_up_no_other(release: &Release) {
+    let mut scene = Scene::set(release);
+    scene.installed.install(OTHER);
+    let (code, text) = scene.upgrade(&["e2e/blocked"]);
+    assert_eq!(code, Some(0), "{text}");
+    let hung = scene.blocked.0.shim.clone();
+    scene.node.freeze(&hung);
+    let (code, text) = scene.upgrade(&["--all"]);
+    assert_eq!(code, Some(1), "{text}");
+    assert!(text.contains("runs that executable already, but"), "{text}");
+    let count = |word: &str| text.lines().filter(|line| line.starts_with(word)).count();
+    assert_eq!((count("refused "), count("upgraded ")), (1, 2), "{text}");
+    scene.node.signal(&hung, "CONT");
+    assert_eq!(scene.versions(), [OTHER; 3]);
+    let (code, text) = scene.upgrade(&["--all"]);
+    assert_eq!(code, Some(0), "{text}");
+    scene.goes_on("thawed");
+    scene.assert_shims_are_the_same();
     scene.end();
 }

@@ -98,11 +98,12 @@ fn upgrade(candidate: &Candidate, to: &Path, how: &How) -> Result<Verdict, Strin
         return Ok(Verdict::Refused("it has ended".to_owned()));
     };
     if is_same(&old.executable, to) {
-        // It may be an image that hung when whoever had asked for it was killed.
-        return match verify(candidate, socket) {
-            Ok(()) => Ok(Verdict::Current),
-            Err(why) => Err(format!("runs that executable already, but {why}")),
-        };
+        // It may be an image that hung when whoever had asked for it was killed: that says nothing
+        // about others.
+        return Ok(match verify(candidate, socket) {
+            Ok(()) => Verdict::Current,
+            Err(why) => Verdict::Refused(format!("runs that executable already, but {why}")),
+        });
     }
     failpoint!("upgrade.ask.before");
     let asked = ask_while_it_lives(candidate, socket, to, &old);

@@ -1,10 +1,10 @@
 //! cgroup v2 with every controller, which this machine may not have: in a vm. What it runs there
-//! are this project's own tests, and a container in a cgroup of systemd's making.
+//! are this project's own tests, and pods and a container in cgroups of systemd's making.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use recoverd_tests::{InVm, Release, run_in_vm};
+use recoverd_tests::{InVm, Release, readme, readme_words, run_in_vm};
 
 recoverd_tests::tests! {
     in_a_vm: [stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm],
@@ -52,6 +52,51 @@ const SYSTEMD: &str = r#"
     systemctl is-active recoverd-sd.scope || echo no scope
 "#;
 
+/// Pods in systemd's cgroups by every release, each configured as the README says. The image of
+/// sandboxes is none of the README's affair: whichever the release asks for is there.
+const PODS: &str = r#"
+    install /root/recoverd/target/shim/containerd-shim-recoverd-v1 /usr/local/bin/
+    mkdir -p /etc/containerd /etc/systemd/system/containerd.service.d
+    cp /e2e/recoverd-runc.toml /etc/containerd/
+    for release in 1.6 1.7 2.1; do
+        programs=$RECOVERD_CACHE/containerd-$release
+        systemctl stop containerd
+        printf '[Service]\nExecStart=\nExecStart=%s\n' $programs/containerd \
+            >/etc/systemd/system/containerd.service.d/50-release.conf
+        cp /e2e/config-$release.toml /etc/containerd/config.toml
+        systemctl daemon-reload
+        systemctl start containerd
+        echo "containerd $release, $(ctr version | grep -A1 Server)"
+        sandbox=$($programs/containerd config dump | sed -nE "s/^ *sandbox(_image)? = ['\"](.+)['\"]$/\2/p")
+        for image in pause busybox; do
+            $programs/ctr --namespace k8s.io images import $RECOVERD_CACHE/$image.tar
+        done
+        $programs/ctr --namespace k8s.io images tag --force localhost/pause:latest $sandbox
+        /e2e/pods-of-systemd $sandbox
+    done
+    systemctl stop containerd
+    rm /etc/systemd/system/containerd.service.d/50-release.conf /etc/containerd/config.toml
+    systemctl daemon-reload
+"#;
+
+/// Files for [`PODS`], word for word from the README; written into `folder`.
+fn configurations(folder: &Path) -> Vec<String> {
+    let said = "where `/etc/containerd/recoverd-runc.toml` has the line `";
+    let line = readme_words(said, "`");
+    let files = [
+        ("config-1.6.toml", readme("Older ones", "toml")),
+        ("config-1.7.toml", readme("containerd 1.7 from", "toml")),
+        ("config-2.1.toml", readme("containerd 2.x:", "toml")),
+        ("recoverd-runc.toml", line + "\n"),
+    ];
+    let write = |(name, text): (&str, String)| {
+        let path = folder.join(name);
+        fs::write(&path, text).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+        format!("{}:/e2e/{name}", path.display())
+    };
+    files.map(write).to_vec()
+}
+
 fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
     let release = Release::available()
         .pop()
@@ -63,7 +108,7 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
         format!("{0}:{0}", node.display()),
         "/usr/bin/tini:/usr/bin/tini".to_owned(),
     ];
-    for name in ["containerd-shim-recoverd-v1", "recoverd"] {
+    for name in ["containerd-shim-recoverd-v1", "recoverd", "pods-of-systemd"] {
         let from = recoverd_tests::built(name);
         files.push(format!("{}:/e2e/{name}", from.display()));
     }
@@ -72,16 +117,26 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
         files.push(format!("{}:/e2e/deps/{name}", from.display()));
     }
     let release_folder = format!("containerd-{}", release.name);
-    for name in [&*release_folder, "rootfs", "busybox.tar", "pause.tar"] {
+    let folders = Release::available();
+    let folders: Vec<String> = folders
+        .iter()
+        .map(|release| format!("containerd-{}", release.name))
+        .collect();
+    assert_eq!(folders.len(), 3, "not every release is there");
+    let images = ["rootfs", "busybox.tar", "pause.tar"];
+    for name in folders.iter().map(String::as_str).chain(images) {
         let (from, to) = (cache.join(name), inside.join(name));
         files.push(format!("{}:{}", from.display(), to.display()));
     }
+    let folder = tempfile::tempdir().unwrap_or_else(|error| panic!("make a folder: {error}"));
+    files.extend(configurations(folder.path()));
     let suffix = release_folder.replace(['-', '.'], "_");
     let line = format!(
         "export RECOVERD_CACHE={cache}; test -e /sys/fs/cgroup/cgroup.controllers
          systemctl stop containerd
          /e2e/deps/shim_stats --exact stats_are_the_stock_shims_field_by_field::{suffix}
          /e2e/deps/cri_survival --exact an_oom_kill_is_told_in_a_downtime_and_without_one
+         {PODS}
          {SYSTEMD}",
         cache = inside.display()
     );
@@ -90,6 +145,11 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
     assert_eq!(
         text.matches("test result: ok. 1 passed").count(),
         2,
+        "{text}"
+    );
+    assert_eq!(
+        text.matches("pods-of-systemd: all well").count(),
+        3,
         "{text}"
     );
     let said = text.rsplit("test result: ok").next().unwrap_or_default();

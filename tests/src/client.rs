@@ -1,6 +1,7 @@
 //! A blocking gRPC client of one containerd: what [`crate::Api`] and [`crate::Cri`] have in common.
 
 use std::future::Future;
+use std::path::Path;
 
 use containerd_client::tonic::transport::Channel;
 use containerd_client::tonic::{self, Code};
@@ -28,14 +29,19 @@ impl Client {
     /// Connects; `containerd` runs.
     #[track_caller]
     pub(crate) fn of(containerd: &Containerd) -> Client {
+        Client::at(&containerd.node().path(containerd.address()))
+    }
+
+    /// Connects to the containerd at this socket.
+    #[track_caller]
+    pub(crate) fn at(socket: &Path) -> Client {
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(1)
             .enable_all()
             .build()
             .unwrap_or_else(|error| panic!("start a client's runtime: {error}"));
-        let socket = containerd.node().path(containerd.address());
         let channel = runtime
-            .block_on(containerd_client::connect(&socket))
+            .block_on(containerd_client::connect(socket))
             .unwrap_or_else(|error| panic!("connect to {}: {error}", socket.display()));
         Client { runtime, channel }
     }

@@ -4,7 +4,7 @@
 //! containerd's affair and not the shim's.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use containerd_client::tonic::Request;
@@ -147,7 +147,12 @@ fn config() -> String {
 /// A client of containerd's CRI. May be shared between threads.
 pub struct Cri {
     client: Client,
-    node: Arc<Node>,
+    /// Holds the logs, and is at `/mnt` in each container.
+    folder: PathBuf,
+    /// The network namespace of its streaming server.
+    network: PathBuf,
+    /// The cgroup of every pod; empty for none.
+    cgroup_parent: String,
 }
 
 /// A pod that was started.
@@ -275,15 +280,14 @@ impl Containerd {
     /// A client of its CRI, which [`crate::Node::kubernetes`] has turned on and which serves.
     #[track_caller]
     pub fn cri(&self) -> Cri {
-        let cri = Cri {
+        let node = self.node();
+        Cri {
             client: Client::of(self),
-            node: Arc::clone(self.node()),
-        };
-        // It refuses everything until it has looked at every pod.
-        wait_for("the CRI to serve", || {
-            rpc!(cri, list_pod_sandbox, pb::ListPodSandboxRequest::default()).ok()
-        });
-        cri
+            folder: node.folder().to_owned(),
+            network: node.path("/proc/1/ns/net"),
+            cgroup_parent: String::new(),
+        }
+        .serving()
     }
 
     /// A container of a pod, with its processes as they are now; the pod's own id names its pause.
@@ -295,14 +299,41 @@ impl Containerd {
 }
 
 impl Cri {
-    /// The CRI learns of imported images by containerd's events.
+    /// That of the machine's own containerd, with pods in this slice of systemd's: for what runs in
+    /// a box. Logs and what containers share are in `folder`.
+    #[track_caller]
+    pub fn of_machine(folder: &Path, slice: &str) -> Cri {
+        Cri {
+            client: Client::at("/run/containerd/containerd.sock".as_ref()),
+            folder: folder.to_owned(),
+            network: "/proc/self/ns/net".into(),
+            cgroup_parent: slice.to_owned(),
+        }
+        .serving()
+    }
+
+    /// It refuses everything until it has looked at every pod.
+    #[track_caller]
+    fn serving(self) -> Cri {
+        wait_for("the CRI to serve", || {
+            rpc!(self, list_pod_sandbox, pb::ListPodSandboxRequest::default()).ok()
+        });
+        self
+    }
+
     #[track_caller]
     fn wait_for_images(&self) {
-        for image in [PAUSE, IMAGE] {
+        self.wait_for(&[PAUSE, IMAGE]);
+    }
+
+    /// The CRI learns of imported images by containerd's events.
+    #[track_caller]
+    pub fn wait_for(&self, images: &[&str]) {
+        for image in images {
             wait_for(&format!("image {image}"), || {
                 let request = pb::ImageStatusRequest {
                     image: Some(pb::ImageSpec {
-                        image: image.into(),
+                        image: (*image).into(),
                         ..pb::ImageSpec::default()
                     }),
                     verbose: false,
@@ -317,7 +348,7 @@ impl Cri {
 
     /// RunPodSandbox.
     pub fn try_run_pod(&self, name: &str, handler: &str) -> Result<Pod, Refused> {
-        let logs = self.node.folder().join("pods").join(name);
+        let logs = self.folder.join("pods").join(name);
         let config = pb::PodSandboxConfig {
             metadata: Some(pb::PodSandboxMetadata {
                 name: name.into(),
@@ -327,6 +358,7 @@ impl Cri {
             }),
             log_directory: logs.display().to_string(),
             linux: Some(pb::LinuxPodSandboxConfig {
+                cgroup_parent: self.cgroup_parent.clone(),
                 security_context: Some(pb::LinuxSandboxSecurityContext {
                     namespace_options: Some(namespaces()),
                     seccomp: Some(unconfined()),
@@ -411,7 +443,7 @@ impl Cri {
     /// CreateContainer; its id.
     pub fn try_create(&self, pod: &Pod, container: &ContainerSpec) -> Result<String, Refused> {
         let mut config = container.0.clone();
-        let folder = self.node.folder().display().to_string();
+        let folder = self.folder.display().to_string();
         config.mounts.push(pb::Mount {
             container_path: "/mnt".into(),
             host_path: folder,
@@ -562,7 +594,7 @@ impl Cri {
             stderr: !tty,
         };
         let answer = must("exec", rpc!(self, exec, request));
-        Session::open(&self.node, &answer.url)
+        Session::open(&self.network, &answer.url)
     }
 
     /// Attach over the streaming server.
@@ -576,7 +608,7 @@ impl Cri {
             stderr: !tty,
         };
         let answer = must("attach to", rpc!(self, attach, request));
-        Session::open(&self.node, &answer.url)
+        Session::open(&self.network, &answer.url)
     }
 
     /// ContainerStats.
@@ -617,7 +649,7 @@ impl Cri {
 
     /// Where containerd writes what this container says.
     pub fn log_file(&self, pod: &Pod, name: &str) -> PathBuf {
-        let folder = self.node.folder().join("pods").join(&pod.name);
+        let folder = self.folder.join("pods").join(&pod.name);
         folder.join(format!("{name}.log"))
     }
 

@@ -12,8 +12,6 @@ use tungstenite::error::Error;
 use tungstenite::http::HeaderValue;
 use tungstenite::{Message, WebSocket};
 
-use crate::node::Node;
-
 /// Kubernetes' name for: the first byte of every message is the number of its stream.
 const PROTOCOL: &str = "v4.channel.k8s.io";
 const STDIN: u8 = 0;
@@ -36,7 +34,7 @@ pub struct Session {
 
 impl Session {
     #[track_caller]
-    pub(crate) fn open(node: &Node, url: &str) -> Session {
+    pub(crate) fn open(network: &Path, url: &str) -> Session {
         let mut request = url
             .replacen("http", "ws", 1)
             .into_client_request()
@@ -46,7 +44,7 @@ impl Session {
         request
             .headers_mut()
             .insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
-        let stream = connect_in(&node.path("/proc/1/ns/net"), place);
+        let stream = connect_in(network, place);
         stream
             .set_read_timeout(Some(LIMIT))
             .unwrap_or_else(|error| panic!("set a timeout for {url}: {error}"));

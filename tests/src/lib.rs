@@ -82,7 +82,7 @@ pub use metrics::differences;
 pub use newer::newest_with;
 pub use node::{Node, Running};
 pub use process::Process;
-pub use readme::readme;
+pub use readme::{readme, readme_words};
 pub use recoverd::{Finding, Gap, Report, Scan, Shim, TaskCase, parse};
 pub use releases::{OnRelease, Release, ShimUnderTest, Tests, WithShim, built, trial};
 pub use service_manager::ServiceManager;

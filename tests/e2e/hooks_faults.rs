@@ -27,6 +27,7 @@ recoverd_tests::tests! {
         a_dead_bundle_that_would_stall_the_start_is_set_aside,
         a_foreign_shim_that_hangs_is_ended_only_if_told,
     ],
+    once_with_each_shim: [a_logger_reads_on_whoever_its_shim_is],
     once: [
         a_start_a_hook_and_two_repairs_at_once_have_one_winner,
         a_verb_of_a_containerd_that_is_gone_ends_no_workload,
@@ -170,6 +171,48 @@ fn a_log_file_goes_on_with_what_is_known_of_it(release: &Release, shim: ShimUnde
             assert_numbered(&text, count, ours);
         }
     }
+}
+
+/// A logger reads the pipe itself: a successor that read it too would take lines from it.
+fn a_logger_reads_on_whoever_its_shim_is(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let log = node.folder().join("logged");
+    let logger = node.folder().join("logger");
+    let script = "#!/bin/sh\nexec 5>&-\nexec cat <&3 >\"$2\"\n";
+    fs::write(&logger, script).unwrap_or_else(|error| panic!("{error}"));
+    node.run("chmod", ["+x".as_ref(), logger.as_os_str()]);
+    let line = numbers("/mnt/go", "/mnt/stop", "/mnt/count");
+    let uri = format!("binary://{}?out={}", logger.display(), log.display());
+    let container = Container::new("logged")
+        .shim(shim)
+        .shares(&node)
+        .log_uri(&uri);
+    let task = containerd.run(&container.command(["sh", "-c", &format!("{line}; exit 4")]));
+    let length = || fs::metadata(&log).map_or(0, |meta| meta.len());
+    let grows = || {
+        let before = length();
+        wait_for("the log to grow", || (length() > before).then_some(()));
+    };
+    node.tell("go");
+    grows();
+    containerd.kill();
+    node.freeze(&task.shim);
+    let hook = containerd.pre_start();
+    assert!(hook.line.contains("1 replaced"), "{hook:?}");
+    containerd.start();
+    assert_ne!(task.shim_now(), task.shim);
+    grows();
+    node.tell("stop");
+    assert_eq!(task.wait("").exit_status, 4);
+    let count = node.count_in("count");
+    let all: String = (1..=count).map(|number| format!("{number}\n")).collect();
+    wait_for("the logger to be done", || {
+        (length() >= all.len() as u64).then_some(())
+    });
+    let text = fs::read_to_string(&log).unwrap_or_else(|error| panic!("{error}"));
+    assert!(text == all, "{} of {} bytes", text.len(), all.len());
+    containerd.delete(&task, 4);
 }
 
 /// Every number from 1 to `count` in order. A stock shim copies through its own memory: what it had

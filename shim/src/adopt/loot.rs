@@ -12,6 +12,7 @@ use std::{
     path::Path,
 };
 
+use nix::fcntl::{FcntlArg, fcntl};
 use recoverd_common::{proc::Proc, seen::Seen};
 
 use crate::sys;
@@ -77,6 +78,17 @@ impl Loot {
     /// True if the predecessor had an end of this pipe.
     pub fn has_pipe(&self, id: FileId) -> bool {
         self.pipes.iter().any(|(other, _)| *other == id)
+    }
+
+    /// True if the predecessor could read this pipe.
+    pub fn reads_pipe(&self, id: FileId) -> bool {
+        let writes_only = |fd: &OwnedFd| {
+            // What the kernel does not say counts as read: then nobody else is taken for a reader.
+            fcntl(fd, FcntlArg::F_GETFL)
+                .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_WRONLY)
+        };
+        let mut pipes = self.pipes.iter();
+        pipes.any(|(other, fd)| *other == id && !writes_only(fd))
     }
 
     /// The master of the terminal that process `pid` has as one of its first three descriptors.

@@ -7,6 +7,7 @@
 //! | the fifo itself | the fifo | a write end is kept, as always |
 //! | a pipe of its shim's | a fifo, a file | its read end again, spliced there |
 //! | a pipe of its shim's | a logger that lives | its read end, in case the logger dies |
+//! | a pipe that a stranger reads | anything | nothing: a stock shim's logger, say, is not known |
 //! | a pipe of its shim's | what is gone, or nothing known | it is read and dropped |
 //! | something else | anything | it has gone its own way: nothing |
 //!
@@ -73,6 +74,12 @@ impl Theirs {
     /// A pipe that its shim has made.
     fn is_of_shim(&self, loot: &Loot) -> bool {
         self.is_pipe() && (self.is_two_way() || loot.has_pipe(self.id()) || self.is_unread())
+    }
+
+    /// Somebody reads this pipe who is neither the process itself nor the predecessor: two readers
+    /// would take each other's bytes.
+    fn is_read_by_a_stranger(&self, loot: &Loot) -> bool {
+        !self.is_two_way() && !loot.reads_pipe(self.id()) && !self.is_unread()
     }
 
     fn is_two_way(&self) -> bool {
@@ -164,6 +171,9 @@ impl Stdio {
                 continue;
             }
             seen.push(theirs.id());
+            if of_shim && theirs.is_read_by_a_stranger(loot) {
+                continue;
+            }
             let to = destination(uri, &theirs, of_shim, &living);
             let to = match to {
                 To::Nothing => continue,
@@ -306,6 +316,8 @@ fn destination(uri: &str, theirs: &Theirs, of_shim: bool, living: &Living<'_>) -
         Target::File(path) => append(&path).map_or_else(To::Nowhere, To::Copy),
         Target::Binary(_) if !of_shim => To::Nothing,
         Target::Binary(_) if living.logger.is_some() => To::Logger,
+        // A stock shim's logger is not known, and a supervisor may have kept a read end of its pipe.
+        Target::Binary(_) if !theirs.is_two_way() && !theirs.is_unread() => To::Nothing,
         Target::Binary(_) => To::Nowhere("its logger is gone".into()),
         Target::Path(path) => match fs::metadata(&path) {
             Ok(meta) if meta.file_type().is_fifo() => {

@@ -60,8 +60,9 @@ use target::Target;
 
 /// A fifo holds this much, bytes, if the memory limit does not say less.
 const FIFO_SIZE: u64 = 1 << 20;
-/// How often a fifo with last words is looked at for a reader, milliseconds: at first, at most.
-const LOOK_MS: (u64, u64) = (20, 1_000);
+/// How often a fifo with last words is looked at, whether they are read, milliseconds: at first (a
+/// client that waits for their end is at it), at most.
+const LOOK_MS: (u64, u64) = (2, 1_000);
 /// A logger that was asked to end has this long, as with the stock shim.
 const LOGGER_END_MS: u64 = 12_000;
 /// Of a logger that is not killed, or was.
@@ -705,7 +706,7 @@ impl Stdio {
         due.filter(|at| *at != NEVER).min()
     }
 
-    /// Looks whether last words have found a reader, and ends loggers that did not end.
+    /// Looks whether last words are read, and ends loggers that did not end.
     pub fn tick(&mut self, now: u64) {
         for (logger, at) in &mut self.dismissed {
             if *at <= now {

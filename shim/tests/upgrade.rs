@@ -6,7 +6,7 @@ mod daemon;
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::fs::{MetadataExt, PermissionsExt},
+    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
@@ -205,6 +205,31 @@ fn what_runs_and_what_is_under_way_goes_on() {
     assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0, "its output has ended");
     end(&daemon);
     assert_eq!(daemon.wait("c", ""), 23);
+}
+
+#[test]
+fn last_words_wait_for_a_reader_whoever_had_their_fifo_meanwhile() {
+    let daemon = Daemon::new();
+    let stdout = daemon.fifo("out");
+    let init = waiting(&daemon).replace("exit", "echo last words; exit");
+    daemon.create("c", &init, &stdout).unwrap();
+    daemon.start("c", "");
+    // As whoever upgrades it has, who is no reader.
+    let kept = keep(daemon.process.id());
+    end(&daemon);
+    assert_eq!(daemon.wait("c", ""), 23);
+    let newer = newer(&daemon);
+    upgrade(&mut daemon.client(), &newer).unwrap();
+    drop(kept);
+    let mut options = fs::File::options();
+    let options = options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+    let mut text = [0; 11];
+    options
+        .open(&stdout)
+        .unwrap()
+        .read_exact(&mut text)
+        .unwrap();
+    assert_eq!(&text, b"last words\n");
 }
 
 #[test]

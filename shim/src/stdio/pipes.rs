@@ -84,8 +84,8 @@ pub(super) fn set_nonblocking(fd: &OwnedFd) {
     }
 }
 
-/// The writer of `fifo` has gone. While nobody reads and something is in it, it has to stay
-/// open, write-only, so that a reader shows.
+/// The writer of `fifo` has gone. While something is in it, it has to stay open; write-only, so that
+/// whoever reads it is its only reader.
 pub(super) fn last_words(fifo: OwnedFd) -> Option<Hold> {
     let is_fifo =
         nix::sys::stat::fstat(&fifo).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO);
@@ -115,17 +115,11 @@ pub(super) fn has_ended(reader: &OwnedFd) -> bool {
     entry.revents() == Some(PollFlags::POLLHUP)
 }
 
-/// True if nothing is lost by closing this write end: somebody reads, or all is read.
+/// True if nothing is lost by closing this write end: all is read. Not as soon as somebody has the
+/// other end: that may be a duplicate of what we had ourselves, with whoever upgrades or supervises
+/// us, and nobody who reads. A reader sees no end before it has read everything anyway.
 pub(super) fn is_done(writer: &OwnedFd) -> bool {
-    let mut wait = [PollFd::new(writer.as_fd(), PollFlags::POLLOUT)];
-    if poll(&mut wait, PollTimeout::ZERO).is_err() {
-        return false;
-    }
-    let [entry] = &wait;
-    let unread = entry
-        .revents()
-        .is_some_and(|seen| seen.contains(PollFlags::POLLERR));
-    !unread || matches!(sys::waiting_bytes(writer.as_fd()), Ok(0))
+    matches!(sys::waiting_bytes(writer.as_fd()), Ok(0))
 }
 
 #[cfg(test)]
@@ -160,23 +154,38 @@ mod tests {
         let hold = last_words(held).expect("nobody has read");
         assert!(!is_done(&hold.fifo));
         let mut reader = reader(&path);
+        let mut text = [0; 10];
+        reader.read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"last words");
         assert!(is_done(&hold.fifo));
         drop(hold);
-        let mut text = String::new();
-        reader.read_to_string(&mut text).unwrap();
-        assert_eq!(text, "last words");
+        assert_eq!(reader.read(&mut text).unwrap(), 0);
     }
 
     #[test]
-    fn nothing_said_or_somebody_reading_is_no_reason_to_wait() {
+    fn a_duplicate_of_our_own_end_is_no_reader_of_last_words() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = fifo(&dir);
+        let held = open_fifo(&path, (0, 0)).unwrap();
+        let kept = held.try_clone().unwrap();
+        nix::unistd::write(&held, b"last words").unwrap();
+        let hold = last_words(held);
+        drop(kept);
+        let mut text = [0; 10];
+        reader(&path).read_exact(&mut text).unwrap();
+        assert_eq!(&text, b"last words");
+        assert!(is_done(&hold.expect("nobody has read").fifo));
+    }
+
+    #[test]
+    fn nothing_said_or_all_of_it_read_is_no_reason_to_wait() {
         let dir = tempfile::tempdir().unwrap();
         let path = fifo(&dir);
         assert!(last_words(open_fifo(&path, (0, 0)).unwrap()).is_none());
         let held = open_fifo(&path, (0, 0)).unwrap();
-        let _reader = reader(&path);
-        File::from(reopen(&held, true, true, OFlag::empty()).unwrap())
-            .write_all(b"x")
-            .unwrap();
+        let mut reader = reader(&path);
+        nix::unistd::write(&held, b"x").unwrap();
+        reader.read_exact(&mut [0]).unwrap();
         assert!(last_words(held).is_none());
     }
 

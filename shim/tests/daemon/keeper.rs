@@ -6,7 +6,10 @@
 use std::{
     fs,
     io::Write,
-    os::fd::{AsFd, AsRawFd, OwnedFd},
+    os::{
+        fd::{AsFd, AsRawFd, OwnedFd},
+        unix::fs::FileTypeExt,
+    },
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     thread::{self, JoinHandle},
@@ -38,8 +41,8 @@ pub fn keep(pid: u32) -> Vec<OwnedFd> {
         let Ok(target) = fs::read_link(&path) else {
             continue;
         };
-        let target = target.to_string_lossy().into_owned();
-        if target.starts_with("socket:") || target.starts_with("pipe:") {
+        let fifo = fs::metadata(&path).is_ok_and(|meta| meta.file_type().is_fifo());
+        if target.to_string_lossy().starts_with("socket:") || fifo {
             kept.push(sys::pidfd_getfd(pidfd.as_fd(), number).unwrap());
         }
     }

@@ -241,6 +241,7 @@ pub fn decide(task: &record::Task, record: &Record, mut facts: Facts) -> Decisio
             stdio: wish(&task.stdio, task.terminal),
             stdin_closed: task.stdio.stdin_closed,
             exit: recorded,
+            draining: false,
         },
         execs,
         options: facts.options,
@@ -305,6 +306,7 @@ fn decide_exec(
             stdio: wish(&exec.stdio, exec.terminal),
             stdin_closed: exec.stdio.stdin_closed,
             exit,
+            draining: false,
         },
     })
 }

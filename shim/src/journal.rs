@@ -253,5 +253,6 @@ fn stdio_of(key: &Key, member: &Member, stdio: &Stdio) -> record::Stdio {
             },
             argv: logger.argv.clone(),
         }),
+        carried: stdio.carried(key),
     }
 }

@@ -51,7 +51,8 @@ pub use adopted::Living;
 use console::{Console, Progress};
 use logger::{start_copier, start_logger};
 use pipes::{
-    Hold, has_ended, is_done, last_words, open_fifo, own, reopen, set_nonblocking, two_way_pipe,
+    Hold, has_ended, is_done, is_pipe, last_words, open_fifo, own, reopen, set_nonblocking,
+    two_way_pipe,
 };
 use recoverd_common::proc::Proc;
 use relay::{End, Relay, RelayKind, Turn};
@@ -366,29 +367,31 @@ impl Stdio {
         Ok(())
     }
 
-    /// What only we hold of a relay: the client's fifos, whose other end would see us die, and the
-    /// write end of a stdin. Not the pipe of a logger or copier: it gets a new one.
+    /// What only we hold of a relay: the client's fifos, whose other end would see us die, the write
+    /// end of a stdin, and the read end of an output, whose writer may leave bytes in it and end
+    /// while we are dead. Not the pipe of a logger or copier: it gets a new one.
     fn tell_ends(&mut self, key: &Key, from: &OwnedFd, to: Option<&OwnedFd>, kind: RelayKind) {
         let key = handoff_key(key);
-        let mut keep = |what: &str, fd: &OwnedFd| {
+        let mut keep = |name: String, fd: &OwnedFd| {
             // Out of descriptors: then it is caught up by looking.
             if let Ok(fd) = fd.try_clone() {
-                self.tell.push(Tell::Keep(format!("{what}:{key}"), fd));
+                self.tell.push(Tell::Keep(name, fd));
             }
         };
         match kind {
             RelayKind::Input(true) => {}
             RelayKind::Input(false) => {
-                keep("stdin-fifo", from);
+                keep(format!("stdin-fifo:{key}"), from);
                 if let Some(to) = to.filter(|to| sys::terminal_number(to.as_fd()).is_none()) {
-                    keep("stdin", to);
+                    keep(format!("stdin:{key}"), to);
                 }
             }
             RelayKind::Output => {
-                if let Some(to) = to.filter(|to| is_named_fifo(to))
-                    && let Ok(fd) = to.try_clone()
-                {
-                    self.tell.push(Tell::Keep(output_name(&key, to), fd));
+                if let Some(to) = to.filter(|to| is_named_fifo(to)) {
+                    keep(output_name("output-fifo", &key, to), to);
+                    if is_pipe(from) {
+                        keep(output_name("output", &key, from), from);
+                    }
                 }
             }
         }
@@ -398,8 +401,11 @@ impl Stdio {
         let key = handoff_key(&relay.key);
         match relay.kind {
             RelayKind::Output => {
-                let name = relay.to.as_ref().map(|to| output_name(&key, to));
-                self.tell.extend(name.map(Tell::Drop));
+                if let Some(to) = &relay.to {
+                    let ends = [("output-fifo", to), ("output", &relay.from)];
+                    let names = ends.map(|(what, fd)| output_name(what, &key, fd));
+                    self.tell.extend(names.map(Tell::Drop));
+                }
             }
             RelayKind::Input(_) => {
                 let ends = ["stdin", "stdin-fifo"].map(|what| format!("{what}:{key}"));
@@ -628,8 +634,12 @@ impl Stdio {
         let Some(held) = self.held.remove(key) else {
             return;
         };
+        let name = handoff_key(key);
         if held.master.is_some() {
-            let name = format!("master:{}", handoff_key(key));
+            self.tell.push(Tell::Drop(format!("master:{name}")));
+        }
+        for hold in held.holds.iter().filter(|hold| hold.last_words) {
+            let name = output_name("output-fifo", &name, &hold.fifo);
             self.tell.push(Tell::Drop(name));
         }
         for number in held.relays {
@@ -658,6 +668,15 @@ impl Stdio {
     /// The logger of a process, for the record.
     pub fn logger(&self, key: &Key) -> Option<&Logger> {
         self.held.get(key)?.logger.as_ref()
+    }
+
+    /// The pipes of a process whose bytes go to a fifo, for the record: the inode of each, and of
+    /// its fifo. Whoever has them can go on with it when we have died.
+    pub fn carried(&self, key: &Key) -> Vec<(u64, u64)> {
+        let held = self.held.get(key);
+        let numbers = held.map(|held| held.relays.as_slice()).unwrap_or_default();
+        let relays = numbers.iter().filter_map(|number| self.relays.get(number));
+        relays.filter_map(Relay::carries).collect()
     }
 
     /// Every logger that runs, those of deleted tasks too.
@@ -720,9 +739,16 @@ impl Stdio {
         if at > now {
             return;
         }
-        for held in self.held.values_mut() {
-            held.holds
-                .retain(|hold| !hold.last_words || !is_done(&hold.fifo));
+        for (key, held) in &mut self.held {
+            held.holds.retain(|hold| {
+                let over = hold.last_words && is_done(&hold.fifo);
+                if over {
+                    // Caught up with meanwhile, by looking.
+                    let name = output_name("output-fifo", &handoff_key(key), &hold.fifo);
+                    self.tell.push(Tell::Drop(name));
+                }
+                !over
+            });
         }
         self.look_soon();
         if let Some((at, next)) = &mut self.look_at {
@@ -738,9 +764,9 @@ fn handoff_key(key: &Key) -> String {
 }
 
 /// The two outputs of a process end each by itself.
-fn output_name(key: &str, fifo: &OwnedFd) -> String {
-    let inode = nix::sys::stat::fstat(fifo).map_or(0, |stat| stat.st_ino);
-    format!("output-fifo:{key}@{inode}")
+fn output_name(what: &str, key: &str, fd: &OwnedFd) -> String {
+    let inode = nix::sys::stat::fstat(fd).map_or(0, |stat| stat.st_ino);
+    format!("{what}:{key}@{inode}")
 }
 
 /// A fifo that a client knows by its name, and no pipe.

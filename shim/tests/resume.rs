@@ -6,7 +6,10 @@ mod daemon;
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::{fs::MetadataExt, net::UnixStream},
+    os::unix::{
+        fs::{MetadataExt, OpenOptionsExt},
+        net::UnixStream,
+    },
     path::Path,
     thread,
 };
@@ -311,6 +314,57 @@ fn an_exec_goes_on_and_one_that_was_being_started_is_answered() {
     assert_eq!(&text, b"got two\n");
     assert_eq!(blocked.join().unwrap().unwrap().exit_status, 5);
     assert_eq!(reader.read(&mut text).unwrap(), 0, "its output has ended");
+}
+
+#[test]
+fn what_an_exec_wrote_last_while_nobody_served_reaches_its_client() {
+    let mut daemon = Daemon::new();
+    let init = waiting(&daemon);
+    daemon.create("c", &init, Path::new(NONE)).unwrap();
+    daemon.start("c", "");
+    let (stdout, stderr, go) = (daemon.fifo("out"), daemon.fifo("err"), daemon.dir.path());
+    let go = go.join("go");
+    let command = format!(
+        "until [ -e {} ]; do sleep 0.02; done; echo said; echo also >&2; exit 5",
+        go.display()
+    );
+    let exec = task::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        stdout: stdout.to_str().unwrap().into(),
+        stderr: stderr.to_str().unwrap().into(),
+        spec: Some(Any {
+            type_url: String::new(),
+            value: format!(r#"{{"args":["{command}"]}}"#).into_bytes(),
+        }),
+        ..Default::default()
+    };
+    daemon.call::<task::ConnectResponse>("Exec", &exec).unwrap();
+    daemon.start("c", "e");
+    let pid = daemon.recorded().tasks[0].execs[0].process.unwrap().pid;
+    let kept = die(&mut daemon);
+    fs::write(&go, "").unwrap();
+    until("it has ended", || {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+        !stat.contains(") S") && !stat.contains(") R")
+    });
+    let _successor = adopt(&daemon, &kept);
+    drop(kept);
+    daemon.wait("c", "e");
+    for (path, expected) in [(&stdout, "said\n"), (&stderr, "also\n")] {
+        let mut options = fs::File::options();
+        let options = options.read(true).custom_flags(nix::libc::O_NONBLOCK);
+        let mut text = vec![0; expected.len()];
+        options.open(path).unwrap().read_exact(&mut text).unwrap();
+        assert_eq!(text, expected.as_bytes());
+    }
+    let request = task::DeleteRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+    };
+    daemon
+        .call::<task::DeleteResponse>("Delete", &request)
+        .unwrap();
 }
 
 #[test]

@@ -82,6 +82,7 @@ fn stock_record(containerd: &Containerd, task: &Task, terminal: bool) -> Record 
                 },
                 stdin_closed: false,
                 logger: None,
+                carried: Vec::new(),
             },
             terminal,
             created_at: Timestamp::now(),

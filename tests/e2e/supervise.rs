@@ -7,13 +7,14 @@ use std::process::Stdio;
 use std::sync::Arc;
 
 use recoverd_tests::{
-    Container, Containerd, Events, Node, Process, Release, ShimUnderTest, Supervisor, Task, Traces,
-    make_fifo, wait_for,
+    Container, Containerd, Events, Node, Process, Reader, Release, ShimUnderTest, Supervisor, Task,
+    Traces, make_fifo, numbers, wait_for,
 };
 
 recoverd_tests::tests! {
     on_every_release: [
         a_killed_shim_is_nobodys_end,
+        ends_are_not_held_back_by_a_supervisor_that_came_later_or_a_shim_that_died,
         clients_go_on_when_shim_and_supervisor_die_in_turns,
         an_exit_that_only_the_supervisor_saw_is_told_truly,
         writers_and_terminals_of_a_stock_shim_outlive_it,
@@ -231,6 +232,56 @@ fn clients_go_on_when_shim_and_supervisor_die_in_turns(release: &Release) {
     typed.line("exit 5");
     assert_eq!(shown.wait().code(), Some(5), "{}", shown.text());
     nothing_is_kept(&supervisor);
+}
+
+fn ends_are_not_held_back_by_a_supervisor_that_came_later_or_a_shim_that_died(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let task = containerd.run(&writer(&node, "late"));
+    let stream = Reader::open(&node.stdout_of("late"));
+    node.tell("late.go");
+    stream.wait_advance();
+    let supervisor = node.supervise();
+    supervisor.wait_watching("ours", 1);
+    node.tell("late.stop");
+    stream.finish(node.count_in("late.count"));
+    assert_eq!(task.wait("").exit_status, 0);
+    containerd.delete(&task, 0);
+
+    // An init and an exec that end while a successor is on its way: it has nothing to open of them.
+    let config = slow_shim(&node, "go-on");
+    supervisor.kill();
+    let supervisor = node.supervise_with(&config);
+    let pod = containerd.run(&ours("pod").shares(&node));
+    let ends = containerd.run(&writer(&node, "ends").group("pod"));
+    let line = numbers("/mnt/e.go", "/mnt/e.stop", "/mnt/e.count");
+    containerd.exec(&pod, "session", &["sh", "-c", &line, "session"]);
+    let streams = ["ends", "session"].map(|name| Reader::open(&node.stdout_of(name)));
+    let session = node.shell_with("session");
+    for name in ["ends.go", "e.go"] {
+        node.tell(name);
+    }
+    streams.iter().for_each(Reader::wait_advance);
+    node.kill(&pod.shim_now());
+    for name in ["ends.stop", "e.stop"] {
+        node.tell(name);
+    }
+    node.wait_gone(&ends.init);
+    node.wait_gone(&session);
+    node.tell("go-on");
+    for (stream, count) in streams.into_iter().zip(["ends.count", "e.count"]) {
+        stream.finish(node.count_in(count));
+    }
+    assert_eq!(pod.wait("session").exit_status, 0);
+    containerd.delete(&ends, 0);
+    containerd.remove(&pod);
+    nothing_is_kept(&supervisor);
+}
+
+fn writer(node: &Node, id: &str) -> Container {
+    let [go, stop, count] = ["go", "stop", "count"].map(|word| format!("/mnt/{id}.{word}"));
+    let line = numbers(&go, &stop, &count);
+    ours(id).shares(node).command(["sh", "-c", &line])
 }
 
 /// A shim that starts only when `NAME` exists in the node's folder.

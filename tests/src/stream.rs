@@ -101,19 +101,21 @@ impl Reader {
 
     /// Waits for the end of the stream, which has to end after the number `count`.
     #[track_caller]
-    pub fn finish(mut self, count: u64) {
+    pub fn finish(self, count: u64) {
         let began = Instant::now();
+        let last = self.end();
+        assert_eq!(last, count, "numbers, end after {:?}", began.elapsed());
+    }
+
+    /// Waits for the end of the stream, wherever its writer was; the last number.
+    #[track_caller]
+    pub fn end(mut self) -> u64 {
         let thread = self.thread.take();
         let ended = thread.as_ref();
         wait_for("the end of the stream", || {
             ended.is_none_or(JoinHandle::is_finished).then_some(())
         });
-        assert_eq!(
-            self.last(),
-            count,
-            "numbers, end after {:?}",
-            began.elapsed()
-        );
+        self.last()
     }
 
     #[track_caller]

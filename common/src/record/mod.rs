@@ -137,6 +137,9 @@ pub struct Stdio {
     pub stdin_closed: bool,
     /// The process behind `binary://`.
     pub logger: Option<Logger>,
+    /// Pipes of the shim whose bytes it carries on: the inode of each, and of the fifo that they
+    /// go to. Whoever has kept a pipe's read end can carry on what its writer has left.
+    pub carried: Vec<(u64, u64)>,
 }
 
 /// A logger of `binary://`.
@@ -290,6 +293,7 @@ pub(crate) mod tests {
                 process: process(9),
                 argv: vec!["/bin/log".into(), "a".into(), "b".into()],
             }),
+            carried: Vec::new(),
         };
         Record {
             written_at: at(1_795_449_900),
@@ -339,7 +343,10 @@ pub(crate) mod tests {
                     id: "e".into(),
                     phase: Phase::Running,
                     process: Some(process(10)),
-                    stdio: Stdio::default(),
+                    stdio: Stdio {
+                        carried: vec![(70, 71)],
+                        ..Stdio::default()
+                    },
                     terminal: true,
                     exit: Some(Exit::Unknown {
                         why: "adopted after its end".into(),

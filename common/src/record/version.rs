@@ -104,6 +104,7 @@ as_is!(
     Timestamp,
     Vec<String>,
     Vec<u32>,
+    Vec<(u64, u64)>,
     BTreeMap<String, String>,
     BTreeMap<String, (u64, u64)>
 );
@@ -221,6 +222,8 @@ persisted!(Stdio {
     #[serde(default)]
     stdin_closed: bool,
     logger: Option<Logger>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    carried: Vec<(u64, u64)>,
 });
 
 persisted!(Task {
@@ -378,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn format_1_as_it_was_before_oom_kills_were_counted_and_tasks_restored_is_read() {
+    fn format_1_as_it_was_before_fields_were_added_is_read() {
         let path = concat!(
             env!("CARGO_MANIFEST_DIR"),
             "/tests/golden/record-1-uncounted.json"
@@ -386,6 +389,9 @@ mod tests {
         let mut expected = full();
         for task in &mut expected.tasks {
             (task.oom_kills, task.restore) = (None, None);
+            for exec in &mut task.execs {
+                exec.stdio.carried.clear();
+            }
         }
         assert_eq!(decode(&std::fs::read(path).unwrap()).unwrap(), expected);
     }

@@ -41,6 +41,8 @@ pub struct Of {
     pub process: Process,
     /// As was asked for.
     pub stdio: Stdio,
+    /// It has a terminal.
+    pub terminal: bool,
 }
 
 /// The living members of a record.
@@ -48,11 +50,12 @@ pub fn members(record: &Record) -> Vec<Of> {
     let mut all = Vec::new();
     for task in &record.tasks {
         let init = (String::new(), task.init, &task.exit, &task.stdio);
-        let execs = task
-            .execs
-            .iter()
-            .map(|exec| (exec.id.clone(), exec.process, &exec.exit, &exec.stdio));
-        for (exec_id, process, exit, stdio) in std::iter::once(init).chain(execs) {
+        let execs = task.execs.iter().map(|exec| {
+            let of = (exec.id.clone(), exec.process, &exec.exit, &exec.stdio);
+            (exec.terminal, of)
+        });
+        let all_of_it = std::iter::once((task.terminal, init)).chain(execs);
+        for (terminal, (exec_id, process, exit, stdio)) in all_of_it {
             let Some(process) = process.filter(|_| exit.is_none()) else {
                 continue;
             };
@@ -63,6 +66,7 @@ pub fn members(record: &Record) -> Vec<Of> {
                 },
                 process,
                 stdio: stdio.clone(),
+                terminal,
             });
         }
     }
@@ -78,6 +82,8 @@ struct Ends {
     terminals: BTreeMap<(u64, u64), String>,
     /// Clients' fifos by path: the name that they are kept under.
     fifos: BTreeMap<PathBuf, String>,
+    /// Pipes that their shim carries on, by inode: the key of the member.
+    carried: BTreeMap<u64, String>,
 }
 
 impl Ends {
@@ -110,12 +116,20 @@ impl Ends {
                     ends.fifos.insert(path.into(), name);
                 }
             };
+            for (pipe, _) in &of.stdio.carried {
+                ends.carried.insert(*pipe, key.clone());
+            }
             if !of.stdio.stdin_closed {
                 fifo(&of.stdio.stdin, format!("stdin-fifo:{key}"));
             }
             for path in [&of.stdio.stdout, &of.stdio.stderr] {
                 let inode = fs::metadata(path).map_or(0, |meta| meta.ino());
-                fifo(path, format!("output-fifo:{key}@{inode}"));
+                // Of an init that has it itself, its shim is no writer whose end somebody would
+                // see: ours would be one whose end nobody sees.
+                let carried = of.stdio.carried.iter().any(|(_, fifo)| *fifo == inode);
+                if of.terminal || carried {
+                    fifo(path, format!("output-fifo:{key}@{inode}"));
+                }
             }
         }
         ends
@@ -170,7 +184,9 @@ fn inode_in(target: &str) -> Option<u64> {
 fn may_be(kind: Kind, descriptor: &Descriptor, target: &str, ends: &Ends) -> bool {
     let pipe = || {
         let inode = inode_in(target);
-        target.starts_with("pipe:") && ends.pipes.keys().any(|(_, ino)| Some(*ino) == inode)
+        let of_member = ends.pipes.keys().any(|(_, ino)| Some(*ino) == inode);
+        let carried = inode.is_some_and(|inode| ends.carried.contains_key(&inode));
+        target.starts_with("pipe:") && (of_member || carried)
     };
     // A terminal's master is called by whichever multiplexer it was opened through.
     target.contains("ptmx")
@@ -214,6 +230,13 @@ fn of_ours(fd: &OwnedFd, target: &str, socket: &Path, ends: &Ends) -> Option<Str
     {
         return Some(format!("stdin:{key}"));
     }
+    if target.starts_with("pipe:")
+        && let Some(inode) = inode_in(target)
+        && let Some(key) = ends.carried.get(&inode)
+        && access(fd) == libc::O_RDONLY
+    {
+        return Some(format!("output:{key}@{inode}"));
+    }
     master(fd, ends)
 }
 
@@ -251,6 +274,7 @@ mod tests {
                 start_time: stat.id.start_time,
             },
             stdio: Stdio::default(),
+            terminal: false,
         }
     }
 

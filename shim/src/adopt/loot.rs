@@ -6,7 +6,7 @@
 use std::{
     fs::{self, File},
     os::{
-        fd::{AsFd, OwnedFd},
+        fd::{AsFd, AsRawFd, OwnedFd},
         unix::fs::{FileTypeExt, MetadataExt},
     },
     path::Path,
@@ -89,6 +89,18 @@ impl Loot {
         };
         let mut pipes = self.pipes.iter();
         pipes.any(|(other, fd)| *other == id && !writes_only(fd))
+    }
+
+    /// The read end of the pipe without a name that has this inode.
+    pub fn reader_of(&self, pipe: u64) -> Option<OwnedFd> {
+        let ends = self.pipes.iter().filter(|((_, inode), _)| *inode == pipe);
+        let mut readers = ends.map(|(_, fd)| fd).filter(|fd| {
+            let name = fs::read_link(format!("/proc/self/fd/{}", fd.as_raw_fd()));
+            let unnamed = name.is_ok_and(|name| name.to_string_lossy().starts_with("pipe:"));
+            let flags = fcntl(fd, FcntlArg::F_GETFL).unwrap_or(libc::O_WRONLY);
+            unnamed && flags & libc::O_ACCMODE != libc::O_WRONLY
+        });
+        readers.next()?.try_clone().ok()
     }
 
     /// The master of the terminal that process `pid` has as one of its first three descriptors.

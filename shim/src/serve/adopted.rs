@@ -228,8 +228,12 @@ impl Shim {
         failpoint!("adopt.events.after");
         self.journal.take_over();
         failpoint!("adopt.stdio.before");
-        for adoptee in &adoptees {
-            let lines = self.reopen(adoptee, record, &mut look, &mut kept.loot);
+        let mut draining = Vec::new();
+        for adoptee in &mut adoptees {
+            let mut lines = self.reopen(adoptee, record, &mut look, &mut kept.loot);
+            let (keys, remarks) = self.carry_on(adoptee, record, &look, &kept.loot);
+            lines.extend(remarks);
+            draining.extend(keys);
             said.insert(adoptee.id.clone(), lines);
         }
         let members = std::mem::take(&mut look.members);
@@ -241,6 +245,11 @@ impl Shim {
         let resume = self.resume(connections, adoptees, record);
         self.handle(Input::Resume(Box::new(resume)));
         failpoint!("adopt.record.after");
+        for key in draining {
+            let heard = self.stdio.finish(&key, &self.epoll);
+            self.hear(heard);
+        }
+        self.work_off();
         for (key, (process, found)) in members {
             if let Ok(pidfd) = found {
                 self.witness(Whose::Member(key), process, pidfd);
@@ -308,6 +317,60 @@ impl Shim {
             lines.extend(found.into_iter().map(|line| format!("{whose}{line}")));
         }
         lines
+    }
+
+    /// Goes on with what those processes of a task have left that have ended; gives those of which
+    /// something is still to be carried although their end was told.
+    fn carry_on(
+        &mut self,
+        adoptee: &mut Adoptee,
+        record: &Record,
+        look: &Look,
+        loot: &Loot,
+    ) -> (Vec<Key>, Vec<String>) {
+        let (mut draining, mut lines) = (Vec::new(), Vec::new());
+        let owner = (adoptee.options.io_uid, adoptee.options.io_gid);
+        let execs = adoptee.execs.iter_mut().filter(|(_, exec)| {
+            // What there was of one that never ran has gone with its start.
+            !matches!(exec.phase, ExecPhase::Added | ExecPhase::Failed)
+        });
+        let execs = execs.map(|(exec_id, exec)| (exec_id.as_str(), &mut exec.member));
+        for (exec_id, member) in std::iter::once(("", &mut adoptee.init)).chain(execs) {
+            let key = Key {
+                id: adoptee.id.clone(),
+                exec_id: exec_id.to_owned(),
+            };
+            let Some(recorded) = recorded_stdio(record, &key) else {
+                continue;
+            };
+            let wanted = Wanted {
+                key: &key,
+                wish: &member.stdio,
+                stdin_closed: member.stdin_closed,
+                bundle: Path::new(&adoptee.bundle),
+                namespace: &self.namespace,
+                owner,
+                memory_limit: adoptee.memory_limit,
+            };
+            let carried = &recorded.carried;
+            let found = self.stdio.carry_on(&wanted, carried, loot, &self.epoll);
+            lines.extend(found.into_iter().map(|line| match exec_id {
+                "" => line,
+                exec_id => format!("exec {exec_id}: {line}"),
+            }));
+            if member.exit.is_some() && !self.stdio.carried(&key).is_empty() {
+                member.draining = true;
+                draining.push(key.clone());
+            }
+            // Surely: of one that may live nothing is given up.
+            let seen = look.members.get(&key).map(|(_, found)| found);
+            let has_ended = |fd: &OwnedFd| witness::has_ended(fd);
+            let ended = seen.is_some_and(|found| found.as_ref().is_ok_and(has_ended));
+            if ended || member.exit.is_some() {
+                self.stdio.adopt_ended(&wanted, carried);
+            }
+        }
+        (draining, lines)
     }
 
     /// Has a teller wake us when there is something to hear.
@@ -426,15 +489,17 @@ impl Shim {
     }
 }
 
+fn recorded_stdio<'a>(record: &'a Record, key: &Key) -> Option<&'a record::Stdio> {
+    let task = record.tasks.iter().find(|task| task.id == key.id)?;
+    if key.is_init() {
+        return Some(&task.stdio);
+    }
+    let exec = task.execs.iter().find(|exec| exec.id == key.exec_id);
+    exec.map(|exec| &exec.stdio)
+}
+
 fn logger_argv(record: &Record, key: &Key) -> Vec<String> {
-    let found = record.tasks.iter().find(|task| task.id == key.id);
-    let stdio = found.and_then(|task| {
-        if key.is_init() {
-            return Some(&task.stdio);
-        }
-        let exec = task.execs.iter().find(|exec| exec.id == key.exec_id);
-        exec.map(|exec| &exec.stdio)
-    });
+    let stdio = recorded_stdio(record, key);
     let logger = stdio.and_then(|stdio| stdio.logger.as_ref());
     logger.map(|logger| logger.argv.clone()).unwrap_or_default()
 }

@@ -33,7 +33,7 @@ use super::{
     Held, Hold, Logger, NewRelay, Opened, RelayKind, Stdio, Target, Wanted, is_fifo,
     logger::start_copier, open_fifo, set_nonblocking,
 };
-use crate::adopt::Loot;
+use crate::{adopt::Loot, supervised::Tell};
 
 /// A process that lives, and what is known of its stdio.
 #[derive(Debug)]
@@ -210,6 +210,71 @@ impl Stdio {
             }
         }
         remarks
+    }
+
+    /// Goes on with pipes that the predecessor carried, as its record says (see
+    /// [`Stdio::carried`]), where somebody has kept them: of a process that has ended, that is all
+    /// that is left of its output.
+    pub fn carry_on(
+        &mut self,
+        wanted: &Wanted<'_>,
+        carried: &[(u64, u64)],
+        loot: &Loot,
+        epoll: &Epoll,
+    ) -> Vec<String> {
+        let mut remarks = Vec::new();
+        let key = wanted.key;
+        let own = self.carried(key);
+        for (pipe, fifo) in carried {
+            if own.iter().any(|(own, _)| own == pipe) {
+                continue;
+            }
+            let Some(from) = loot.reader_of(*pipe) else {
+                continue;
+            };
+            let wishes = [&wanted.wish.stdout, &wanted.wish.stderr];
+            let mut paths = wishes.into_iter().filter_map(|wish| super::path_of(wish));
+            let path = paths.find(|path| fs::metadata(path).is_ok_and(|meta| meta.ino() == *fifo));
+            let Some(to) = path.and_then(|path| open_fifo(path, wanted.owner).ok()) else {
+                remarks.push("what it wrote last is dropped: its fifo is gone".to_owned());
+                continue;
+            };
+            set_nonblocking(&from);
+            self.held.entry(key.clone()).or_default();
+            if let Err(e) = self.relay(key, from, Some(to), RelayKind::Output, epoll) {
+                remarks.push(format!("watch stdio: {e}"));
+            }
+        }
+        remarks
+    }
+
+    /// A process of the predecessor that has ended, and of which nothing is carried on: its last
+    /// words wait for their reader with us, and nobody is to keep anything of it any longer.
+    pub fn adopt_ended(&mut self, wanted: &Wanted<'_>, carried: &[(u64, u64)]) {
+        let key = wanted.key;
+        if self.held.contains_key(key) {
+            return;
+        }
+        let member = super::handoff_key(key);
+        let kept = ["stdin", "stdin-fifo", "master"];
+        let mut names = Vec::from(kept.map(|what| format!("{what}:{member}")));
+        for (pipe, fifo) in carried {
+            names.push(format!("output:{member}@{pipe}"));
+            names.push(format!("output-fifo:{member}@{fifo}"));
+        }
+        let mut held = Held::default();
+        let wishes = [&wanted.wish.stdout, &wanted.wish.stderr];
+        for path in wishes.into_iter().filter_map(|wish| super::path_of(wish)) {
+            if let Ok(fifo) = open_fifo(path, wanted.owner) {
+                names.push(super::output_name("output-fifo", &member, &fifo));
+                held.holds.extend(super::last_words(fifo));
+            }
+        }
+        if !held.holds.is_empty() {
+            self.held.insert(key.clone(), held);
+            self.look_soon();
+        }
+        self.tell.extend(names.into_iter().map(Tell::Drop));
     }
 
     fn adopt_terminal(

@@ -84,12 +84,15 @@ pub(super) fn set_nonblocking(fd: &OwnedFd) {
     }
 }
 
+/// A pipe or a fifo, and no terminal or file.
+pub(super) fn is_pipe(fd: &OwnedFd) -> bool {
+    nix::sys::stat::fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO)
+}
+
 /// The writer of `fifo` has gone. While something is in it, it has to stay open; write-only, so that
 /// whoever reads it is its only reader.
 pub(super) fn last_words(fifo: OwnedFd) -> Option<Hold> {
-    let is_fifo =
-        nix::sys::stat::fstat(&fifo).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO);
-    if !is_fifo {
+    if !is_pipe(&fifo) {
         return None;
     }
     // Out of descriptors: closing would lose bytes, so it stays as it is until Delete.

@@ -9,11 +9,15 @@ use nix::{
     errno::Errno,
     fcntl::{SpliceFFlags, splice},
     poll::{PollFd, PollFlags, PollTimeout, poll},
-    sys::epoll::{Epoll, EpollEvent, EpollFlags},
+    sys::{
+        epoll::{Epoll, EpollEvent, EpollFlags},
+        stat::fstat,
+    },
 };
 
 use serde::{Deserialize, Serialize};
 
+use super::pipes::is_pipe;
 use crate::{carry, service::Key};
 
 /// One splice, bytes.
@@ -88,6 +92,16 @@ impl Relay {
         }
         self.watched = end;
         Ok(())
+    }
+
+    /// From which pipe to which it goes, by their inodes; none if it is something else.
+    pub(super) fn carries(&self) -> Option<(u64, u64)> {
+        let to = self
+            .to
+            .as_ref()
+            .filter(|_| self.kind == RelayKind::Output)?;
+        let inode = |fd| Some(fstat(fd).ok().filter(|_| is_pipe(fd))?.st_ino);
+        Some((inode(&self.from)?, inode(to)?))
     }
 
     pub(super) fn turn(&mut self) -> Turn {

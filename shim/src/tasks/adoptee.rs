@@ -66,6 +66,9 @@ pub struct AdoptedMember {
     pub stdin_closed: bool,
     /// As the predecessor has recorded it.
     pub exit: Option<Exit>,
+    /// Of what it wrote before that, something is still on its way to its client.
+    #[serde(default)]
+    pub draining: bool,
 }
 
 /// An exec of a predecessor's task.
@@ -116,8 +119,7 @@ impl AdoptedMember {
             process: self.process,
             stdio: self.stdio,
             stdin_closed: self.stdin_closed,
-            // Of what has ended and was told, nobody has kept any output.
-            drained: told,
+            drained: told && !self.draining,
             exit: self.exit,
             waiters: Vec::new(),
         }

@@ -274,6 +274,7 @@ fn recorded_task() -> record::Task {
             stderr: String::new(),
             stdin_closed: false,
             logger: None,
+            carried: Vec::new(),
         },
         terminal: false,
         created_at: Timestamp {

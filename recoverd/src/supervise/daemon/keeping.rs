@@ -41,6 +41,7 @@ impl Daemon {
                     member: member.clone(),
                     process: *process,
                     stdio: Default::default(),
+                    terminal: false,
                 })
                 .collect(),
         };

@@ -274,6 +274,7 @@ fn an_executable_that_cannot_go_on_is_refused_and_nothing_has_changed() {
     }
     assert_eq!((looks(pid), daemon.recorded()), before);
     // One at a time.
+    until("no answer is on its way", || asked(&daemon, UPGRADE) == 0);
     let hangs = executable(&daemon, "hangs", b"#!/bin/sh\nexec sleep 60\n");
     let first = thread::spawn(move || {
         let said = refused(upgrade(&mut asker, &hangs));
@@ -317,11 +318,11 @@ fn an_image_that_dies_at_once_is_replaced_by_the_old_one_with_what_was_kept() {
     assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
 }
 
-/// So many times, or as RECOVERD_UPGRADES says.
+/// A thousand times, or as often as RECOVERD_UPGRADES says.
 #[test]
 fn many_upgrades_in_a_row_leave_no_trace() {
     let rounds = std::env::var("RECOVERD_UPGRADES").ok();
-    let rounds: u32 = rounds.map_or(100, |text| text.parse().unwrap());
+    let rounds: u32 = rounds.map_or(1000, |text| text.parse().unwrap());
     let daemon = Daemon::new();
     let pid = daemon.process.id();
     let init = waiting(&daemon);

@@ -2,6 +2,7 @@
 
 use crate::containerd::Containerd;
 use crate::node::Running;
+use crate::wait::wait_for;
 
 /// One line of `ctr events`.
 #[derive(Clone, Debug)]
@@ -32,6 +33,17 @@ impl Events {
     #[track_caller]
     pub fn of(containerd: &Containerd) -> Events {
         Events(containerd.ctr_spawn("e2e", ["events"]))
+    }
+
+    /// The same, and it has subscribed when this returns.
+    #[track_caller]
+    pub fn subscribed(containerd: &Containerd) -> Events {
+        let events = Events::of(containerd);
+        wait_for("the subscription", || {
+            containerd.ctr_ok("e2e", ["namespaces", "label", "e2e", "probe=1"]);
+            (!events.text().is_empty()).then_some(())
+        });
+        events
     }
 
     /// Everything so far, as `ctr` prints it.

@@ -1,0 +1,110 @@
+//! What containerd's subscribers are told: every event at least once, in order, with the true exit.
+//! A subscription ends with its containerd; what is told before the next one is nobody's to judge.
+
+use std::collections::BTreeSet;
+
+use recoverd_tests::{Containerd, Event, Events, wait_for};
+
+/// What must be told in one subscription.
+pub struct Told {
+    events: Events,
+    due: Vec<(String, Due)>,
+    seen: BTreeSet<String>,
+}
+
+/// One event of a container: its topic, of which exec (empty: the init), its exit status.
+pub struct Due {
+    pub topic: &'static str,
+    pub exec_id: String,
+    pub status: Option<u32>,
+}
+
+impl Told {
+    pub fn new(containerd: &Containerd) -> Told {
+        Told {
+            events: Events::subscribed(containerd),
+            due: Vec::new(),
+            seen: BTreeSet::new(),
+        }
+    }
+
+    /// This has happened while somebody listened.
+    pub fn expect(&mut self, id: &str, topic: &'static str, exec_id: &str, status: Option<u32>) {
+        self.seen.insert(id.to_owned());
+        let due = Due {
+            topic,
+            exec_id: exec_id.to_owned(),
+            status,
+        };
+        self.due.push((id.to_owned(), due));
+    }
+
+    /// All that has happened was told.
+    #[track_caller]
+    pub fn assert_all(&mut self) {
+        for (id, due) in std::mem::take(&mut self.due) {
+            let Due {
+                topic,
+                exec_id,
+                status,
+            } = due;
+            let what = format!("{topic} of {id} {exec_id:?} with {status:?}");
+            wait_for(&what, || {
+                let all = self.events.of_topic(&id, topic);
+                let of_it = |event: &Event| whose(event, &id) == exec_id;
+                let event = all.into_iter().find(of_it)?;
+                if let Some(status) = status {
+                    assert_eq!(event.number("exit_status"), u64::from(status), "{event:?}");
+                }
+                Some(())
+            });
+        }
+        for id in &self.seen {
+            assert_order(id, &self.events.of_container(id));
+        }
+    }
+}
+
+/// The exec that an event is about; empty for the init.
+fn whose<'a>(event: &'a Event, id: &str) -> &'a str {
+    let exec_id = event.text("exec_id");
+    match event.text("id") {
+        of if !exec_id.is_empty() || of == id => exec_id,
+        of => of,
+    }
+}
+
+/// First of all each counts: what is sent again is older than what was sent before it.
+#[track_caller]
+fn assert_order(id: &str, all: &[Event]) {
+    let mut firsts: Vec<(&str, &str)> = Vec::new();
+    for event in all {
+        let key = (event.topic.as_str(), whose(event, id));
+        if !firsts.contains(&key) {
+            firsts.push(key);
+        }
+    }
+    let at = |topic: &str, exec_id: &str| firsts.iter().position(|key| *key == (topic, exec_id));
+    let before = |first: (&str, &str), then: (&str, &str)| {
+        if let (Some(first), Some(then)) = (at(first.0, first.1), at(then.0, then.1)) {
+            assert!(first < then, "events of {id}: {firsts:?}");
+        }
+    };
+    let ladder = [
+        "/tasks/create",
+        "/tasks/start",
+        "/tasks/exit",
+        "/tasks/delete",
+    ];
+    for pair in ladder.windows(2) {
+        before((pair[0], ""), (pair[1], ""));
+    }
+    for (_, exec_id) in firsts.iter().filter(|(_, exec_id)| !exec_id.is_empty()) {
+        before(
+            ("/tasks/exec-added", exec_id),
+            ("/tasks/exec-started", exec_id),
+        );
+        before(("/tasks/exec-started", exec_id), ("/tasks/exit", exec_id));
+        before(("/tasks/exit", exec_id), ("/tasks/exit", ""));
+    }
+}

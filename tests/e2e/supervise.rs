@@ -15,6 +15,7 @@ recoverd_tests::tests! {
     on_every_release: [
         a_killed_shim_is_nobodys_end,
         ends_are_not_held_back_by_a_supervisor_that_came_later_or_a_shim_that_died,
+        what_is_asked_for_when_a_shim_dies_is_done_once_or_refused,
         clients_go_on_when_shim_and_supervisor_die_in_turns,
         an_exit_that_only_the_supervisor_saw_is_told_truly,
         writers_and_terminals_of_a_stock_shim_outlive_it,
@@ -282,6 +283,127 @@ fn writer(node: &Node, id: &str) -> Container {
     let [go, stop, count] = ["go", "stop", "count"].map(|word| format!("/mnt/{id}.{word}"));
     let line = numbers(&go, &stop, &count);
     ours(id).shares(node).command(["sh", "-c", &line])
+}
+
+/// A containerd whose runc stops in front of a verb while `hold-VERB` is in the node's folder, and
+/// notes each one that it has come to in `calls`.
+#[track_caller]
+fn with_held_runc(node: &Arc<Node>, release: &Release) -> Containerd {
+    let folder = node.folder().join("held");
+    let path = folder.join("runc");
+    let shared = node.folder().display();
+    let runc = node.shell("command -v runc");
+    let script = format!(
+        "#!/bin/sh\nfor word in \"$@\"; do case $word in create|start|exec|kill|delete) \
+         verb=${{verb:-$word}};; esac; done\necho \"$verb\" >>{shared}/calls\n\
+         while [ -e {shared}/hold-$verb ]; do sleep 0.02; done\nexec {} \"$@\"\n",
+        runc.trim()
+    );
+    let written = fs::create_dir(&folder).and_then(|()| fs::write(&path, script));
+    written.unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+    node.run("chmod", ["0755", &path.display().to_string()]);
+    let mut containerd = node.containerd(release);
+    containerd.kill();
+    containerd.programs_from(folder);
+    containerd.start();
+    containerd
+}
+
+fn calls(node: &Node, verb: &str) -> usize {
+    let text = fs::read_to_string(node.folder().join("calls")).unwrap_or_default();
+    text.lines().filter(|line| line.starts_with(verb)).count()
+}
+
+/// SPEC's row F7: the shim dies while runc is at it.
+fn what_is_asked_for_when_a_shim_dies_is_done_once_or_refused(release: &Release) {
+    let node = Node::start();
+    let containerd = with_held_runc(&node, release);
+    let supervisor = node.supervise();
+    let of = |id: &str| {
+        let line = "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done";
+        ours(id).command(["sh", "-c", line])
+    };
+    let pod = containerd.run(&of("pod"));
+    // The client's end, its text, and how often runc was asked for it since.
+    let dies_at = |shim: &Task, verb: &str, args: &[String]| {
+        let before = calls(&node, verb);
+        let hold = format!("hold-{verb}");
+        node.tell(&hold);
+        let mut client = containerd.ctr_spawn("e2e", args);
+        wait_for(&format!("runc {verb}"), || {
+            (calls(&node, verb) > before).then_some(())
+        });
+        node.kill(&shim.shim_now());
+        fs::remove_file(node.folder().join(&hold)).unwrap_or_else(|e| panic!("go on: {e}"));
+        let done = client.wait().success();
+        assert!(done || !client.text().is_empty(), "{verb} says nothing");
+        pod.assert_init_alive();
+        (done, client.text(), calls(&node, verb) - before)
+    };
+    let words =
+        |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
+
+    for verb in ["create", "start"] {
+        let container = of(verb).group("pod");
+        let (done, text, asked) = dies_at(&pod, verb, &containerd.run_words(&container));
+        assert_eq!(asked, 1, "{verb}: {text}");
+        if done {
+            let task = containerd.running(&container);
+            node.signal(&task.init, "TERM");
+            assert_eq!(task.wait("").exit_status, 7);
+            containerd.delete(&task, 7);
+        } else {
+            // What its client itself leaves.
+            for words in [
+                ["tasks", "delete", "--force", verb].as_slice(),
+                &["containers", "delete", verb],
+            ] {
+                let _gone_already = containerd.ctr("e2e", words).output();
+            }
+            wait_for(&format!("nothing to be left of {verb}"), || {
+                let state = node.path(format!("/run/containerd/runc/e2e/{verb}"));
+                (!state.exists() && containerd.task("e2e", verb).is_none()).then_some(())
+            });
+            // And it can be had.
+            containerd.remove(&containerd.run(&container));
+        }
+    }
+
+    let line = "echo said; exit 5";
+    let args = words(&["tasks", "exec", "--exec-id", "e", "pod", "sh", "-c", line]);
+    let (_, text, asked) = dies_at(&pod, "exec", &args);
+    assert_eq!(asked, 1, "{text}");
+    match pod.exec_state("e").map(|state| state.exit_status) {
+        // Its client has heard all of it, and deleted it.
+        None => assert!(text.starts_with("said\n"), "{text}"),
+        Some(_) => assert!(text.contains("shim died"), "{text}"),
+    }
+
+    // A shim that dies five times in a minute would be given up.
+    let second = containerd.run(&of("second"));
+    let task = containerd.run(&of("victim").group("second"));
+    let (done, text, _) = dies_at(
+        &second,
+        "kill",
+        &words(&["tasks", "kill", "--all", "--signal", "TERM", "victim"]),
+    );
+    if !done && node.alive(&task.init) {
+        assert!(text.contains("shim died"), "{text}");
+        node.signal(&task.init, "TERM");
+    }
+    assert_eq!(task.wait("").exit_status, 7);
+    let (done, text, _) = dies_at(&second, "delete", &words(&["tasks", "delete", "victim"]));
+    if done {
+        assert!(containerd.task("e2e", "victim").is_none(), "{text}");
+        containerd.ctr_ok("e2e", ["containers", "delete", "victim"]);
+    } else {
+        containerd.delete(&task, 7);
+    }
+    for task in [&pod, &second] {
+        task.assert_init_alive();
+        containerd.remove(task);
+    }
+    nothing_is_kept(&supervisor);
 }
 
 /// A shim that starts only when `NAME` exists in the node's folder.

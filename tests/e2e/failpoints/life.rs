@@ -462,6 +462,11 @@ impl Life {
                     let answer = ground.api().wait(&id, &exec_id);
                     if let Ok(ended) = &answer {
                         self.member(who).stage = Stage::Ended;
+                        if armed.is_some_and(|armed| armed.was_hit(&ground.node)) {
+                            // A successor's answer, about an end that its predecessor has seen
+                            // and nobody else had yet looked for.
+                            self.member(who).unknown = self.is_unknown(ground, who);
+                        }
                         self.assert_status(ground, who, ended.status);
                     }
                     self.answered(ground, answer, armed)?;
@@ -536,6 +541,10 @@ impl Life {
             member.status,
             self.recorded(ground, who),
         );
+    }
+
+    fn is_unknown(&self, ground: &Ground, who: Who) -> bool {
+        matches!(self.recorded(ground, who), Some(Exit::Unknown { .. }))
     }
 
     fn recorded(&self, ground: &Ground, who: Who) -> Option<Exit> {
@@ -626,8 +635,7 @@ impl Life {
         };
         if now == Stage::Ended && stage != Stage::Ended {
             // Seen by the one that died, or by his successor, or by nobody.
-            self.member(who).unknown =
-                matches!(self.recorded(ground, who), Some(Exit::Unknown { .. }));
+            self.member(who).unknown = self.is_unknown(ground, who);
         }
         if now == Stage::Ended {
             self.assert_status(ground, who, state.exit_status);

@@ -16,6 +16,7 @@
 mod events;
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     time::{Duration, Instant},
@@ -56,6 +57,8 @@ pub struct Connector {
     socket: OwnedFd,
     ledger: Ledger,
     subscribed: bool,
+    /// Of which processes something is wanted; none: of all. The kernel may tell of more.
+    only: Option<BTreeSet<i32>>,
 }
 
 impl Drop for Connector {
@@ -88,6 +91,7 @@ impl Connector {
             socket,
             ledger: Ledger::default(),
             subscribed: false,
+            only: None,
         };
         connector
             .filter(&events::filter(None))
@@ -133,6 +137,7 @@ impl Connector {
             socket,
             ledger,
             subscribed: true,
+            only: None,
         }
     }
 
@@ -141,17 +146,32 @@ impl Connector {
         &self.ledger
     }
 
-    /// From now on only of these processes.
+    /// From now on only of these processes. They may be others than before, if each new one was
+    /// [forgotten](Connector::forget) first.
     pub fn narrow(&mut self, pids: &[u32]) -> io::Result<()> {
-        let pids: Vec<i32> = pids
+        let pids: BTreeSet<i32> = pids
             .iter()
             .filter_map(|pid| i32::try_from(*pid).ok())
             .collect();
-        let filtered = self.filter(&events::filter(Some(&pids)));
+        let list: Vec<i32> = pids.iter().copied().collect();
+        // A long one may be more than the kernel lets a socket have, and the one before it would
+        // hide the new processes.
+        let filtered = self
+            .filter(&events::filter(Some(&list)))
+            .or_else(|_| self.filter(&events::filter(None)));
+        self.only = Some(pids);
         // What was queued before the filter was.
         self.read();
-        self.ledger.keep(&pids);
+        self.ledger.keep(&list);
         filtered
+    }
+
+    /// What is known of `pid` is of another process that had this number.
+    pub fn forget(&mut self, pid: u32) {
+        self.read();
+        if let Ok(pid) = i32::try_from(pid) {
+            self.ledger.forget(pid);
+        }
     }
 
     /// What is known by now of process `pid`, which has ended and was not collected when this
@@ -213,7 +233,13 @@ impl Connector {
         match event {
             // Of others that subscribe at this moment, too.
             Event::Answer { to, .. } if to != std::process::id() => {}
+            Event::Exit { tgid, .. } | Event::Exec { tgid } if !self.wants(tgid) => {}
             event => self.ledger.take(event),
         }
+    }
+
+    fn wants(&self, pid: i32) -> bool {
+        let only = self.only.as_ref();
+        only.is_none_or(|only| only.contains(&pid))
     }
 }

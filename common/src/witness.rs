@@ -133,6 +133,16 @@ impl Teller {
         }
     }
 
+    /// From now on these processes are asked about, `new` among them: whatever is known of that
+    /// number was another process. Called before the identity of the new one is proven.
+    pub fn add(&mut self, pids: &[u32], new: u32) {
+        if let Teller::Connector(connector) = self {
+            connector.forget(new);
+            // As above.
+            let _ = connector.narrow(pids);
+        }
+    }
+
     /// To be watched, and heard when something can be read from it.
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self {
@@ -182,6 +192,17 @@ impl Teller {
             Told::Status(raw) => Answer::Status(status_of_wait(raw)),
             Told::Unclear => unknown("its threads ended one by one, each in its own way"),
         }
+    }
+
+    /// As [`Teller::answer`], of a process with a single thread: the first word of it is the last.
+    pub fn answer_of_one_thread(
+        &mut self,
+        proc: &Proc,
+        process: Process,
+        pidfd: &OwnedFd,
+        ago: Duration,
+    ) -> Answer {
+        self.answer(proc, process, pidfd, ago.max(SETTLES))
     }
 
     /// When to ask again that has said *not yet*, if nothing happens before: so long after the end.

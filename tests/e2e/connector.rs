@@ -16,6 +16,7 @@ recoverd_tests::tests! {
     in_first_namespaces: [
         an_exit_that_its_parent_has_collected_is_told,
         others_are_not_told_once_it_is_known_who_counts,
+        who_counts_may_change,
         a_listener_that_is_too_slow_does_not_guess,
         a_teller_says_how_a_process_ended_once_that_has_settled,
     ],
@@ -89,6 +90,33 @@ fn others_are_not_told_once_it_is_known_who_counts() {
     told(&mut somebody, stranger);
     assert_eq!(told(&mut connector, one), Told::Status(1 << 8));
     assert_eq!(connector.told(stranger_pid), Told::Nothing);
+}
+
+fn who_counts_may_change() {
+    let mut connector = listen();
+    let narrow = |connector: &mut Connector, pids: &[u32]| {
+        // Whether or not the kernel takes so long a filter.
+        let _ = connector.narrow(pids);
+    };
+    let (one, two, three) = (
+        shell("read x; exit 1"),
+        shell("read x; exit 2"),
+        shell("read x; exit 3"),
+    );
+    narrow(&mut connector, &[one.id()]);
+    narrow(&mut connector, &[one.id(), two.id()]);
+    let both = [one.id(), two.id()];
+    assert_eq!(told(&mut connector, two), Told::Status(2 << 8));
+    // More than any filter holds: nothing is lost, and others are not remembered all the same.
+    let many: Vec<u32> = (1 << 21..).take(9000).chain(both).collect();
+    narrow(&mut connector, &many);
+    let stranger = three.id();
+    told(&mut listen(), three);
+    assert_eq!(told(&mut connector, one), Told::Status(1 << 8));
+    assert_eq!(connector.told(stranger), Told::Nothing);
+    assert_eq!(connector.told(both[1]), Told::Status(2 << 8));
+    connector.forget(both[1]);
+    assert_eq!(connector.told(both[1]), Told::Nothing);
 }
 
 fn a_listener_that_is_too_slow_does_not_guess() {

@@ -32,8 +32,8 @@ impl Out {
         fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()))
     }
 
-    fn records(&self) -> Vec<Record> {
-        let entries = fs::read_dir(self.0.join("records"));
+    fn records(&self, folder: &str) -> Vec<Record> {
+        let entries = fs::read_dir(self.0.join(folder));
         let entries = entries.unwrap_or_else(|e| panic!("list records: {e}"));
         let record = |path: &Path| {
             let bytes = fs::read(path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()));
@@ -130,7 +130,7 @@ fn exits_of_adopted_tasks_are_true_on_an_older_kernel() {
         let found = lines.filter(|line| words.iter().all(|word| line.contains(word)));
         found.collect::<Vec<&str>>()
     };
-    let records = out.records();
+    let records = out.records("records");
     for kind in ["stock", "ours"] {
         for (end, status) in [("zero", 0), ("some", 23), ("killed", 137), ("oom", 137)] {
             let id = format!("{kind}-{end}");
@@ -163,4 +163,50 @@ fn exits_of_adopted_tasks_are_true_on_an_older_kernel() {
             "{session:?}"
         );
     }
+    assert_the_supervisor_saw(&out);
+}
+
+/// Ends at which no shim was there, and whose process somebody else had collected.
+#[track_caller]
+fn assert_the_supervisor_saw(out: &Out) {
+    let text = out.read("seen/witnessed.json");
+    let seen: serde_json::Value =
+        serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
+    let all = |list: &str| seen[list].as_array().cloned().unwrap_or_default();
+    for (id, exec_id, status) in [("late", "", 41), ("late", "session", 42), ("gone", "", 43)] {
+        let exits: Vec<serde_json::Value> = all("exits")
+            .into_iter()
+            .filter(|exit| exit["id"] == id && exit["exec_id"] == exec_id)
+            .collect();
+        assert!(
+            matches!(exits.as_slice(), [exit] if exit["status"] == status),
+            "{id} {exec_id}: {exits:?}"
+        );
+    }
+    for group in ["late", "gone"] {
+        let deaths: Vec<serde_json::Value> = all("deaths")
+            .into_iter()
+            .filter(|death| death["group"] == group)
+            .collect();
+        assert!(
+            matches!(deaths.as_slice(), [death] if death["how"] == "was ended by signal 9"),
+            "{group}: {deaths:?}"
+        );
+    }
+    let records = out.records("seen/records");
+    let tasks = records.iter().flat_map(|record| &record.tasks);
+    let mut found = BTreeMap::new();
+    for task in tasks.filter(|task| ["late", "gone"].contains(&task.id.as_str())) {
+        let execs = task.execs.iter().map(|exec| (exec.id.as_str(), &exec.exit));
+        for (exec_id, exit) in execs.chain([("", &task.exit)]) {
+            let status = match exit {
+                Some(Exit::Observed { status, .. }) => Ok(*status),
+                other => Err(format!("{other:?}")),
+            };
+            found.insert((task.id.clone(), exec_id.to_owned()), status);
+        }
+    }
+    let expected = [("late", "", 41), ("late", "session", 42), ("gone", "", 43)];
+    let expected = expected.map(|(id, exec, status)| ((id.into(), exec.into()), Ok(status)));
+    assert_eq!(found, BTreeMap::from(expected));
 }

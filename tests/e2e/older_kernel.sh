@@ -83,3 +83,35 @@ within 120 ended
 sleep 1 # nothing more comes, or it is seen
 kill $events
 cp /run/containerd/s/*.record $out/records/
+
+# Ends that only the supervisor sees: its connector has been there since before. The successor of a
+# shim of ours is late; containerd, whose hook adopts what a stock shim left, is down.
+mkdir $out/seen
+cat >/root/late-shim <<'SCRIPT'
+#!/bin/sh
+while [ ! -e /root/share/now ]; do sleep 0.1; done
+exec /usr/local/bin/containerd-shim-recoverd-v1 "$@"
+SCRIPT
+chmod 755 /root/late-shim
+printf '[adopt]\ndeadline = "60s"\nbinary = "/root/late-shim"\n' >/etc/recoverd/config.toml
+bash /root/supervise
+run late io.containerd.recoverd.v1 "$(exits_with 41)"
+run gone io.containerd.runc.v2 "$(exits_with 43)"
+ctr task exec --detach --exec-id session late /bin/sh -c "$(exits_with 42)" </dev/null >/dev/null
+ends="$(init_of late) $(init_of gone) $(ctr task ps late | awk '/session/ { print $1 }')"
+supervisor=$(systemctl show --property MainPID --value recoverd)
+watched() { grep -qsE "^Pid:[[:space:]]+$1\$" /proc/"$supervisor"/fdinfo/*; }
+for pid in $ends; do within 60 watched "$pid"; done
+systemctl stop containerd
+# shellcheck disable=SC2046 # two pids
+kill -KILL $(pgrep --full -- '-id (late|gone) ')
+kill -TERM $ends
+witnessed() { [ "$(grep -oE '"status":4[123]\b' /run/recoverd/witnessed.json | sort -u | wc -l)" = 3 ]; }
+within 60 witnessed
+cp /run/recoverd/witnessed.json $out/seen/
+touch share/now
+systemctl start containerd
+recorded() { cat /run/containerd/s/*.record | grep -qE "\"status\": ?$1\b"; }
+for status in 41 42 43; do within 120 recorded $status; done
+mkdir $out/seen/records
+cp /run/containerd/s/*.record $out/seen/records/

@@ -23,8 +23,19 @@ const LIFE_SECONDS: &str = "1800";
 const NAMESPACE: &str = "default";
 /// Where the README says how the hooks are installed.
 const HOOKS: &str = "## Hooks around containerd's start";
+/// And where the supervisor.
+const SUPERVISOR: &str = "## The supervisor";
 /// Where the box has what a clone of this project has.
 const CLONE: &str = "/root/recoverd";
+
+/// Our shim as an operator names it: found in containerd's PATH.
+pub(crate) const OURS: &str = "io.containerd.recoverd.v1";
+
+/// What `ctr run` is told of every container here. Without a CPU weight: a box on a machine with
+/// cgroup v1 has no controllers.
+pub(crate) fn run_options(runtime: &str) -> String {
+    format!("--cpu-shares 0 --runtime {runtime} --rootfs /usr/share/box/rootfs")
+}
 
 /// The kinds of box.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -110,14 +121,22 @@ pub fn run_in_vm(files: &[String], seconds: u32, line: &str) -> InVm {
     in_vm(files, seconds, &[], &["bash", "-ec", line])
 }
 
-/// The same with a shell script that finds, as `/root/install`, what the README says to do with the
-/// clone; what it leaves in `/box/out` is in the folder `out` then.
+/// The same with a shell script that finds, as `/root/install` and `/root/supervise`, what the README
+/// says to do with the clone; what it leaves in `/box/out` is in the folder `out` then.
 pub fn run_installed_in_vm(lines: &Path, seconds: u32, out: &Path) -> InVm {
-    let install = out.join("install");
-    let commands = readme_commands(HOOKS);
-    fs::write(&install, commands).unwrap_or_else(|e| panic!("write {}: {e}", install.display()));
-    let files = [(&*install, "/root/install"), (lines, "/root/run")];
-    let files = files.map(|(from, to)| format!("{}:{to}", from.display()));
+    let said = [(HOOKS, "install"), (SUPERVISOR, "supervise")];
+    let said = said.map(|(heading, name)| {
+        let path = out.join(name);
+        let commands = readme_commands(heading);
+        fs::write(&path, commands).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+        (path, name)
+    });
+    let files = said
+        .iter()
+        .map(|(path, name)| (path.as_path(), *name))
+        .chain([(lines, "run")])
+        .map(|(from, name)| format!("{}:/root/{name}", from.display()));
+    let files: Vec<String> = files.collect();
     let options = [OsStr::new("--out"), out.as_os_str()];
     in_vm(&files, seconds, &options, &["bash", "/root/run"])
 }
@@ -167,6 +186,12 @@ impl SystemdBox {
         let host = SystemdBox::without_hooks();
         host.shell(&readme_commands(HOOKS));
         host
+    }
+
+    /// Installs and starts the supervisor as the README says.
+    #[track_caller]
+    pub fn supervise(&self) {
+        self.shell(&readme_commands(SUPERVISOR));
     }
 
     /// One that has a built clone of this project at `/root/recoverd` and nothing of it installed.
@@ -292,15 +317,19 @@ impl SystemdBox {
     ) -> BoxTask {
         let runtime = match shim {
             ShimUnderTest::Stock => "io.containerd.runc.v2",
-            // As an operator would: by its name, found in containerd's PATH.
-            ShimUnderTest::Recoverd => "io.containerd.recoverd.v1",
+            ShimUnderTest::Recoverd => OURS,
         };
-        // Without a CPU weight: a box on a machine with cgroup v1 has no controllers.
         self.shell(&format!(
-            "ctr --address {} run --detach --cpu-shares 0 --runtime {runtime} \
-             --rootfs /usr/share/box/rootfs {id} /bin/sh -c '{command}' </dev/null >/dev/null",
-            instance.address
+            "ctr --address {} run --detach {} {id} /bin/sh -c '{command}' </dev/null >/dev/null",
+            instance.address,
+            run_options(runtime)
         ));
+        self.task_at(instance, id)
+    }
+
+    /// The task of a container that was started, once its init runs.
+    #[track_caller]
+    pub(crate) fn task_at(&self, instance: &Instance, id: &str) -> BoxTask {
         let bundle = self.path(format!(
             "{}/io.containerd.runtime.v2.task/{NAMESPACE}/{id}",
             instance.state

@@ -240,6 +240,11 @@ impl Ledger {
         self.ends.retain(|pid, _| pids.contains(pid));
     }
 
+    /// Forgets this one.
+    pub fn forget(&mut self, pid: i32) {
+        self.ends.remove(&pid);
+    }
+
     /// What is known of a process that has ended.
     pub fn told(&self, pid: i32) -> Told {
         match self.ends.get(&pid) {

@@ -11,7 +11,7 @@ use std::{
 };
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollTimeout};
-use recoverd_common::{failpoint, proc::Proc, supervision};
+use recoverd_common::{failpoint, proc::Proc, supervision, witness::Teller};
 use sd_notify::NotifyState;
 use tokio::{
     net::{TcpListener, UnixListener},
@@ -41,12 +41,13 @@ mod looking;
 mod peers;
 mod successors;
 
-use ends::Watch;
+use ends::{Ended, Watch};
 use looking::Standing;
 use peers::Peer;
 use successors::TryEnded;
 
 const LISTENER: u64 = 1;
+const TELLER: u64 = 2;
 /// Tokens of peers, of what is kept, and, without a bit, of processes.
 const PEER: u64 = 1 << 61;
 const KEPT: u64 = 1 << 62;
@@ -92,6 +93,9 @@ struct Daemon {
     listener: OwnedFd,
     watches: HashMap<u64, Watch>,
     tokens: HashMap<(u32, u64, bool), u64>,
+    /// Who tells how they ended, and of whom it has not done so yet.
+    teller: Teller,
+    unanswered: Vec<Ended>,
     peers: HashMap<u64, Peer>,
     last: u64,
     versions: BTreeMap<PathBuf, Version>,
@@ -227,12 +231,14 @@ impl Daemon {
         let decided = decided.and_then(|ms| self.began.checked_add(Duration::from_millis(ms)));
         let others = [self.look_at, self.catch_up_at].into_iter().chain(decided);
         let changed = self.changed.values().chain(self.missed.values()).copied();
-        let all = waits.chain(others).chain(changed);
+        let ended = self.unanswered.iter().filter_map(Ended::due);
+        let all = waits.chain(others).chain(changed).chain(ended);
         all.min().unwrap_or(self.look_at)
     }
 
     fn tick(&mut self) {
         let now = Instant::now();
+        self.ask_teller();
         if self.look_at <= now {
             self.look_around();
         }
@@ -311,27 +317,20 @@ impl Daemon {
                 Ok(count) => count,
                 Err(_) => return,
             };
-            let mut ended: Vec<u64> = Vec::new();
             for event in events.iter().take(count) {
                 match event.data() {
                     LISTENER => self.accept(),
+                    TELLER => self.teller.hear(),
                     token if token & KEPT != 0 => {
                         if let Some((socket, kept)) = self.bag.give_up_one(token) {
                             self.given_up(&socket, vec![kept]);
                         }
                     }
                     token if token & PEER != 0 => self.hear(token),
-                    token => ended.push(token),
+                    token => self.ended(token),
                 }
             }
-            // How their members ended is to be known to the successors.
-            ended.sort_by_key(|token| {
-                let watch = self.watches.get(token);
-                watch.is_some_and(|watch| watch.member.is_none())
-            });
-            for token in ended {
-                self.ended(token);
-            }
+            self.ask_teller();
             if count < events.len() {
                 return;
             }

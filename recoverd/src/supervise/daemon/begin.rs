@@ -19,6 +19,7 @@ use nix::sys::{
 };
 use recoverd_common::{
     failpoint, proc::Proc, record::Process, seen::Seen, supervision, timestamp::Timestamp,
+    witness::Teller,
 };
 use tokio::{
     net::UnixListener,
@@ -34,7 +35,7 @@ use super::{
         metrics::Metrics,
         serve_metrics, store,
     },
-    CATCH_UP, Daemon, KEPT, LISTENER, RESUMED_AT_ONCE, Setup,
+    CATCH_UP, Daemon, KEPT, LISTENER, RESUMED_AT_ONCE, Setup, TELLER,
 };
 use crate::{
     history::History,
@@ -100,6 +101,13 @@ impl Daemon {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let listener = listen_at(&supervision::path(&setup.run_dir))?;
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
+        let teller = Teller::find();
+        if let Teller::Nobody(why) = &teller {
+            tracing::warn!(why, "nobody tells how what its parent has collected ended");
+        }
+        if let Some(descriptor) = teller.descriptor() {
+            epoll.add(descriptor, EpollEvent::new(EpollFlags::EPOLLIN, TELLER))?;
+        }
         let (tell, hints) = hints;
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
             for path in event.map(|event| event.paths).unwrap_or_default() {
@@ -131,7 +139,9 @@ impl Daemon {
             watches: HashMap::new(),
             tokens: HashMap::new(),
             peers: HashMap::new(),
-            last: LISTENER,
+            teller,
+            unanswered: Vec::new(),
+            last: TELLER,
             versions: BTreeMap::new(),
             places: BTreeMap::new(),
             changed: BTreeMap::new(),

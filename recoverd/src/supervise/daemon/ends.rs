@@ -1,19 +1,32 @@
-//! Processes that are watched for their end, and what is told of it.
+//! Processes that are watched for their end, and how they did it.
+//!
+//! Where the kernel's pidfds do not tell that, its process-events connector does, some moments
+//! later: until then what has ended waits here. Members are told before their shim, whose successor
+//! is to know how they ended.
 
 use std::{
     os::fd::OwnedFd,
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use recoverd_common::{failpoint, record::Process, timestamp::Timestamp, witness};
+use recoverd_common::{
+    failpoint,
+    record::Process,
+    timestamp::Timestamp,
+    witness::{self, Answer, Teller},
+};
 
 use super::{
-    super::decide::{How, Input, Member},
+    super::decide::{How, Input, Kind, Member},
     Daemon,
 };
 use crate::witnessed::SeenExit;
+
+/// How a shim ended decides whether it has a successor, and somebody waits for that one: who cannot
+/// be asked within this time is taken for crashed.
+const PATIENCE: Duration = Duration::from_millis(100);
 
 /// A process that is watched for its end.
 #[derive(Debug)]
@@ -25,6 +38,23 @@ pub(super) struct Watch {
     pub(super) pidfd: OwnedFd,
 }
 
+/// One that has ended, and nobody knows yet how.
+#[derive(Debug)]
+pub(super) struct Ended {
+    watch: Watch,
+    namespace: String,
+    /// When it was seen.
+    at: Timestamp,
+    since: Instant,
+}
+
+impl Ended {
+    /// When its teller is asked again.
+    pub(super) fn due(&self) -> Option<Instant> {
+        self.since.checked_add(Teller::again(self.since.elapsed()))
+    }
+}
+
 impl Daemon {
     /// False: it is not there any more.
     pub(super) fn watch(
@@ -34,9 +64,15 @@ impl Daemon {
         process: Process,
     ) -> bool {
         let key = (process.pid, process.start_time, member.is_none());
-        if self.tokens.contains_key(&key) {
+        let ended = |ended: &Ended| ended.watch.process == process;
+        if self.tokens.contains_key(&key) || self.unanswered.iter().any(ended) {
             return true;
         }
+        let watched = self.watches.values();
+        let watched = watched.chain(self.unanswered.iter().map(|ended| &ended.watch));
+        let pids = watched.map(|watch| watch.process.pid);
+        let pids: Vec<u32> = pids.chain([process.pid]).collect();
+        self.teller.add(&pids, process.pid);
         let Ok(pidfd) = witness::open(&self.proc, process) else {
             return false;
         };
@@ -58,53 +94,115 @@ impl Daemon {
         true
     }
 
+    /// One has ended.
     pub(super) fn ended(&mut self, token: u64) {
         let Some(watch) = self.watches.remove(&token) else {
             return;
         };
         let _ = self.epoll.delete(&watch.pidfd);
+        let process = watch.process;
+        let key = (process.pid, process.start_time, watch.member.is_none());
+        self.tokens.remove(&key);
+        let since = Instant::now();
+        if watch.member.is_none() {
+            self.ends.insert(watch.socket.clone(), since);
+        }
+        let sighting = self.state.sighting(&watch.socket);
+        self.unanswered.push(Ended {
+            namespace: sighting.map_or_else(String::new, |s| s.namespace.clone()),
+            watch,
+            at: Timestamp::now(),
+            since,
+        });
+    }
+
+    /// Asks how those ended of whom it is not known.
+    pub(super) fn ask_teller(&mut self) {
+        if self.unanswered.is_empty() {
+            return;
+        }
+        let all = std::mem::take(&mut self.unanswered);
+        let (members, shims): (Vec<_>, Vec<_>) = all
+            .into_iter()
+            .partition(|ended| ended.watch.member.is_some());
+        for ended in members {
+            let Watch { process, pidfd, .. } = &ended.watch;
+            let ago = ended.since.elapsed();
+            match self.teller.answer(&self.proc, *process, pidfd, ago) {
+                Answer::NotYet => self.unanswered.push(ended),
+                Answer::Status(status) => self.member_ended(ended, Some(status)),
+                Answer::Unknown(_) => self.member_ended(ended, None),
+            }
+        }
+        for ended in shims {
+            let Watch {
+                socket,
+                process,
+                pidfd,
+                ..
+            } = &ended.watch;
+            let ago = ended.since.elapsed();
+            let one_thread = self
+                .state
+                .sighting(socket)
+                .is_some_and(|s| s.kind == Kind::Ours);
+            let answer = if one_thread {
+                let teller = &mut self.teller;
+                teller.answer_of_one_thread(&self.proc, *process, pidfd, ago)
+            } else {
+                self.teller.answer(&self.proc, *process, pidfd, ago)
+            };
+            let of_it = |other: &Ended| &other.watch.socket == socket;
+            let waits = answer == Answer::NotYet || self.unanswered.iter().any(of_it);
+            match answer {
+                _ if waits && ago < PATIENCE => self.unanswered.push(ended),
+                Answer::Status(status) => self.shim_ended(ended.watch, Some(status)),
+                Answer::NotYet | Answer::Unknown(_) => self.shim_ended(ended.watch, None),
+            }
+        }
+    }
+
+    fn member_ended(&mut self, ended: Ended, status: Option<u32>) {
         let Watch {
             socket,
             member,
             process,
-            pidfd,
+            ..
+        } = ended.watch;
+        let Some(member) = member else {
+            return;
+        };
+        failpoint!("supervise.exit.before");
+        self.metrics.exited(status.is_some());
+        self.witnessed.exited(SeenExit {
+            namespace: ended.namespace,
+            id: member.id.clone(),
+            exec_id: member.exec_id.clone(),
+            process: (process.pid, process.start_time),
+            status,
+            at: ended.at,
+        });
+        self.dirty = true;
+        self.inbox.push(Input::MemberEnded(socket, member, process));
+    }
+
+    fn shim_ended(&mut self, watch: Watch, status: Option<u32>) {
+        let Watch {
+            socket, process, ..
         } = watch;
-        let key = (process.pid, process.start_time, member.is_none());
-        self.tokens.remove(&key);
-        let status = witness::status(&self.proc, process, &pidfd);
-        match member {
-            Some(member) => {
-                failpoint!("supervise.exit.before");
-                self.metrics.exited(status.is_some());
-                let namespace = self.state.sighting(&socket).map(|s| s.namespace.clone());
-                self.witnessed.exited(SeenExit {
-                    namespace: namespace.unwrap_or_default(),
-                    id: member.id.clone(),
-                    exec_id: member.exec_id.clone(),
-                    process: (process.pid, process.start_time),
-                    status,
-                    at: Timestamp::now(),
-                });
-                self.dirty = true;
-                self.inbox.push(Input::MemberEnded(socket, member, process));
-            }
-            None => {
-                failpoint!("supervise.death.before");
-                self.ends.insert(socket.clone(), Instant::now());
-                // What it said and wrote last.
-                let peers: Vec<u64> = self
-                    .peers
-                    .iter()
-                    .filter(|(_, peer)| peer.socket.as_ref() == Some(&socket))
-                    .map(|(token, _)| *token)
-                    .collect();
-                for peer in peers {
-                    self.hear(peer);
-                }
-                self.read_record(&socket);
-                let how = How::of_status(status);
-                self.inbox.push(Input::ShimEnded(socket, process, how));
-            }
+        failpoint!("supervise.death.before");
+        // What it said and wrote last.
+        let peers: Vec<u64> = self
+            .peers
+            .iter()
+            .filter(|(_, peer)| peer.socket.as_ref() == Some(&socket))
+            .map(|(token, _)| *token)
+            .collect();
+        for peer in peers {
+            self.hear(peer);
         }
+        self.read_record(&socket);
+        let how = How::of_status(status);
+        self.inbox.push(Input::ShimEnded(socket, process, how));
     }
 }

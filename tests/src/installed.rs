@@ -14,6 +14,20 @@ pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// What a copy calls itself that is another version and the same otherwise; as long as the true one.
 pub const OTHER: &str = "9.8.7";
 
+/// This program of ours as another version.
+#[track_caller]
+pub fn as_version(program: &[u8], version: &str) -> Vec<u8> {
+    assert_eq!(VERSION.len(), version.len());
+    let mut bytes = program.to_vec();
+    let places: Vec<usize> = (0..bytes.len() - VERSION.len())
+        .filter(|at| bytes[*at..].starts_with(VERSION.as_bytes()))
+        .collect();
+    for at in places {
+        bytes[at..at + version.len()].copy_from_slice(version.as_bytes());
+    }
+    bytes
+}
+
 /// The shim of one node.
 pub struct Installed {
     path: PathBuf,
@@ -52,15 +66,7 @@ impl Installed {
     /// Installs it as this version.
     #[track_caller]
     pub fn install(&self, version: &str) {
-        assert_eq!(VERSION.len(), version.len());
-        let mut bytes = self.original.clone();
-        let places: Vec<usize> = (0..bytes.len() - VERSION.len())
-            .filter(|at| bytes[*at..].starts_with(VERSION.as_bytes()))
-            .collect();
-        for at in places {
-            bytes[at..at + version.len()].copy_from_slice(version.as_bytes());
-        }
-        self.put(&bytes);
+        self.put(&as_version(&self.original, version));
     }
 
     /// Installs something else in its place; replaced as a package manager does it.

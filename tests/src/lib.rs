@@ -34,6 +34,7 @@
 //! ```
 
 mod api;
+mod box_client;
 mod client;
 mod container;
 mod containerd;
@@ -63,6 +64,7 @@ mod traces;
 mod wait;
 
 pub use api::{Api, Ended, Stdio, assert_refused, oci_process, oci_spec, runc_options};
+pub use box_client::BoxClient;
 pub use client::Refused;
 pub use container::{Container, Task};
 pub use containerd::{Containerd, TaskRow};
@@ -77,7 +79,7 @@ pub use events::{Event, Events};
 pub use failpoints::{Armed, Failpoints};
 pub use fifo::{Fifos, Input, Output, make_fifo};
 pub use hooks::{Fate, PostStart, PreStart};
-pub use installed::{Installed, OTHER, VERSION};
+pub use installed::{Installed, OTHER, VERSION, as_version};
 pub use metrics::differences;
 pub use newer::newest_with;
 pub use node::{Node, Running};

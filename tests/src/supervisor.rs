@@ -12,6 +12,9 @@ use crate::node::{Node, Running};
 use crate::process::Process;
 use crate::wait::wait_for;
 
+/// Where a supervisor tells its metrics.
+pub(crate) const METRICS: &str = "/run/recoverd/metrics.sock";
+
 /// A supervisor that serves. Killed when dropped.
 pub struct Supervisor {
     node: Arc<Node>,
@@ -79,7 +82,7 @@ impl Supervisor {
     /// Its metrics.
     #[track_caller]
     pub fn metrics(&self) -> String {
-        metrics(&self.node).unwrap_or_else(|error| panic!("read metrics: {error}"))
+        metrics(&self.node.path(METRICS)).unwrap_or_else(|error| panic!("read metrics: {error}"))
     }
 
     /// The value of one metric, its labels as printed; 0 when it is not there.
@@ -107,11 +110,16 @@ impl Supervisor {
 
 /// One metric of the node's supervisor; none when nobody answers.
 pub fn metric(node: &Node, name: &str) -> Option<f64> {
-    Some(value_in(&metrics(node).ok()?, name))
+    metric_at(&node.path(METRICS), name)
 }
 
-fn metrics(node: &Node) -> io::Result<String> {
-    let mut stream = UnixStream::connect(node.path("/run/recoverd/metrics.sock"))?;
+/// One metric of the supervisor that has this socket for them; none when nobody answers.
+pub(crate) fn metric_at(socket: &Path, name: &str) -> Option<f64> {
+    Some(value_in(&metrics(socket).ok()?, name))
+}
+
+fn metrics(socket: &Path) -> io::Result<String> {
+    let mut stream = UnixStream::connect(socket)?;
     let mut text = String::new();
     stream.write_all(b"GET /metrics HTTP/1.1\r\n\r\n")?;
     stream.read_to_string(&mut text)?;

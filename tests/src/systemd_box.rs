@@ -15,6 +15,7 @@ use crate::direct::ANSWERS_WITHIN;
 use crate::process::Process;
 use crate::readme::readme;
 use crate::releases::{Release, ShimUnderTest, built, cache};
+use crate::supervisor::{METRICS, metric_at};
 use crate::wait::{wait_for, wait_within};
 
 /// A box that outlives its test, which was killed, ends itself then.
@@ -433,6 +434,11 @@ impl SystemdBox {
         wait_for(&format!("end of {process:?}"), || {
             (!self.alive(process)).then_some(())
         });
+    }
+
+    /// One metric of the supervisor; none when nobody answers.
+    pub fn metric(&self, name: &str) -> Option<f64> {
+        metric_at(&self.path(METRICS), name)
     }
 
     /// Waits until a unit is in that state.

@@ -5,7 +5,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
+use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
     Container, Containerd, Events, Node, Process, Reader, Release, ShimUnderTest, Supervisor, Task,
     Traces, make_fifo, numbers, wait_for,
@@ -23,6 +25,7 @@ recoverd_tests::tests! {
     ],
     once: [
         a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand,
+        what_a_shim_says_with_its_last_breath_is_heard,
         one_supervisor_at_a_time,
     ],
 }
@@ -634,6 +637,31 @@ fn a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand(relea
     node.tell("stop");
     assert_eq!(client.wait().code(), Some(23), "{}", client.text());
     assert_numbered(&client.text());
+}
+
+fn what_a_shim_says_with_its_last_breath_is_heard(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    // Without a supervisor: it has never spoken to one.
+    let task = containerd.run(&ours("last"));
+    let supervisor = node.supervise();
+    supervisor.wait_watching("ours", 1);
+    // It hears of the connection and of the death at once.
+    node.signal(supervisor.process(), "STOP");
+    let until = Instant::now() + Duration::from_secs(60);
+    let client = ShimClient::connect(&node.path(task.socket()), task.namespace(), until);
+    let mut client = client.unwrap_or_else(|error| panic!("connect: {error}"));
+    let mut serves = || {
+        let answer = client.connect_task(task.id());
+        answer.unwrap_or_else(|error| panic!("{error}")).shim_pid
+    };
+    let old = serves();
+    assert_eq!(old, task.shim.pid);
+    node.kill(&task.shim);
+    node.signal(supervisor.process(), "CONT");
+    // On the very connection.
+    assert_ne!(serves(), old);
+    assert_running(&containerd, &task);
 }
 
 fn one_supervisor_at_a_time(_release: &Release) {

@@ -21,6 +21,7 @@ use recoverd_common::{
 use super::{
     super::decide::{How, Input, Kind, Member},
     Daemon,
+    peers::Peer,
 };
 use crate::witnessed::SeenExit;
 
@@ -191,11 +192,14 @@ impl Daemon {
             socket, process, ..
         } = watch;
         failpoint!("supervise.death.before");
-        // What it said and wrote last.
+        // What it said and wrote last: on a connection that it made a moment ago, it may be, which is
+        // not accepted yet, or on which it was not heard to say who it is.
+        self.accept();
+        let may_be = |peer: &Peer| peer.socket.as_ref().is_none_or(|whose| *whose == socket);
         let peers: Vec<u64> = self
             .peers
             .iter()
-            .filter(|(_, peer)| peer.socket.as_ref() == Some(&socket))
+            .filter(|(_, peer)| may_be(peer))
             .map(|(token, _)| *token)
             .collect();
         for peer in peers {

@@ -246,6 +246,8 @@ struct Group {
     /// Whose end was announced, and until when that counts: whoever has announced it may have died
     /// before it came.
     meant: Option<(Process, u64)>,
+    /// The one that ended as was meant: its record, read again, is what it left.
+    left: Option<Process>,
 }
 
 impl Group {
@@ -288,6 +290,7 @@ impl State {
             stage: Stage::Ended,
             ends: ends.into(),
             meant: None,
+            left: None,
         };
         self.groups.insert(socket.to_owned(), group);
     }
@@ -434,10 +437,14 @@ impl State {
                 stage: Stage::Serves,
                 ends: VecDeque::new(),
                 meant: None,
+                left: None,
             };
             self.groups.insert(socket, group);
             return;
         };
+        if group.stage == Stage::Ended && group.left == Some(sighting.shim) {
+            return;
+        }
         let old = &group.sighting;
         for (member, process) in &old.members {
             if sighting.members.get(member) != Some(process) {
@@ -512,6 +519,7 @@ impl State {
             Follows::Loss => group.stage = Stage::Ended,
             Follows::Nothing => {
                 group.stage = Stage::Ended;
+                group.left = Some(process);
                 out.push(Output::DropAll(socket.to_owned()));
                 if nothing && let Some(group) = self.groups.remove(socket) {
                     forget(socket.to_owned(), &group, out);

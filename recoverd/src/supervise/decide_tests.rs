@@ -158,6 +158,21 @@ fn an_announced_end_and_one_without_tasks_have_no_successor() {
 }
 
 #[test]
+fn the_record_of_a_shim_that_left_brings_it_not_back() {
+    let mut state = watching(Kind::Ours);
+    let out = state.step(ended(1, How::Exited(0)), 5);
+    assert_eq!(follows(&out), Some(Follows::Nothing));
+    // A change of it, made just before, is heard of just after.
+    let again = Input::Seen(S.into(), sighting(Kind::Ours, 1, &[("a", "", 10)]));
+    assert_eq!(state.step(again, 9), []);
+    // Whoever adopts them counts.
+    let next = Input::Seen(S.into(), sighting(Kind::Ours, 2, &[("a", "", 10)]));
+    let out = state.step(next, 20);
+    assert!(out.contains(&Output::WatchShim(S.into(), p(2))), "{out:?}");
+    assert!(resumes(&state.step(ended(2, KILLED), 30)));
+}
+
+#[test]
 fn five_ends_in_a_minute_are_enough_and_slow_ones_are_not() {
     for (apart, tries) in [(100, 4), (14_000, 4), (15_100, 20)] {
         let mut state = watching(Kind::Ours);

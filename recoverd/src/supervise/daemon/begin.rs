@@ -36,6 +36,7 @@ use super::{
         serve_metrics, store,
     },
     CATCH_UP, Daemon, KEPT, LISTENER, RESUMED_AT_ONCE, Setup, TELLER,
+    looking::is_change,
 };
 use crate::{
     history::History,
@@ -110,7 +111,10 @@ impl Daemon {
         }
         let (tell, hints) = hints;
         let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
-            for path in event.map(|event| event.paths).unwrap_or_default() {
+            let Ok(event) = event else {
+                return;
+            };
+            for path in event.paths.into_iter().filter(|_| is_change(&event.kind)) {
                 // Nobody listens any more: it stops.
                 let _ = tell.send(path);
             }

@@ -7,7 +7,10 @@ use std::{
 };
 
 use notify::Watcher;
-use recoverd_common::{paths::TASK_PLUGIN, seen::Seen};
+use recoverd_common::{
+    paths::{Beside, TASK_PLUGIN},
+    seen::Seen,
+};
 
 use super::{
     super::{
@@ -44,10 +47,19 @@ pub(super) enum Standing {
     Settled,
 }
 
+/// Not that something was opened or read: each of our own looks would be the cause of the next.
+pub(super) fn is_change(kind: &notify::EventKind) -> bool {
+    !kind.is_access()
+}
+
 impl Daemon {
     pub(super) fn hinted(&mut self, path: &Path) {
         let now = Instant::now();
         if let Some(socket) = look::socket_of(path) {
+            if *path != Beside::of(&socket).record {
+                // Requests and events are noted beside it all the time.
+                return;
+            }
             self.changed.entry(socket).or_insert(now + SETTLE);
         } else if path
             .parent()
@@ -200,5 +212,34 @@ impl Daemon {
             }
         };
         self.places.insert(place, standing);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, sync::mpsc};
+
+    #[test]
+    fn looking_is_no_change() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("a");
+        fs::write(&file, "x").unwrap();
+        let (tell, told) = mpsc::channel();
+        let mut watcher =
+            notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+                let _ = tell.send(event.unwrap());
+            })
+            .unwrap();
+        let mode = notify::RecursiveMode::NonRecursive;
+        watcher.watch(dir.path(), mode).unwrap();
+        fs::read(&file).unwrap();
+        fs::read_dir(dir.path()).unwrap().count();
+        fs::rename(&file, dir.path().join("b")).unwrap();
+        let first = told.iter().find(|event| is_change(&event.kind)).unwrap();
+        assert!(matches!(
+            first.kind,
+            notify::EventKind::Modify(notify::event::ModifyKind::Name(_))
+        ));
     }
 }

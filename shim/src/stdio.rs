@@ -215,7 +215,9 @@ impl Stdio {
     pub fn watch(&mut self, epoll: &Epoll) -> io::Result<()> {
         for (number, relay) in &mut self.relays {
             let end = relay.watched.take();
-            relay.watch(end, *number, epoll)?;
+            let held = self.held.get(&relay.key);
+            let master = held.and_then(|held| held.master.as_ref());
+            relay.watch(end, *number, epoll, master)?;
         }
         let consoles = self.held.values().filter_map(|held| held.console.as_ref());
         for (number, console, _) in consoles {
@@ -344,13 +346,14 @@ impl Stdio {
     fn relay(
         &mut self,
         key: &Key,
-        from: OwnedFd,
+        from: impl Into<Option<OwnedFd>>,
         to: Option<OwnedFd>,
         kind: RelayKind,
         epoll: &Epoll,
     ) -> io::Result<()> {
         let number = self.next();
-        self.tell_ends(key, &from, to.as_ref(), kind);
+        let from = from.into();
+        self.tell_ends(key, from.as_ref(), to.as_ref(), kind);
         let mut relay = Relay {
             key: key.clone(),
             from,
@@ -358,10 +361,13 @@ impl Stdio {
             kind,
             pending: Vec::new(),
             watched: None,
+            room: None,
         };
-        relay.watch(Some(End::From), number, epoll)?;
+        let mut held = self.held.get_mut(key);
+        let master = held.as_ref().and_then(|held| held.master.as_ref());
+        relay.watch(Some(End::From), number, epoll, master)?;
         self.relays.insert(number, relay);
-        if let Some(held) = self.held.get_mut(key) {
+        if let Some(held) = &mut held {
             held.relays.push(number);
         }
         Ok(())
@@ -370,7 +376,13 @@ impl Stdio {
     /// What only we hold of a relay: the client's fifos, whose other end would see us die, the write
     /// end of a stdin, and the read end of an output, whose writer may leave bytes in it and end
     /// while we are dead. Not the pipe of a logger or copier: it gets a new one.
-    fn tell_ends(&mut self, key: &Key, from: &OwnedFd, to: Option<&OwnedFd>, kind: RelayKind) {
+    fn tell_ends(
+        &mut self,
+        key: &Key,
+        from: Option<&OwnedFd>,
+        to: Option<&OwnedFd>,
+        kind: RelayKind,
+    ) {
         let key = handoff_key(key);
         let mut keep = |name: String, fd: &OwnedFd| {
             // Out of descriptors: then it is caught up by looking.
@@ -381,7 +393,9 @@ impl Stdio {
         match kind {
             RelayKind::Input(true) => {}
             RelayKind::Input(false) => {
-                keep(format!("stdin-fifo:{key}"), from);
+                if let Some(from) = from {
+                    keep(format!("stdin-fifo:{key}"), from);
+                }
                 if let Some(to) = to.filter(|to| sys::terminal_number(to.as_fd()).is_none()) {
                     keep(format!("stdin:{key}"), to);
                 }
@@ -389,7 +403,7 @@ impl Stdio {
             RelayKind::Output => {
                 if let Some(to) = to.filter(|to| is_named_fifo(to)) {
                     keep(output_name("output-fifo", &key, to), to);
-                    if is_pipe(from) {
+                    if let Some(from) = from.filter(|from| is_pipe(from)) {
                         keep(output_name("output", &key, from), from);
                     }
                 }
@@ -402,7 +416,8 @@ impl Stdio {
         match relay.kind {
             RelayKind::Output => {
                 if let Some(to) = &relay.to {
-                    let ends = [("output-fifo", to), ("output", &relay.from)];
+                    let from = relay.from.as_ref().map(|from| ("output", from));
+                    let ends = [("output-fifo", to)].into_iter().chain(from);
                     let names = ends.map(|(what, fd)| output_name(what, &key, fd));
                     self.tell.extend(names.map(Tell::Drop));
                 }
@@ -489,14 +504,13 @@ impl Stdio {
             return Ok(());
         };
         let (output, input) = (held.output.take(), held.input.take());
-        let (reader, writer) = (master.try_clone()?, master.try_clone()?);
         let name = format!("master:{}", handoff_key(key));
         self.tell.push(Tell::Keep(name, master.try_clone()?));
         held.master = Some(master);
         // Without an output it still has to be read, or the terminal fills up and stops.
-        self.relay(key, reader, output, RelayKind::Output, epoll)?;
+        self.relay(key, None, output, RelayKind::Output, epoll)?;
         if let Some(input) = input {
-            self.relay(key, input, Some(writer), RelayKind::Input(false), epoll)?;
+            self.relay(key, input, None, RelayKind::Input(false), epoll)?;
         }
         Ok(())
     }
@@ -505,10 +519,12 @@ impl Stdio {
         let Some(relay) = self.relays.get_mut(&number) else {
             return;
         };
-        match relay.turn() {
+        let held = self.held.get(&relay.key);
+        let master = held.and_then(|held| held.master.as_ref());
+        match relay.turn(master) {
             Turn::Again => {}
             Turn::Wait(end) => {
-                if let Err(e) = relay.watch(Some(end), number, epoll) {
+                if let Err(e) = relay.watch(Some(end), number, epoll, master) {
                     heard.push(Heard::Warning(format!("watch stdio: {e}")));
                     self.end_relay(number, epoll, heard);
                 }
@@ -522,7 +538,9 @@ impl Stdio {
         let Some(mut relay) = self.relays.remove(&number) else {
             return;
         };
-        let _ = relay.watch(None, number, epoll);
+        let held = self.held.get(&relay.key);
+        let master = held.and_then(|held| held.master.as_ref());
+        let _ = relay.watch(None, number, epoll, master);
         self.tell_end_of(&relay);
         let Some(held) = self.held.get_mut(&relay.key) else {
             return;
@@ -643,8 +661,8 @@ impl Stdio {
             self.tell.push(Tell::Drop(name));
         }
         for number in held.relays {
-            // Closing a descriptor that nobody else holds takes it out of epoll; the clones of a
-            // terminal's master are watched by their own numbers and closed here as well.
+            // Closing a descriptor that nobody else holds takes it out of epoll; the terminal's
+            // master has gone with `held`.
             if let Some(relay) = self.relays.remove(&number) {
                 self.tell_end_of(&relay);
             }

@@ -23,6 +23,7 @@ recoverd_tests::tests! {
         grandchild_that_keeps_the_output_of_an_exec_holds_nobody,
         without_stdio_there_is_dev_null,
         much_from_a_terminal_arrives_whole,
+        much_into_a_terminal_arrives_whole,
         processes_of_a_user_namespace_have_their_stdio,
         nothing_stays_open,
     ],
@@ -468,6 +469,8 @@ fn terminals_resize_and_are_attached_again(release: &Release, shim: ShimUnderTes
         let process = add(&api, kind, &name, &["sh", "-c", shell], shim, &fifos.stdio);
         process.start();
         stdout.wait_text("ready\r\n");
+        // One descriptor for both ways: a node with many terminals has many shims' worth.
+        wait_masters(&node, 1);
         for (width, height) in [(100, 40), (80, 24), (132, 50)] {
             assert_eq!(
                 api.resize(&process.id, &process.exec_id, width, height),
@@ -487,6 +490,7 @@ fn terminals_resize_and_are_attached_again(release: &Release, shim: ShimUnderTes
             stdout.text()
         );
         process.delete();
+        wait_masters(&node, 0);
     }
     api.end("host");
 
@@ -661,6 +665,49 @@ fn without_stdio_there_is_dev_null(release: &Release, shim: ShimUnderTest) {
 }
 
 /// Several MiB, read by a client that is slow at first.
+/// Waits until the node's shims hold so many masters of terminals.
+#[track_caller]
+fn wait_masters(node: &Node, expected: usize) {
+    let masters = || {
+        let folders = node.shims().into_iter();
+        let folders = folders.map(|shim| node.path(format!("/proc/{}/fd", shim.pid)));
+        let links = folders.filter_map(|folder| std::fs::read_dir(folder).ok());
+        let links = links.flatten().filter_map(Result::ok);
+        links
+            .filter_map(|link| std::fs::read_link(link.path()).ok())
+            .filter(|what| what.ends_with("ptmx"))
+            .count()
+    };
+    wait_for(&format!("{expected} masters"), || {
+        (masters() == expected).then_some(())
+    });
+}
+
+/// More than a terminal takes: who carries it has to wait for room.
+fn much_into_a_terminal_arrives_whole(release: &Release, shim: ShimUnderTest) {
+    const MANY: usize = 40_000;
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    host(&api, shim);
+    for (kind, word) in KINDS.into_iter().zip(["init", "exec"]) {
+        let name = format!("{word}-typed");
+        let fifos = Fifos::make_terminal(&node, &name);
+        let stdout = fifos.stdout();
+        let counts = ["sh", "-c", "stty -echo; echo ready; wc -l"];
+        let process = add(&api, kind, &name, &counts, shim, &fifos.stdio);
+        process.start();
+        stdout.wait_text("ready\r\n");
+        let mut stdin = fifos.stdin();
+        stdin.write(&"0123456\n".repeat(MANY));
+        stdin.write("\u{4}");
+        assert_eq!(process.status(), 0);
+        assert_eq!(stdout.wait_end(), format!("ready\r\n{MANY}\r\n"));
+        process.delete();
+    }
+    api.end("host");
+}
+
 fn much_from_a_terminal_arrives_whole(release: &Release, shim: ShimUnderTest) {
     let node = Node::start();
     let containerd = node.containerd(release);

@@ -30,9 +30,10 @@ const TURN: u32 = 16;
 pub(super) struct Relay {
     /// Whose.
     pub(super) key: Key,
-    #[serde(with = "carry::fd")]
-    pub(super) from: OwnedFd,
-    /// None: to nowhere.
+    /// None, of an output: the terminal's master, which its process holds, once for both ways.
+    #[serde(with = "carry::maybe_fd")]
+    pub(super) from: Option<OwnedFd>,
+    /// None: an output goes nowhere, an input to the terminal's master.
     #[serde(with = "carry::maybe_fd")]
     pub(super) to: Option<OwnedFd>,
     pub(super) kind: RelayKind,
@@ -40,6 +41,10 @@ pub(super) struct Relay {
     pub(super) pending: Vec<u8>,
     /// Which end epoll watches, if any.
     pub(super) watched: Option<End>,
+    /// The master once more, while it is waited for to take something: by its own number it is
+    /// watched already, for what it gives.
+    #[serde(skip)]
+    pub(super) room: Option<OwnedFd>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -63,28 +68,56 @@ pub(super) enum Turn {
 }
 
 impl Relay {
-    pub(super) fn watch(&mut self, end: Option<End>, number: u64, epoll: &Epoll) -> io::Result<()> {
+    fn from<'a>(&'a self, master: Option<&'a OwnedFd>) -> Option<&'a OwnedFd> {
+        self.from.as_ref().or(master)
+    }
+
+    fn to<'a>(&'a self, master: Option<&'a OwnedFd>) -> Option<&'a OwnedFd> {
+        match self.kind {
+            RelayKind::Output => self.to.as_ref(),
+            RelayKind::Input(_) => self.to.as_ref().or(master),
+        }
+    }
+
+    pub(super) fn watch(
+        &mut self,
+        end: Option<End>,
+        number: u64,
+        epoll: &Epoll,
+        master: Option<&OwnedFd>,
+    ) -> io::Result<()> {
         if self.watched == end {
             return Ok(());
         }
         // One end at a time: an end that is not watched at all cannot report its hang-up again
         // and again.
-        match self.watched {
-            Some(End::From) => epoll.delete(&self.from)?,
+        match self.watched.take() {
+            Some(End::From) => {
+                if let Some(from) = self.from(master) {
+                    epoll.delete(from)?;
+                }
+            }
             Some(End::To) => {
-                if let Some(to) = &self.to {
+                if let Some(to) = self.room.as_ref().or(self.to.as_ref()) {
                     epoll.delete(to)?;
                 }
+                self.room = None;
             }
             None => {}
         }
-        self.watched = None;
         match end {
             Some(End::From) => {
-                epoll.add(&self.from, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
+                let from = self.from(master);
+                let from = from.ok_or_else(|| io::Error::other("the terminal is gone"))?;
+                epoll.add(from, EpollEvent::new(EpollFlags::EPOLLIN, number))?;
             }
             Some(End::To) => {
-                if let Some(to) = &self.to {
+                if self.to.is_none()
+                    && let Some(master) = self.to(master)
+                {
+                    self.room = Some(master.try_clone()?);
+                }
+                if let Some(to) = self.room.as_ref().or(self.to.as_ref()) {
                     epoll.add(to, EpollEvent::new(EpollFlags::EPOLLOUT, number))?;
                 }
             }
@@ -101,16 +134,17 @@ impl Relay {
             .as_ref()
             .filter(|_| self.kind == RelayKind::Output)?;
         let inode = |fd| Some(fstat(fd).ok().filter(|_| is_pipe(fd))?.st_ino);
-        Some((inode(&self.from)?, inode(to)?))
+        Some((inode(self.from.as_ref()?)?, inode(to)?))
     }
 
-    pub(super) fn turn(&mut self) -> Turn {
+    /// `master` is that of the process's terminal, if it has one.
+    pub(super) fn turn(&mut self, master: Option<&OwnedFd>) -> Turn {
         for _ in 0..TURN {
-            match self.carry() {
+            match self.carry(master) {
                 Ok(0) => return Turn::Over,
                 Ok(_) => {}
                 Err(Errno::EINTR) => {}
-                Err(Errno::EAGAIN) => return self.blocked(),
+                Err(Errno::EAGAIN) => return self.blocked(master),
                 // EIO: the terminal's last slave is closed. EPIPE: nobody reads any more.
                 Err(_) => return Turn::Over,
             }
@@ -118,24 +152,39 @@ impl Relay {
         Turn::Again
     }
 
-    fn carry(&mut self) -> Result<usize, Errno> {
+    fn carry(&mut self, master: Option<&OwnedFd>) -> Result<usize, Errno> {
         let mut buffer = [0; 4096];
-        let Some(to) = &self.to else {
-            return nix::unistd::read(&self.from, &mut buffer);
+        let mut pending = std::mem::take(&mut self.pending);
+        let result = self.carry_with(master, &mut buffer, &mut pending);
+        self.pending = pending;
+        result
+    }
+
+    fn carry_with(
+        &self,
+        master: Option<&OwnedFd>,
+        buffer: &mut [u8],
+        pending: &mut Vec<u8>,
+    ) -> Result<usize, Errno> {
+        let from = self.from(master).ok_or(Errno::EIO)?;
+        let Some(to) = self.to(master) else {
+            return match self.kind {
+                RelayKind::Output => nix::unistd::read(from, buffer),
+                RelayKind::Input(_) => Err(Errno::EIO),
+            };
         };
-        while !self.pending.is_empty() {
-            let written = nix::unistd::write(to, &self.pending)?;
-            self.pending.drain(..written.min(self.pending.len()));
+        while !pending.is_empty() {
+            let written = nix::unistd::write(to, pending)?;
+            pending.drain(..written.min(pending.len()));
         }
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
-        match splice(&self.from, None, to, None, CHUNK, flags) {
+        match splice(from, None, to, None, CHUNK, flags) {
             // Neither end is a pipe (a terminal to a file), or a kernel that does not splice
             // terminals.
             Err(Errno::EINVAL) => {
-                let count = nix::unistd::read(&self.from, &mut buffer)?;
+                let count = nix::unistd::read(from, buffer)?;
                 // Written by the next call: what cannot be written now must not be lost.
-                self.pending
-                    .extend_from_slice(buffer.get(..count).unwrap_or_default());
+                pending.extend_from_slice(buffer.get(..count).unwrap_or_default());
                 Ok(count)
             }
             other => other,
@@ -143,18 +192,21 @@ impl Relay {
     }
 
     /// Which end waits?
-    fn blocked(&self) -> Turn {
+    fn blocked(&self, master: Option<&OwnedFd>) -> Turn {
         if !self.pending.is_empty() {
             return Turn::Wait(End::To);
         }
-        let mut wait = [PollFd::new(self.from.as_fd(), PollFlags::POLLIN)];
+        let Some(from) = self.from(master) else {
+            return Turn::Over;
+        };
+        let mut wait = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
         let _ = poll(&mut wait, PollTimeout::ZERO);
         let [entry] = &wait;
         let seen = entry.revents().unwrap_or(PollFlags::empty());
         if seen.contains(PollFlags::POLLIN) {
             // With room there, something was written since the read. A file and nowhere are never
             // full; a file cannot even be watched.
-            return match self.has_room() {
+            return match self.has_room(master) {
                 true => Turn::Again,
                 false => Turn::Wait(End::To),
             };
@@ -165,8 +217,8 @@ impl Relay {
         Turn::Wait(End::From)
     }
 
-    fn has_room(&self) -> bool {
-        let Some(to) = &self.to else {
+    fn has_room(&self, master: Option<&OwnedFd>) -> bool {
+        let Some(to) = self.to(master) else {
             return true;
         };
         let mut wait = [PollFd::new(to.as_fd(), PollFlags::POLLOUT)];
@@ -184,11 +236,12 @@ mod tests {
     fn relay(from: OwnedFd, to: OwnedFd, kind: RelayKind) -> Relay {
         Relay {
             key: Key::init("c"),
-            from,
+            from: Some(from),
             to: Some(to),
             kind,
             pending: Vec::new(),
             watched: None,
+            room: None,
         }
     }
 
@@ -209,7 +262,7 @@ mod tests {
             if nix::unistd::write(&source, &bytes).is_ok() {
                 sent.extend_from_slice(&bytes);
             }
-            assert!(matches!(relay.turn(), Turn::Wait(_)));
+            assert!(matches!(relay.turn(None), Turn::Wait(_)));
             if round % 3 == 0
                 && let Ok(count) = nix::unistd::read(&sink, &mut buffer)
             {
@@ -217,7 +270,7 @@ mod tests {
             }
         }
         drop(source);
-        while !matches!(relay.turn(), Turn::Over) {
+        while !matches!(relay.turn(None), Turn::Over) {
             let count = nix::unistd::read(&sink, &mut buffer).unwrap();
             got.extend_from_slice(&buffer[..count]);
         }
@@ -236,12 +289,12 @@ mod tests {
         let (from, source) = pipe();
         let mut relay = relay(from, pipe().1, RelayKind::Output);
         relay.to = None;
-        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         // Written between the read that found nothing and the look at why.
         nix::unistd::write(&source, b"late").unwrap();
-        assert!(matches!(relay.blocked(), Turn::Again));
+        assert!(matches!(relay.blocked(None), Turn::Again));
         drop(source);
-        assert!(matches!(relay.turn(), Turn::Over));
+        assert!(matches!(relay.turn(None), Turn::Over));
     }
 
     #[test]
@@ -252,11 +305,11 @@ mod tests {
         let file = options.append(true).create(true).open(&out).unwrap();
         let (from, source) = pipe();
         let mut relay = relay(from, file.into(), RelayKind::Output);
-        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         // Written between the read that found nothing and the look at why.
         nix::unistd::write(&source, b"late").unwrap();
-        assert!(matches!(relay.blocked(), Turn::Again));
-        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        assert!(matches!(relay.blocked(None), Turn::Again));
+        assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         assert_eq!(std::fs::read(&out).unwrap(), b"late");
     }
 
@@ -266,11 +319,11 @@ mod tests {
         let (sink, to) = pipe();
         let mut relay = relay(from, to, RelayKind::Input(false));
         nix::unistd::write(&client, b"all of it").unwrap();
-        assert!(matches!(relay.turn(), Turn::Wait(End::From)));
+        assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         nix::unistd::write(&client, b", really").unwrap();
         relay.kind = RelayKind::Input(true);
         // The client still holds its end.
-        assert!(matches!(relay.turn(), Turn::Over));
+        assert!(matches!(relay.turn(None), Turn::Over));
         let mut buffer = [0; 100];
         let count = nix::unistd::read(&sink, &mut buffer).unwrap();
         assert_eq!(&buffer[..count], b"all of it, really");
@@ -288,7 +341,7 @@ mod tests {
         };
         let out = dir.path().join("out");
         let mut relay = relay(open(&path, false), open(&out, true), RelayKind::Output);
-        assert!(matches!(relay.turn(), Turn::Over));
+        assert!(matches!(relay.turn(None), Turn::Over));
         assert_eq!(std::fs::read(&out).unwrap().len(), 10_000);
     }
 }

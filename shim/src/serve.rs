@@ -130,6 +130,8 @@ struct Shim {
     requests: Requests,
     requests_broken: bool,
     children: BTreeMap<JobId, Child>,
+    /// An exited process that is collected when its exit is recorded.
+    uncollected: Option<Pid>,
     stdio: Stdio,
     supervised: Supervised,
     oom: BTreeMap<String, (u64, OomWatch)>,
@@ -297,6 +299,7 @@ fn prepare(
     let shim = Shim {
         state: LoopState::new(namespace, pid),
         inbox: VecDeque::new(),
+        uncollected: None,
         epoll,
         listener: None,
         sockets: BTreeMap::new(),
@@ -483,6 +486,10 @@ impl Shim {
                 Input::Bytes(number, bytes) => Some((*number, bytes.len())),
                 _ => None,
             };
+            let exited = self.uncollected.take_if(|child| {
+                let pid = u32::try_from(child.as_raw()).ok();
+                matches!(&input, Input::Event(Event::Exited { pid: of, .. }) if pid == Some(*of))
+            });
             let outputs = self.step(input, now);
             failpoint!("serve.events.before");
             for output in &outputs {
@@ -504,6 +511,12 @@ impl Shim {
             failpoint!("serve.record.before");
             if self.state.tasks.take_dirty() {
                 self.write_record();
+            }
+            // Recorded, so that the kernel may forget it; and not told, so that nobody who hears of
+            // the end finds the process.
+            if let Some(child) = exited {
+                reaper::collect(child);
+                failpoint!("serve.reap.after");
             }
             failpoint!("serve.consume.before");
             if let Some((number, count)) = read {

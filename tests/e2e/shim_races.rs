@@ -23,6 +23,7 @@ recoverd_tests::tests! {
         exec_that_was_given_up_is_not_there,
         init_that_the_runtime_itself_lost_is_stopped,
         what_stands_in_for_runc_works_in_the_bundle,
+        who_hears_of_an_exit_finds_no_process,
     ],
 }
 
@@ -119,7 +120,8 @@ fn delete_while_an_exec_starts_is_refused_and_harms_nothing(
     let ours = shim == ShimUnderTest::Recoverd;
     let runtime = Runtime::that_waits(&node, "gate", "exec");
     let id = "host";
-    run(&api, id, shim, &runtime);
+    let init = run(&api, id, shim, &runtime);
+    let init = node.process(init).expect("an init that runs");
 
     let sleep = oci_process(&["sleep", "2000"]);
     api.exec(id, "slow", &sleep, &Stdio::default())
@@ -146,10 +148,11 @@ fn delete_while_an_exec_starts_is_refused_and_harms_nothing(
             Code::Unknown,
             "cannot delete a running process",
         );
-        assert_eq!(
-            runtime.sleeping("2000").map(|process| process.pid),
-            Some(pid)
-        );
+        // The runtime answers before its child is the program.
+        wait_for("the program", || {
+            let process = runtime.sleeping("2000")?;
+            (process.pid == pid).then_some(())
+        });
     });
     assert_eq!(api.phase(id, "slow"), Status::Running);
     api.kill(id, "slow", 9).expect("kill an exec");
@@ -177,6 +180,18 @@ fn delete_while_an_exec_starts_is_refused_and_harms_nothing(
             "cannot delete a running process",
         );
         assert!(!waiting.is_finished());
+        // Until then the container runs, as far as anybody was told: what comes too late is added
+        // and does not start.
+        node.wait_gone(&init);
+        assert_eq!(api.phase(id, ""), Status::Running);
+        api.exec(id, "later", &sleep, &Stdio::default())
+            .expect("exec");
+        assert_refused(
+            api.start(id, "later"),
+            Code::FailedPrecondition,
+            "init process is not running",
+        );
+        assert_eq!(api.phase(id, "later"), Status::Created);
         runtime.go_on();
         let refused = starting
             .join()
@@ -188,6 +203,8 @@ fn delete_while_an_exec_starts_is_refused_and_harms_nothing(
     assert_eq!(api.phase(id, "late"), Status::Created);
     api.delete(id, "late")
         .expect("delete an exec that did not start");
+    api.delete(id, "later")
+        .expect("delete an exec that was never started");
     assert_eq!(api.delete(id, "").expect("delete").status, KILLED);
     wait_for("the shim's end", || node.shims().is_empty().then_some(()));
 }
@@ -415,4 +432,29 @@ fn what_stands_in_for_runc_works_in_the_bundle(release: &Release, shim: ShimUnde
         Code::Unknown,
         "exec: \"no-such-runtime\": executable file not found in $PATH",
     );
+}
+
+/// Not even a dead one: whoever signals its pid after Wait has answered signals nobody.
+fn who_hears_of_an_exit_finds_no_process(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    api.run("host", &oci_spec("host", &SLEEPER), shim, &Stdio::default());
+    for round in 0..20 {
+        let exec_id = format!("short{round}");
+        let sleep = oci_process(&["sleep", "1000"]);
+        let pid = api.run_exec("host", &exec_id, &sleep, &Stdio::default());
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| {
+                let status = api.status("host", &exec_id);
+                (status, node.process(pid))
+            });
+            api.kill("host", &exec_id, 9).expect("kill an exec");
+            let (status, process) = waiting.join().expect("wait");
+            assert_eq!(status, KILLED);
+            assert!(process.is_none(), "{process:?}");
+        });
+        api.delete("host", &exec_id).expect("delete an exec");
+    }
+    api.end("host");
 }

@@ -1,5 +1,5 @@
-//! Signals to the shim, and children that have exited: each is looked at, told, and only then
-//! collected.
+//! Signals to the shim, and children that have exited: each is looked at, recorded, collected, and
+//! only then told.
 
 use nix::{
     sys::{signal::Signal, signalfd::SignalFd},
@@ -136,12 +136,15 @@ impl Shim {
             self.look_for_oom(&id);
         }
         failpoint!("serve.exit.before");
+        self.uncollected = Some(exited.pid);
         self.handle(Input::Event(Event::Exited {
             pid,
             status: exited.status,
         }));
+        // Never seen twice, whatever became of it.
+        if let Some(pid) = self.uncollected.take() {
+            reaper::collect(pid);
+        }
         failpoint!("serve.exit.after");
-        reaper::collect(exited.pid);
-        failpoint!("serve.reap.after");
     }
 }

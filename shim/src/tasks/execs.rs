@@ -33,7 +33,8 @@ impl Tasks {
         if task.restore.is_some() {
             return Err(Refusal::unknown("cannot exec in a created state"));
         }
-        if task.init.exit.is_some() {
+        // An exit that waits for an exec's is not told yet: what is added now will not start.
+        if task.phase == Phase::Stopped {
             return Err(Refusal::unknown("cannot exec in a stopped state"));
         }
         let exec = Exec {

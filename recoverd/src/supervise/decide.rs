@@ -4,11 +4,11 @@
 //! ```text
 //!            shim ended, by a signal or nobody knows how
 //!  Serves ──────────────────────────────────────────────▶ Resumes ──adopted──▶ Serves
-//!    ▲  │                                                  ▲   │ failed, or ended again
-//!    │  │ ended with 0, or it was announced, or it     due │   ▼
-//!    │  │ is a stock one, or no task is left           Waits (0, 0, ¼, 1 s)
-//!    │  ▼                                                  │ five ends in a minute
-//!    │ Ended                                               ▼
+//!    ▲  │                                                  ▲   │ failed (¼, 1, 4, 15 s),
+//!    │  │ ended with 0, or it was announced, or it     due │   ▼ or ended again (0, 0, ¼, 1 s)
+//!    │  │ is a stock one, or no task is left             Waits
+//!    │  ▼                                                  │ five ends in a minute, or five
+//!    │ Ended                                               ▼ tries in a row that failed
 //!    └──────────── another shim is seen there ──────── GivenUp
 //! ```
 //!
@@ -29,6 +29,9 @@ const ENOUGH: usize = 5;
 /// Before the first, second, third and fourth try within a minute, milliseconds. A crash is mostly
 /// the only one: containerd is waiting.
 const PAUSES_MS: [u64; ENOUGH - 1] = [0, 0, 250, 1_000];
+/// After each try in a row that failed, milliseconds. No end of a shim is counted for it: what
+/// is installed may be no good at the moment, while a package is replaced for one.
+const AFTER_FAILURE_MS: [u64; ENOUGH - 1] = [250, 1_000, 4_000, 15_000];
 
 /// Whose shim it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -211,6 +214,8 @@ pub enum Follows {
     Successor,
     /// It has ended too often: somebody has to look.
     GivenUp,
+    /// No successor of it came up: somebody has to look.
+    NoneCame,
     /// Its containerd, if it runs, ends the workload: it is a stock shim.
     Loss,
 }
@@ -221,7 +226,7 @@ impl Follows {
         match self {
             Follows::Nothing => "nothing",
             Follows::Successor => "successor",
-            Follows::GivenUp => "given-up",
+            Follows::GivenUp | Follows::NoneCame => "given-up",
             Follows::Loss => "loss",
         }
     }
@@ -243,6 +248,10 @@ struct Group {
     stage: Stage,
     /// When it ended, the last times.
     ends: VecDeque<u64>,
+    /// How it ended, the last time.
+    how: How,
+    /// Tries to start a successor that have failed since.
+    failures: usize,
     /// Whose end was announced, and until when that counts: whoever has announced it may have died
     /// before it came.
     meant: Option<(Process, u64)>,
@@ -289,6 +298,8 @@ impl State {
             sighting,
             stage: Stage::Ended,
             ends: ends.into(),
+            how: How::Unknown,
+            failures: 0,
             meant: None,
             left: None,
         };
@@ -436,6 +447,8 @@ impl State {
                 sighting,
                 stage: Stage::Serves,
                 ends: VecDeque::new(),
+                how: How::Unknown,
+                failures: 0,
                 meant: None,
                 left: None,
             };
@@ -506,6 +519,8 @@ impl State {
                 }
             },
         };
+        group.how = how;
+        group.failures = 0;
         let starts = group.stage == Stage::Resumes;
         if starts {
             // Before anything else is done about it: containerd is waiting.
@@ -513,7 +528,7 @@ impl State {
         }
         out.push(Output::Died(socket.to_owned(), process, how, follows));
         match follows {
-            Follows::Successor | Follows::GivenUp => {}
+            Follows::Successor | Follows::GivenUp | Follows::NoneCame => {}
             // What the workload reads and writes is kept on, for an adoption by hand or before
             // containerd's next start.
             Follows::Loss => group.stage = Stage::Ended,
@@ -542,19 +557,19 @@ impl State {
                 out.push(Output::WatchShim(socket.to_owned(), shim));
             }
             Tried::StoodBack => group.stage = Stage::Ended,
-            Tried::Failed => match group.next_try(now) {
-                // A failure at once after a failure is of no use: at least a moment.
-                Some(at) => group.stage = Stage::Waits(at.max(now.saturating_add(50))),
+            Tried::Failed => match AFTER_FAILURE_MS.get(group.failures) {
+                Some(pause) => {
+                    group.failures += 1;
+                    group.stage = Stage::Waits(now.saturating_add(*pause));
+                }
                 None => {
                     group.stage = Stage::GivenUp;
                     out.push(Output::DropListener(socket.to_owned()));
-                    let shim = group.sighting.shim;
-                    let given_up = Follows::GivenUp;
                     out.push(Output::Died(
                         socket.to_owned(),
-                        shim,
-                        How::Unknown,
-                        given_up,
+                        group.sighting.shim,
+                        group.how,
+                        Follows::NoneCame,
                     ));
                 }
             },

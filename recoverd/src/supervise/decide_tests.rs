@@ -207,17 +207,37 @@ fn five_ends_in_a_minute_are_enough_and_slow_ones_are_not() {
 }
 
 #[test]
-fn a_failed_try_is_one_of_five_and_somebody_elses_shim_ends_the_matter() {
+fn five_tries_in_a_row_may_fail_and_are_no_ends_and_somebody_elses_shim_ends_the_matter() {
     let mut state = watching(Kind::Ours);
-    assert!(resumes(&state.step(ended(1, KILLED), 0)));
-    let mut now = 0;
-    for _ in 0..3 {
+    let (mut now, mut shim) = (0, 1);
+    // However often it fails before one comes up: that is one end.
+    for _ in 0..2 {
+        assert!(resumes(&state.step(ended(shim, KILLED), now)));
+        let begun = now;
+        for _ in 0..4 {
+            state.step(Input::Tried(S.into(), Tried::Failed), now);
+            let due = state.deadline().unwrap();
+            assert!(due > now, "a failure at once after a failure is of no use");
+            now = due;
+            assert!(resumes(&state.step(Input::Tick, now)));
+        }
+        assert!(now - begun >= 20_000, "a package is replaced meanwhile");
+        shim += 1;
+        state.step(Input::Tried(S.into(), Tried::Serves(p(shim))), now);
+    }
+    // The third end within a minute, with its pause.
+    assert!(!resumes(&state.step(ended(shim, KILLED), now)));
+    now = state.deadline().unwrap();
+    state.step(Input::Tick, now);
+    for _ in 0..4 {
         state.step(Input::Tried(S.into(), Tried::Failed), now);
         now = state.deadline().unwrap();
-        assert!(resumes(&state.step(Input::Tick, now)));
+        state.step(Input::Tick, now);
     }
     let out = state.step(Input::Tried(S.into(), Tried::Failed), now);
-    assert_eq!(follows(&out), Some(Follows::GivenUp));
+    assert_eq!(follows(&out), Some(Follows::NoneCame));
+    assert_eq!(state.count(Kind::Ours).given_up, 1);
+    assert_eq!(state.deadline(), None);
     // Adopted by hand.
     let by_hand = sighting(Kind::Ours, 9, &[("a", "", 10)]);
     let out = state.step(Input::Seen(S.into(), by_hand), now);

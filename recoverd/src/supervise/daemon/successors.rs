@@ -144,13 +144,16 @@ impl Daemon {
             Follows::GivenUp => {
                 "it has ended five times in a minute and has no successor: recoverd adopt starts one"
             }
+            Follows::NoneCame => {
+                "five tries to start a successor have failed: recoverd adopt starts one"
+            }
             Follows::Loss => "a stock shim: its containerd, if it runs, ends the workload",
         };
         let text = format!("shim {} {}: {next}", process.pid, how.text());
         match follows {
             Follows::Nothing => tracing::info!(subject, "{text}"),
             Follows::Successor | Follows::Loss => tracing::warn!(subject, "{text}"),
-            Follows::GivenUp => tracing::error!(subject, "{text}"),
+            Follows::GivenUp | Follows::NoneCame => tracing::error!(subject, "{text}"),
         }
         self.witnessed.died(Death {
             namespace: sighting.namespace.clone(),

@@ -22,6 +22,10 @@ impl Tasks {
         now: Now,
         out: &mut Vec<Effect>,
     ) -> Result<Option<Reply>, Refusal> {
+        if self.is_being_cleaned(&create.id) {
+            self.await_cleanup(from, create, until);
+            return Ok(None);
+        }
         if self.tasks.contains_key(&create.id) {
             return Err(Refusal::new(
                 code::ALREADY_EXISTS,

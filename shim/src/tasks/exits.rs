@@ -1,10 +1,13 @@
 //! How processes end, when that is told, and what ends with them. Pure.
 
 use super::{
-    Busy, Effect, ExecPhase, Exit, Job, Member, Notice, Now, Phase, SIGKILL, Tasks, Timer, Work,
-    answer, no_exec, tell,
+    Busy, Effect, ExecPhase, Exit, Job, Member, Notice, Now, Phase, Queued, SIGKILL, Tasks, Timer,
+    Work, answer, no_exec, tell,
 };
-use crate::{connections::Caller, service::Key};
+use crate::{
+    connections::Caller,
+    service::{Call, Key},
+};
 
 impl Tasks {
     pub(super) fn exited(&mut self, pid: u32, status: u32, now: Now, out: &mut Vec<Effect>) {
@@ -158,7 +161,14 @@ impl Tasks {
         };
         self.limit_jobs(forsaken, now, out);
         let keep = |caller: &Caller| caller.connection != connection;
+        for job in self.jobs.values_mut() {
+            if job.work == Work::Cleanup {
+                job.caller = job.caller.filter(keep);
+            }
+        }
+        let waits = |queued: &Queued| !matches!(queued.call, Call::Create(_)) || keep(&queued.from);
         for task in self.tasks.values_mut() {
+            task.queue.retain(waits);
             task.init.waiters.retain(keep);
             for exec in task.execs.values_mut() {
                 exec.member.waiters.retain(keep);

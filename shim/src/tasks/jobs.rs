@@ -4,7 +4,7 @@ use recoverd_common::ttrpc::code;
 
 use super::{
     Busy, Effect, Failure, FailureKind, Job, JobId, JobResult, Notice, Now, OWN_MS, Outcome, Phase,
-    Tasks, Timer, Work, answer, empty, finished, no_task, tell,
+    Queued, Tasks, Timer, Work, answer, empty, finished, no_task, tell,
 };
 use crate::{
     connections::Caller,
@@ -40,8 +40,12 @@ impl Tasks {
                     .then
                     .clone()
                     .unwrap_or_else(|| Refusal::unknown("create failed"));
+                let next = self.take_creates(&job.key.id);
                 self.gone(&job.key.id, out);
                 answer(job.caller, Err(refusal), out);
+                for Queued { from, call, until } in next {
+                    self.request(from, call, until, now, out);
+                }
             }
             Work::Start => self.init_started(&job, result, now, out),
             Work::Restore(_) => self.restored(&job, result, now, out),

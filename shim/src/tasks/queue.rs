@@ -1,9 +1,11 @@
 //! Requests that need their task for themselves, and what they wait for. Pure.
 
-use super::{Busy, DRAIN_MS, Effect, Now, Phase, Queued, Tasks, Timer, Work};
+use recoverd_common::ttrpc::code;
+
+use super::{Busy, DRAIN_MS, Effect, Now, Phase, Queued, Tasks, Timer, Work, answer};
 use crate::{
     connections::Caller,
-    service::{Call, Key, Refusal, Reply},
+    service::{Call, Create, Key, Refusal, Reply},
 };
 
 impl Tasks {
@@ -34,6 +36,11 @@ impl Tasks {
             | Call::Upgrade(_) => return Err(Refusal::unknown("not queued")),
         };
         if matches!(request.call, Call::Delete(_)) && self.give_up_create(&id, out) {
+            for given_up in self.take_creates(&id) {
+                let refusal = format!("create of {id} was given up");
+                let refusal = Refusal::new(code::UNAVAILABLE, refusal);
+                answer(Some(given_up.from), Err(refusal), out);
+            }
             // Answered when nothing of it is left: the client removes the bundle then.
             if let Some(task) = self.tasks.get_mut(&id) {
                 task.queue.push(request);
@@ -110,6 +117,39 @@ impl Tasks {
         };
         self.spawn_busy(&id, work, from, until, out);
         Ok(None)
+    }
+
+    /// What a Create has left whose caller has gone is being cleaned up: a predecessor's, or one of a
+    /// containerd that has died.
+    pub(super) fn is_being_cleaned(&self, id: &str) -> bool {
+        let busy = self.tasks.get(id).and_then(|task| task.busy.as_ref());
+        matches!(busy, Some(Busy::Job(number)) if self
+            .jobs
+            .get(number)
+            .is_some_and(|job| job.work == Work::Cleanup && job.caller.is_none()))
+    }
+
+    /// A client that has a bundle for this id knows nothing of what is being cleaned up: it was never
+    /// told of it, and its own task is to be made when that is gone.
+    pub(super) fn await_cleanup(&mut self, from: Caller, create: Create, until: Option<u64>) {
+        if let Some(task) = self.tasks.get_mut(&create.id) {
+            let call = Call::Create(Box::new(create));
+            task.queue.push(Queued { from, call, until });
+            self.dirty = true;
+        }
+    }
+
+    /// Creates that waited for the end of a cleanup.
+    pub(super) fn take_creates(&mut self, id: &str) -> Vec<Queued> {
+        let Some(task) = self.tasks.get_mut(id) else {
+            return Vec::new();
+        };
+        let queue = std::mem::take(&mut task.queue);
+        let (creates, others) = queue
+            .into_iter()
+            .partition(|queued| matches!(queued.call, Call::Create(_)));
+        task.queue = others;
+        creates
     }
 
     /// Delete of a task that is being made: its client has given up. True if there is one.

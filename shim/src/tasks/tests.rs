@@ -556,6 +556,41 @@ fn a_failed_create_is_cleaned_up_before_its_caller_hears_of_it() {
 }
 
 #[test]
+fn a_create_waits_for_the_end_of_one_whose_caller_has_gone() {
+    let cleaning = || {
+        let mut driver = Driver::new();
+        driver.call(create());
+        driver.fail("create");
+        driver.event(Event::Disconnected { connection: 1 });
+        assert_eq!(driver.ask(create()), "nothing");
+        driver
+    };
+    let mut driver = cleaning();
+    driver.done("cleanup");
+    assert!(!driver.take().iter().any(|told| told.starts_with("#2")));
+    driver.done("create");
+    assert_eq!(driver.take(), ["create", "#2 ok"]);
+    // One that is given up is not made afterwards.
+    let mut driver = cleaning();
+    driver.call(Call::Delete(init()));
+    driver.done("cleanup");
+    let told = driver.take();
+    assert!(
+        told.contains(&"#2 14: create of c was given up".to_owned()),
+        "{told:?}"
+    );
+    assert!(
+        told.contains(&"#3 5: container not created".to_owned()),
+        "{told:?}"
+    );
+    assert!(driver.tasks.is_idle());
+    let mut driver = cleaning();
+    driver.event(Event::Disconnected { connection: 1 });
+    driver.done("cleanup");
+    assert!(driver.tasks.is_idle());
+}
+
+#[test]
 fn a_runtime_that_hangs_is_ended_when_its_caller_has_given_up() {
     let mut driver = Driver::new();
     driver.stream = 1;

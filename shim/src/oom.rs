@@ -4,7 +4,10 @@
 //! v1: an eventfd registered in `cgroup.event_control` for `memory.oom_control`. Both only say
 //! *look*: what is reported is by how much the counter `oom_kill` has grown since the last look,
 //! so that a wake-up for something else tells nothing and a lost one loses nothing. (A v1 kernel
-//! before 4.13 has no such counter; there every wake-up counts as one, as in the stock shim.)
+//! before 4.13 has no such counter; there every wake-up counts as one, as in the stock shim.) Where
+//! the cgroup is gone before a last look, the kernel's log tells.
+
+mod kernel_log;
 
 use std::{
     fs::{self, File},
@@ -19,6 +22,7 @@ use nix::{
         eventfd::{EfdFlags, EventFd},
         inotify::{AddWatchFlags, InitFlags, Inotify},
     },
+    time::{ClockId, clock_gettime},
 };
 use recoverd_common::{
     cgroup::{Cgroup, MAX_FILE, parse_pairs},
@@ -53,6 +57,8 @@ pub struct OomWatch {
     counter: PathBuf,
     /// Its value at the last look.
     seen: u64,
+    /// Its value when the watch began, and when that was by the kernel's clock, microseconds.
+    began: (u64, u64),
 }
 
 #[derive(Debug)]
@@ -77,6 +83,7 @@ impl OomWatch {
             source,
             counter,
             seen,
+            began: (seen, clock_us()),
         })
     }
 
@@ -84,19 +91,34 @@ impl OomWatch {
     /// is readable, and once more when the init has exited (the exit may be seen first).
     pub fn read(&mut self) -> u64 {
         let woken = self.drain();
-        match kills(&self.counter) {
+        match kills(&self.counter).or_else(|| self.logged()) {
             Some(now) => {
                 let new = now.saturating_sub(self.seen);
                 self.seen = self.seen.max(now);
                 new
             }
-            // The group is gone, or an old kernel.
+            // An old kernel, or nobody knows.
             None => match self.source {
                 // v1 also wakes when the group is removed: that is no OOM.
                 Source::V1(_) if self.counter.exists() => woken,
                 Source::V1(_) | Source::V2(_) => 0,
             },
         }
+    }
+
+    /// What the counter of a group that is gone was at least, as the kernel's log tells.
+    fn logged(&self) -> Option<u64> {
+        let folder = self.counter.parent()?;
+        if folder.exists() {
+            return None;
+        }
+        let root = match self.source {
+            Source::V1(_) => "/sys/fs/cgroup/memory",
+            Source::V2(_) => "/sys/fs/cgroup",
+        };
+        let (before, since) = self.began;
+        let kills = kernel_log::kills_since(folder, root.as_ref(), since);
+        Some(before.saturating_add(kills))
     }
 
     /// The counter at the last look, for the record.
@@ -149,6 +171,16 @@ fn kills(counter: &Path) -> Option<u64> {
             .map(|(_, n)| n),
         Seen::Absent | Seen::Unknown(_) => None,
     }
+}
+
+/// The clock of the kernel's log, microseconds, or a little earlier: they do not begin at once.
+fn clock_us() -> u64 {
+    const APART_US: u64 = 1_000_000;
+    let time = clock_gettime(ClockId::CLOCK_MONOTONIC_RAW).map_or(0, |time| {
+        let us = time.tv_sec().saturating_mul(1_000_000) + time.tv_nsec() / 1_000;
+        u64::try_from(us).unwrap_or(0)
+    });
+    time.saturating_sub(APART_US)
 }
 
 fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WatchError {

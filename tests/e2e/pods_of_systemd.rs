@@ -37,26 +37,41 @@ fn number(id: &str, file: &str) -> u64 {
     number.unwrap_or_else(|error| panic!("{}: {text:?}: {error}", path.display()))
 }
 
-/// The executable of a process's parent.
-fn shim_of(pid: u32) -> PathBuf {
+fn parent(pid: u32) -> String {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let parent = status.lines().find_map(|line| line.strip_prefix("PPid:"));
-    let parent = parent.map_or("", str::trim);
-    fs::read_link(format!("/proc/{parent}/exe")).unwrap_or_default()
+    parent.map_or("", str::trim).to_owned()
+}
+
+fn signal(pid: &str, name: &str) {
+    let sent = Command::new("kill").args(["-s", name, pid]).status();
+    assert!(sent.is_ok_and(|status| status.success()), "kill {pid}");
+}
+
+/// The eater of this round begins.
+fn eat(folder: &Path, round: usize) {
+    let path = folder.join(format!("eat-{round}"));
+    fs::write(&path, "").unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+}
+
+fn killed_for_memory(cri: &Cri, eater: &str) {
+    wait_for("an OOM kill", || {
+        let (code, why) = cri.exited(eater);
+        assert_eq!(code, 137);
+        // It is an event of its own, and follows.
+        (why == "OOMKilled").then_some(())
+    });
 }
 
 fn main() {
     let sandbox = std::env::args().nth(1).unwrap_or_default();
     let folder = Path::new("/root/pods");
-    let prepared = fs::create_dir_all(folder).and_then(|()| {
-        let eat = folder.join("eat");
-        if eat.exists() {
-            fs::remove_file(eat)
-        } else {
-            Ok(())
+    for left in [1, 2].map(|round| folder.join(format!("eat-{round}"))) {
+        if left.exists() {
+            fs::remove_file(&left).unwrap_or_else(|e| panic!("remove {}: {e}", left.display()));
         }
-    });
-    prepared.unwrap_or_else(|error| panic!("prepare {}: {error}", folder.display()));
+    }
+    fs::create_dir_all(folder).unwrap_or_else(|e| panic!("make {}: {e}", folder.display()));
     let cri = Cri::of_machine(folder, SLICE);
     cri.wait_for(&[IMAGE, &sandbox]);
     // Without a handler: the default runtime.
@@ -64,20 +79,22 @@ fn main() {
     let pod = pod.unwrap_or_else(|refused| panic!("run pod: {refused:?}"));
     let app = ContainerSpec::until_term("app", 23).memory_limit(64 << 20);
     let app = cri.run(&pod, &app);
-    let line = "while [ ! -e /mnt/eat ]; do usleep 20000; done; exec tail /dev/zero";
-    let eater = cri.run(
-        &pod,
-        &ContainerSpec::shell("eater", line).memory_limit(16 << 20),
-    );
-    let all = [&pod.id, &app, &eater];
-    for id in all {
+    let run_eater = |round: usize| {
+        let line =
+            format!("while [ ! -e /mnt/eat-{round} ]; do usleep 20000; done; exec tail /dev/zero");
+        let name = format!("eater-{round}");
+        let eater = ContainerSpec::shell(&name, &line).memory_limit(16 << 20);
+        cri.run(&pod, &eater)
+    };
+    let mut eaters = vec![run_eater(1)];
+    for id in [&pod.id, &app, &eaters[0]] {
         assert!(is_active(id), "systemd has no scope of {id}");
         assert!(number(id, "pids.current") > 0, "{id} is not in its scope");
     }
     assert_eq!(number(&app, "memory.max"), 64 * MIB);
-    let shim = shim_of(cri.pid(&app));
+    let shim = parent(cri.pid(&app));
     assert_eq!(
-        shim,
+        fs::read_link(format!("/proc/{shim}/exe")).unwrap_or_default(),
         Path::new("/usr/local/bin/containerd-shim-recoverd-v1")
     );
 
@@ -92,22 +109,26 @@ fn main() {
         "{memory:?}"
     );
 
-    let told = fs::write(folder.join("eat"), "");
-    told.unwrap_or_else(|error| panic!("tell the eater: {error}"));
-    wait_for("an OOM kill", || {
-        let (code, why) = cri.exited(&eater);
-        assert_eq!(code, 137);
-        // It is an event of its own, and follows.
-        (why == "OOMKilled").then_some(())
+    eat(folder, 1);
+    killed_for_memory(&cri, &eaters[0]);
+    // systemd removes the scope, and the kernel's count with it, the moment it is empty: it may come
+    // before any shim that looks.
+    eaters.push(run_eater(2));
+    signal(&shim, "STOP");
+    eat(folder, 2);
+    wait_for("systemd to remove the scope", || {
+        (!scope(&eaters[1]).exists()).then_some(())
     });
+    signal(&shim, "CONT");
+    killed_for_memory(&cri, &eaters[1]);
     cri.stop(&app, 30);
     assert_eq!(cri.exited(&app), (23, "Error".into()));
-    for id in [&eater, &app] {
+    for id in eaters.iter().chain([&app]) {
         cri.remove(id);
     }
     cri.stop_pod(&pod);
     cri.remove_pod(&pod);
-    for id in all {
+    for id in eaters.iter().chain([&pod.id, &app]) {
         wait_for("systemd to forget a scope", || {
             (!is_active(id) && !scope(id).exists()).then_some(())
         });

@@ -84,12 +84,13 @@ sleep 1 # nothing more comes, or it is seen
 kill $events
 cp /run/containerd/s/*.record $out/records/
 
-# Ends that only the supervisor sees: its connector has been there since before. The successor of a
-# shim of ours is late; containerd, whose hook adopts what a stock shim left, is down.
+# Ends that only the supervisor sees: its connector has been there since before. No successor of a
+# shim of ours comes up before they are seen; containerd, whose hook adopts what a stock shim left, is
+# down.
 mkdir $out/seen
 cat >/root/late-shim <<'SCRIPT'
 #!/bin/sh
-while [ ! -e /root/share/now ]; do sleep 0.1; done
+[ -e /root/share/now ] || exit 1
 exec /usr/local/bin/containerd-shim-recoverd-v1 "$@"
 SCRIPT
 chmod 755 /root/late-shim
@@ -98,14 +99,20 @@ bash /root/supervise
 run late io.containerd.recoverd.v1 "$(exits_with 41)"
 run gone io.containerd.runc.v2 "$(exits_with 43)"
 ctr task exec --detach --exec-id session late /bin/sh -c "$(exits_with 42)" </dev/null >/dev/null
-ends="$(init_of late) $(init_of gone) $(ctr task ps late | awk '/session/ { print $1 }')"
+session=$(ctr task ps late | awk '/session/ { print $1 }')
+ends="$session $(init_of late) $(init_of gone)"
 supervisor=$(systemctl show --property MainPID --value recoverd)
 watched() { grep -qsE "^Pid:[[:space:]]+$1\$" /proc/"$supervisor"/fdinfo/*; }
 for pid in $ends; do within 60 watched "$pid"; done
 systemctl stop containerd
 # shellcheck disable=SC2046 # two pids
 kill -KILL $(pgrep --full -- '-id (late|gone) ')
-kill -TERM $ends
+# First the exec: the end of its init would end it as well.
+kill -TERM "$session"
+has_ended() { ! kill -0 "$session" 2>/dev/null; }
+within 60 has_ended
+# shellcheck disable=SC2086 # two pids
+kill -TERM ${ends#* }
 witnessed() { [ "$(grep -oE '"status":4[123]\b' /run/recoverd/witnessed.json | sort -u | wc -l)" = 3 ]; }
 within 60 witnessed
 cp /run/recoverd/witnessed.json $out/seen/

@@ -35,7 +35,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::PathBuf;
 use std::process::Output;
 use std::sync::Arc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use dice::Dice;
 use recoverd_common::pb::task::Status;
@@ -51,6 +51,9 @@ recoverd_tests::tests! {
 
 /// In one run of one release, unless told otherwise: 200 on three releases.
 const FAULTS: u64 = 67;
+/// Of a run that is told no other: a change is judged by the same choices as the one before it. Others
+/// are drawn by hand.
+const SEED: u64 = 7;
 /// Tasks at one time.
 const MOST: usize = 6;
 
@@ -74,9 +77,7 @@ struct World<'a> {
 
 fn chaos_costs_no_workload_and_no_word(release: &Release) {
     let number = |name: &str| std::env::var(name).ok().and_then(|text| text.parse().ok());
-    let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let seed = number("RECOVERD_CHAOS_SEED")
-        .unwrap_or_else(|| now.map_or(1, |now| u64::from(now.subsec_nanos()) % 1_000_000));
+    let seed = number("RECOVERD_CHAOS_SEED").unwrap_or(SEED);
     let faults = number("RECOVERD_CHAOS_FAULTS").unwrap_or(FAULTS);
     eprintln!("RECOVERD_CHAOS_SEED={seed} RECOVERD_CHAOS_FAULTS={faults}");
     let mut log = Vec::new();

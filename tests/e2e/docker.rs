@@ -59,7 +59,8 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
             terminal.text()
         );
 
-        let loops = "trap 'exit 5' TERM; echo up; while :; do sleep 0.05; done";
+        let loops =
+            "trap 'exit 5' TERM; trap 'echo attached' USR1; echo up; while :; do sleep 0.05; done";
         docker.ok(&run(
             runtime,
             &["-d", "--name", "service"],
@@ -97,6 +98,10 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
         assert_eq!(docker.wait_exited("service"), (5, false), "{runtime}");
         docker.ok(&["start", "service"]);
         let mut attached = docker.spawn(&["attach", "--sig-proxy=false", "service"]);
+        wait_for("it to be attached", || {
+            docker.ok(&["kill", "--signal", "USR1", "service"]);
+            attached.text().contains("attached").then_some(())
+        });
         docker.ok(&["kill", "--signal", "KILL", "service"]);
         assert_eq!(docker.wait_exited("service"), (137, false), "{runtime}");
         assert_eq!(

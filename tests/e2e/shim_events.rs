@@ -319,7 +319,7 @@ fn sequences_of_ours_and_of_the_stock_shim_are_equal(release: &Release) {
     let containerd = node.containerd(release);
     containerd.import_image("e2e");
     let api = containerd.api("e2e");
-    let events = Events::subscribed(&containerd);
+    let events = Events::of(&containerd);
     let mut unequal = Vec::new();
     for (number, (name, play)) in SCENARIOS.into_iter().enumerate() {
         // Two digits each, so that no id is part of another.
@@ -381,7 +381,7 @@ fn delete_of_what_was_never_started_comes_after_its_exit(release: &Release) {
     let node = Node::start();
     let containerd = node.containerd(release);
     let api = containerd.api("e2e");
-    let events = Events::subscribed(&containerd);
+    let events = Events::of(&containerd);
     let scene = Scene {
         containerd: &containerd,
         api: &api,
@@ -410,7 +410,7 @@ fn exit_of_an_init_comes_after_those_of_its_execs(release: &Release) {
     let node = Node::start();
     let containerd = node.containerd(release);
     let api = containerd.api("e2e");
-    let events = Events::subscribed(&containerd);
+    let events = Events::of(&containerd);
     let scene = Scene {
         containerd: &containerd,
         api: &api,

@@ -29,16 +29,10 @@ impl Event {
 pub struct Events(Running);
 
 impl Events {
-    /// Subscribes; `containerd` runs.
+    /// Has subscribed when it returns; `containerd` runs.
     #[track_caller]
     pub fn of(containerd: &Containerd) -> Events {
-        Events(containerd.ctr_spawn("e2e", ["events"]))
-    }
-
-    /// The same, and it has subscribed when this returns.
-    #[track_caller]
-    pub fn subscribed(containerd: &Containerd) -> Events {
-        let events = Events::of(containerd);
+        let events = Events(containerd.ctr_spawn("e2e", ["events"]));
         wait_for("the subscription", || {
             containerd.ctr_ok("e2e", ["namespaces", "label", "e2e", "probe=1"]);
             (!events.text().is_empty()).then_some(())

@@ -22,7 +22,7 @@ pub struct Due {
 impl Told {
     pub fn new(containerd: &Containerd) -> Told {
         Told {
-            events: Events::subscribed(containerd),
+            events: Events::of(containerd),
             due: Vec::new(),
             seen: BTreeSet::new(),
         }

@@ -124,9 +124,18 @@ impl ShimClient {
 
     /// The task service's `State` of `id`.
     pub fn state(&mut self, id: &str) -> Result<task::StateResponse, CallError> {
+        self.exec_state(id, "")
+    }
+
+    /// The same of an exec of `id`.
+    pub fn exec_state(
+        &mut self,
+        id: &str,
+        exec_id: &str,
+    ) -> Result<task::StateResponse, CallError> {
         let request = task::StateRequest {
             id: id.to_owned(),
-            exec_id: String::new(),
+            exec_id: exec_id.to_owned(),
         };
         self.task_call("State", &request)
     }

@@ -180,13 +180,15 @@ pub fn decide(task: &record::Task, record: &Record, mut facts: Facts) -> Decisio
     }
     let recorded = task.exit.as_ref();
     let recorded = recorded.map(|exit| exit_of(exit, record.written_at));
-    let waits = execs
-        .values()
-        .any(|exec| matches!(exec.phase, ExecPhase::Starting | ExecPhase::Running));
+    let waits = execs.values().any(|exec| {
+        exec.member.exit.is_none() && matches!(exec.phase, ExecPhase::Starting | ExecPhase::Running)
+    });
     let phase = match (&recorded, task.phase) {
         (_, Phase::Creating) => tasks::Phase::Creating,
         // Told when its execs have ended.
         (Some(_), _) if waits => tasks::Phase::Running,
+        // Nobody knows whether it was told.
+        (Some(_), Phase::Running) => tasks::Phase::Running,
         (Some(_), _) => tasks::Phase::Stopped,
         // It has no init, so none can have ended.
         (None, Phase::Created | Phase::Deleting) if waits_for_restore => tasks::Phase::Created,
@@ -278,6 +280,8 @@ fn decide_exec(
     };
     let exit = exec.exit.as_ref().map(|exit| exit_of(exit, written_at));
     let phase = match (&exit, exec.phase) {
+        // Nobody knows whether it was told.
+        (Some(_), Phase::Running) => ExecPhase::Running,
         (Some(_), _) => ExecPhase::Stopped,
         // Nobody was told of it before its files were written.
         (None, Phase::Created) if !seen.prepared => return None,
@@ -453,6 +457,55 @@ mod tests {
         let seen = ["told", "adding"].map(|id| (id.to_owned(), prepared.clone()));
         let adoptee = of_record(&record, None, seen.into());
         assert_eq!(adoptee.execs.keys().collect::<Vec<_>>(), ["told"]);
+    }
+
+    /// The exits that are told of a task which has ended, as has its exec, of how whoever wrote the
+    /// record knows.
+    fn told(phase: Phase) -> Vec<(String, u32)> {
+        let exit = |status| {
+            Some(Exit::Observed {
+                status,
+                at: Timestamp::now(),
+                oom: false,
+            })
+        };
+        let mut record = record();
+        record.tasks[0].restore = None;
+        record.tasks[0].phase = phase;
+        record.tasks[0].exit = exit(42);
+        record.tasks[0].execs = vec![record::Exec {
+            id: "e".into(),
+            phase,
+            process: None,
+            stdio: record::Stdio::default(),
+            terminal: false,
+            exit: exit(7),
+        }];
+        let adoptee = of_record(&record, None, BTreeMap::new());
+        let now = tasks::Now {
+            mono_ms: 0,
+            wall: Timestamp::now(),
+        };
+        let mut tasks = tasks::Tasks::new(1);
+        let effects = tasks.handle(tasks::Event::Adopt(vec![adoptee]), now);
+        let task = tasks.get("c").unwrap();
+        assert_eq!(task.phase, tasks::Phase::Stopped);
+        assert_eq!(task.execs["e"].phase, ExecPhase::Stopped);
+        let exit = |effect| match effect {
+            tasks::Effect::Publish(tasks::Notice::Exit { key, ended }) => {
+                Some((key.exec_id, ended.status))
+            }
+            _ => None,
+        };
+        effects.into_iter().filter_map(exit).collect()
+    }
+
+    #[test]
+    fn an_exit_is_told_again_unless_it_surely_was() {
+        // That of the exec first.
+        let both = [("e".to_owned(), 7), (String::new(), 42)];
+        assert_eq!(told(Phase::Running), both);
+        assert_eq!(told(Phase::Stopped), []);
     }
 
     #[test]

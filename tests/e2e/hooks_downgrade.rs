@@ -3,9 +3,10 @@
 
 use std::fs;
 
+use recoverd_common::pb::task::Status;
 use recoverd_tests::{
-    Container, Containerd, Fifos, Input, Node, Output, Reader, Release, ShimUnderTest, Task,
-    Traces, numbers, oci_spec,
+    Container, Containerd, Events, Fifos, Input, Node, Output, Reader, Release, ShimUnderTest,
+    Task, Traces, numbers, oci_spec, wait_for,
 };
 use serde_json::json;
 
@@ -14,6 +15,7 @@ recoverd_tests::tests! {
         an_older_containerd_ends_what_it_cannot_speak_to,
         workloads_outlive_the_way_down_to_1_7_and_up_again,
         workloads_outlive_the_way_down_to_1_6_and_up_again,
+        exits_that_containerd_never_heard_of_are_told_on_the_way_down,
     ],
 }
 
@@ -236,6 +238,69 @@ fn there_and_back(newest: &Release, older: &Release) {
     containerd.remove(&pod[1]);
     containerd.remove(&pod[0]);
     before.wait_restored(&node);
+}
+
+/// The stock shim has seen the ends of an exec and of two inits, and could tell nobody: it tries for
+/// 15 s, and its successor comes earlier.
+fn exits_that_containerd_never_heard_of_are_told_on_the_way_down(newest: &Release) {
+    for name in ["1.7", "1.6"] {
+        let older = needed(newest, name);
+        let node = Node::start();
+        let mut containerd = node.containerd(newest);
+        let before = Traces::of(&node);
+        let run = |id: &str, line: &str, pod: Option<&str>| {
+            let container = Container::new(id).shim(ShimUnderTest::Stock).shares(&node);
+            let container = match pod {
+                Some(name) => container.pod("lives", "prod", "web-0", Some(name)),
+                None if id == "lives" => container.pod("lives", "prod", "web-0", None),
+                None => container,
+            };
+            containerd.run(&container.command(["sh", "-c", line]))
+        };
+        let until = |file: &str, status| {
+            format!("while [ ! -e /mnt/{file} ]; do usleep 20000; done; exit {status}")
+        };
+        let lives = run("lives", &until("stop", 5), None);
+        let member = run("member", &until("end", 42), Some("job"));
+        let single = run("single", &until("end", 23), None);
+        let line = until("end", 7);
+        containerd.exec(&lives, "session", &["sh", "-c", &line, "session"]);
+        containerd.stop();
+        node.tell("end");
+        let ended = [(&lives, "session", 7), (&member, "", 42), (&single, "", 23)];
+        for (task, exec_id, status) in ended {
+            wait_for("its shim to see it", || {
+                let state = task.state(exec_id);
+                let seen = state.status == i32::from(Status::Stopped);
+                seen.then(|| assert_eq!(state.exit_status, status))
+            });
+        }
+        containerd.switch_to(&older);
+        let hook = containerd.pre_start_of(&older);
+        assert!(hook.line.contains("3 replaced"), "{hook:?}");
+        containerd.start();
+        let events = Events::of(&containerd);
+        for (task, exec_id, status) in ended {
+            let id = if exec_id.is_empty() {
+                task.id()
+            } else {
+                exec_id
+            };
+            let told = wait_for("the exit to be told", || {
+                let told = events.of_topic(task.id(), "/tasks/exit");
+                told.into_iter().find(|event| event.text("id") == id)
+            });
+            assert_eq!(told.number("exit_status"), u64::from(status), "{id}");
+            assert_eq!(task.wait(exec_id).exit_status, status, "{id}");
+        }
+        lives.assert_init_alive();
+        containerd.delete(&member, 42);
+        containerd.delete(&single, 23);
+        node.tell("stop");
+        assert_eq!(lives.wait("").exit_status, 5);
+        containerd.delete(&lives, 5);
+        before.wait_restored(&node);
+    }
 }
 
 /// A client whose daemon was away opens its fifos again.

@@ -8,6 +8,7 @@ use recoverd_common::pb::task;
 use recoverd_common::record::{self, Record, store};
 use recoverd_common::seen::Seen;
 use recoverd_common::shim_client::{CallError, ShimClient, TASK_SERVICES};
+use recoverd_common::ttrpc::code;
 
 use crate::container::Task;
 use crate::node::Node;
@@ -16,7 +17,8 @@ use crate::process::Process;
 /// Generous, yet a call that hangs fails its test and not the whole run.
 pub(crate) const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
 
-/// Calls `method` of the task service (v2) at `socket`, a path of the node.
+/// Calls `method` of the task service at `socket`, a path of the node: v2, and v3 of a shim that has
+/// no other.
 pub fn call<R: Message + Default>(
     node: &Node,
     socket: &Path,
@@ -25,8 +27,14 @@ pub fn call<R: Message + Default>(
 ) -> Result<R, CallError> {
     let deadline = Instant::now() + ANSWERS_WITHIN;
     let mut client = ShimClient::connect(&node.path(socket), "e2e", deadline)?;
-    let [service, _] = TASK_SERVICES;
-    client.call(service, method, request)
+    let [second, third] = TASK_SERVICES;
+    match client.call(second, method, request) {
+        Err(CallError::Status {
+            code: code::UNIMPLEMENTED,
+            ..
+        }) => client.call(third, method, request),
+        answer => answer,
+    }
 }
 
 /// The refusal that a call brought: its code and text, which must be one line.

@@ -71,11 +71,12 @@ pub enum Phase {
     Creating,
     /// Created (a task), added (an exec); not started.
     Created,
-    /// Started.
+    /// Started. With an exit beside it: it has ended, and whether that was told is not known. Who
+    /// describes the tasks of another's shim says so.
     Running,
     /// Frozen.
     Paused,
-    /// Exited, not deleted.
+    /// Exited, not deleted. The exit was told, or its event is on disk.
     Stopped,
     /// Delete was accepted; what it removes may or may not be gone.
     Deleting,

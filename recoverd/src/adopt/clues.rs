@@ -1,21 +1,25 @@
 //! What only adoption needs to know of a task, beside a look: its client's fifos, its pid files,
-//! how runc and the kernel see it. Reads; judges and changes nothing.
+//! how runc and the kernel see it, and what a shim that is well says of its execs before another
+//! takes its place. Reads and asks; judges and changes nothing.
 
 use std::{
     collections::{BTreeSet, HashMap},
     fs,
     os::unix::fs::FileTypeExt,
     path::{Path, PathBuf},
-    time::{Duration, SystemTime},
+    time::{Duration, Instant, SystemTime},
 };
 
 use recoverd_common::{
     cgroup::{Cgroup, Roots as CgroupRoots, parse_memberships},
     ids::Id,
+    pb::task::{StateResponse, Status},
     proc::{Proc, ProcessId},
     read::read_text,
     record::{Context, Stdio},
     seen::Seen,
+    shim_client::ShimClient,
+    timestamp::Timestamp,
 };
 
 use super::decide::Group;
@@ -31,6 +35,8 @@ const SMALL: u64 = 64 << 10;
 const OOM_SCORE_MAX: i32 = 1000;
 /// The PATH of a containerd that cannot be asked: systemd's default.
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
+/// For all shims that are well to say what has become of their execs.
+const SAID_WITHIN: Duration = Duration::from_secs(2);
 /// Clients make fifos just before the task; clocks of file systems are coarse.
 const FIFO_SLACK: Duration = Duration::from_secs(2);
 
@@ -69,12 +75,16 @@ pub struct ExecClue {
     pub stdio: Stdio,
     /// It has a terminal.
     pub terminal: bool,
+    /// How it ended, on the word of its shim.
+    pub exit: Option<(u32, Timestamp)>,
 }
 
 /// Looks for all groups that no record describes.
 pub fn observe(roots: &Roots, look: &Look, groups: &[Group<'_>], unit: Option<&str>) -> Clues {
     let mut clues = Clues::default();
+    let until = Instant::now() + SAID_WITHIN;
     for group in groups.iter().filter(|group| !group.recorded) {
+        let mut shim = Predecessor::of(group, until);
         if let Some(instance) = look.instances.get(group.instance) {
             clues
                 .contexts
@@ -83,7 +93,7 @@ pub fn observe(roots: &Roots, look: &Look, groups: &[Group<'_>], unit: Option<&s
         }
         for case in &group.members {
             if let Some(bundle) = case.bundle {
-                let task = task(roots, look, group, case, &bundle.path);
+                let task = task(roots, look, group, case, &bundle.path, &mut shim);
                 clues.tasks.insert(bundle.path.clone(), task);
             }
         }
@@ -97,6 +107,7 @@ fn task(
     group: &Group<'_>,
     case: &Case<'_>,
     bundle: &Path,
+    shim: &mut Predecessor,
 ) -> TaskClues {
     let proc = Proc::new(&roots.proc);
     let id = &case.name.1;
@@ -127,14 +138,60 @@ fn task(
         created,
         execs: pid_files(bundle)
             .into_iter()
-            .map(|(id, pid, at)| ExecClue {
-                stdio: stdio(&id, at),
-                terminal: has_terminal(&proc, pid),
-                id,
-                pid,
+            .map(|(exec_id, pid, at)| match shim.says(id, &exec_id) {
+                Some(state) => ExecClue {
+                    exit: exit_of(&state),
+                    terminal: state.terminal,
+                    stdio: Stdio {
+                        stdin: state.stdin,
+                        stdout: state.stdout,
+                        stderr: state.stderr,
+                        ..Stdio::default()
+                    },
+                    id: exec_id,
+                    pid,
+                },
+                None => ExecClue {
+                    stdio: stdio(&exec_id, at),
+                    terminal: has_terminal(&proc, pid),
+                    id: exec_id,
+                    pid,
+                    exit: None,
+                },
             })
             .collect(),
     }
+}
+
+/// A shim whose place is to be taken: asked for what nobody will know after it.
+struct Predecessor(Option<ShimClient>);
+
+impl Predecessor {
+    /// That of `group`, if it is well.
+    fn of(group: &Group<'_>, until: Instant) -> Self {
+        let well = group.predecessor.is_some() && group.members.iter().all(|case| case.answered());
+        let connect = || ShimClient::connect(&group.socket, &group.namespace, until).ok();
+        Self(well.then(connect).flatten())
+    }
+
+    /// Its word on an exec of `task`.
+    fn says(&mut self, task: &str, exec_id: &str) -> Option<StateResponse> {
+        let said = self.0.as_mut()?.exec_state(task, exec_id);
+        if said.as_ref().is_err_and(|error| !error.is_answer()) {
+            // It will not say more of the others.
+            self.0 = None;
+        }
+        said.ok()
+    }
+}
+
+fn exit_of(state: &StateResponse) -> Option<(u32, Timestamp)> {
+    let at = state.exited_at.filter(|at| at.seconds > 0)?;
+    let at = Timestamp {
+        seconds: at.seconds,
+        nanos: u32::try_from(at.nanos).unwrap_or(0),
+    };
+    (state.status == i32::from(Status::Stopped)).then_some((state.exit_status, at))
 }
 
 fn lines(path: &Path) -> Vec<String> {

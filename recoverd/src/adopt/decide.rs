@@ -31,7 +31,10 @@ use recoverd_common::{
     timestamp::Timestamp,
 };
 
-use super::{Member, Order, clues::Clues};
+use super::{
+    Member, Order,
+    clues::{Clues, ExecClue},
+};
 use crate::{
     correlate::{Case, Cases, Init, Kind, ShimOf, kind},
     facts::{Api, Connection, Instance, Look, Phase, Shim, TaskName, one_line},
@@ -679,7 +682,7 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
             let told = told_exit(case).map(|(status, at)| Exit::Observed {
                 status,
                 at,
-                // What its shim knew of that it has told.
+                // It does not say.
                 oom: false,
             });
             (*id, Some(told.unwrap_or_else(unknown)))
@@ -687,7 +690,8 @@ fn task_of(look: &Look, case: &Case<'_>, clues: &Clues) -> Option<record::Task> 
         Init::None | Init::Unknown(_) => return None,
     };
     let phase = match (&exit, clue) {
-        (Some(_), _) => record::Phase::Stopped,
+        // Its shim may have told nobody: containerd was away for longer than it tries.
+        (Some(_), _) => record::Phase::Running,
         (None, Some(clue)) if clue.paused => record::Phase::Paused,
         (None, Some(clue)) if clue.created => record::Phase::Created,
         (None, _) => record::Phase::Running,
@@ -749,35 +753,47 @@ fn runtime_of(case: &Case<'_>, bundle: &Bundle) -> Runtime {
     }
 }
 
-/// The living execs: what a pid file of the bundle names, is in the task's cgroup, and no child of
-/// its init or of another of its processes brought forth.
+/// The execs: what a pid file of the bundle names, and is in the task's cgroup, and no child of its
+/// init or of another of its processes brought forth; and those that have ended, on their shim's
+/// word.
 fn execs_of(look: &Look, case: &Case<'_>, init: ProcessId, clues: &Clues) -> Vec<record::Exec> {
-    let Some(clue) = case.bundle.and_then(|bundle| clues.tasks.get(&bundle.path)) else {
-        return Vec::new();
+    let clue = case.bundle.and_then(|bundle| clues.tasks.get(&bundle.path));
+    let members = case.cgroup.and_then(|cgroup| cgroup.processes.present());
+    let members = members.into_iter().flatten();
+    let members: BTreeMap<i32, ProcessId> = members.map(|p| (p.id.pid, p.id)).collect();
+    let living = |exec: &ExecClue| {
+        let table = look.processes.present()?;
+        let id = members.get(&exec.pid).copied()?;
+        let stat = table.get(&exec.pid).filter(|stat| stat.id == id)?;
+        let first = !descends(table, stat, &members, init);
+        (stat.alive() && first && id.start_time != 0).then_some(process(id))
     };
-    let Some(table) = look.processes.present() else {
-        return Vec::new();
-    };
-    let Some(members) = case.cgroup.and_then(|cgroup| cgroup.processes.present()) else {
-        return Vec::new();
-    };
-    let members: BTreeMap<i32, ProcessId> = members.iter().map(|p| (p.id.pid, p.id)).collect();
-    clue.execs
-        .iter()
-        .filter_map(|exec| {
-            let id = members.get(&exec.pid).copied()?;
-            let stat = table.get(&exec.pid).filter(|stat| stat.id == id)?;
-            let first = !descends(table, stat, &members, init);
-            (stat.alive() && first && id.start_time != 0).then(|| record::Exec {
-                id: exec.id.clone(),
-                phase: record::Phase::Running,
-                process: Some(process(id)),
-                stdio: exec.stdio.clone(),
-                terminal: exec.terminal,
-                exit: None,
-            })
+    let known = |exec: &ExecClue| {
+        let exit = exec.exit.map(|(status, at)| Exit::Observed {
+            status,
+            at,
+            oom: false,
+        });
+        let process = match exit {
+            // To be told by its number, which may be another's by now.
+            Some(_) => Process {
+                pid: exec.pid.unsigned_abs(),
+                start_time: 0,
+            },
+            None => living(exec)?,
+        };
+        Some(record::Exec {
+            id: exec.id.clone(),
+            // As with the init: an exit may not have been told.
+            phase: record::Phase::Running,
+            process: Some(process),
+            stdio: exec.stdio.clone(),
+            terminal: exec.terminal,
+            exit,
         })
-        .collect()
+    };
+    let execs = clue.map_or(&[][..], |clue| &clue.execs);
+    execs.iter().filter_map(known).collect()
 }
 
 /// Its parent is a process of the container: `runc exec` starts its process from outside.

@@ -176,7 +176,8 @@ fn a_pod_is_adopted_as_one_and_its_ended_member_with_it() {
     let ids: Vec<&str> = record.tasks.iter().map(|t| t.id.as_str()).collect();
     assert_eq!(ids, ["pause", "app", "side"], "the sandbox first");
     assert_eq!(order.living(), 2);
-    assert_eq!(record.tasks[2].phase, record::Phase::Stopped);
+    // Ended, and nobody knows whether that was told.
+    assert_eq!(record.tasks[2].phase, record::Phase::Running);
     assert!(matches!(record.tasks[2].exit, Some(Exit::Unknown { .. })));
 }
 
@@ -369,6 +370,7 @@ fn execs_are_what_a_pid_file_names_in_the_cgroup_and_no_child_of_the_container()
         pid,
         stdio: Default::default(),
         terminal: pid == 50,
+        exit: None,
     };
     let mut clues = Clues::default();
     let task = TaskClues {
@@ -384,6 +386,45 @@ fn execs_are_what_a_pid_file_names_in_the_cgroup_and_no_child_of_the_container()
     assert_eq!(execs, ["e50"]);
     assert!(task.execs[0].terminal);
     assert_eq!(task.phase, record::Phase::Paused);
+}
+
+#[test]
+fn an_exec_that_its_shim_saw_end_is_described_with_its_exit() {
+    let mut look = down(healthy());
+    let shim = hang(&mut look, &C1, 'T');
+    let at = recoverd_common::timestamp::Timestamp {
+        seconds: 1234,
+        nanos: 5,
+    };
+    let clue = |id: &str, exit| ExecClue {
+        id: id.into(),
+        pid: 50,
+        stdio: Default::default(),
+        terminal: false,
+        exit,
+    };
+    let mut clues = Clues::default();
+    let task = TaskClues {
+        execs: vec![clue("ended", Some((7, at))), clue("unseen", None)],
+        ..TaskClues::default()
+    };
+    clues.tasks.insert(C1.bundle(), task);
+    let unresponsive = BTreeSet::from([shim]);
+    let decision = decide_with(&look, &clues, &wish(&unresponsive));
+    let task = &decision.orders[0].adoption.record.as_ref().unwrap().tasks[0];
+    let [exec] = task.execs.as_slice() else {
+        panic!("{task:?}")
+    };
+    assert_eq!(
+        (exec.id.as_str(), exec.phase),
+        ("ended", record::Phase::Running)
+    );
+    let exit = Exit::Observed {
+        status: 7,
+        at,
+        oom: false,
+    };
+    assert_eq!(exec.exit, Some(exit));
 }
 
 #[test]

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Busy, Effect, Exec, ExecPhase, Exit, Member, Notice, Now, Phase, Process, SIGKILL, Task, Tasks,
-    Work,
+    Work, tell,
 };
 use crate::{
     checkpoint::Restore,
@@ -147,8 +147,20 @@ impl Tasks {
             for piece in news {
                 self.catch_up(&id, piece, now, out);
             }
-            // An exit that waited for an exec which has ended by now.
+            self.tell_execs(&id, out);
+            // An exit that waited for an exec which has ended by now, or was perhaps never told.
             self.tell_init(&id, now, out);
+        }
+    }
+
+    /// Tells the exits of execs that a predecessor has seen, and perhaps never told.
+    fn tell_execs(&mut self, id: &str, out: &mut Vec<Effect>) {
+        let execs = self.tasks.get_mut(id).map(|task| &mut task.execs);
+        for (exec_id, exec) in execs.into_iter().flatten() {
+            if exec.phase == ExecPhase::Running && exec.member.exit.is_some() {
+                exec.phase = ExecPhase::Stopped;
+                tell(&key(id, exec_id.clone()), &mut exec.member, out);
+            }
         }
     }
 

@@ -10,7 +10,7 @@ use std::{
     env, fs, io,
     os::{
         fd::AsFd,
-        unix::{ffi::OsStrExt, process::CommandExt},
+        unix::{ffi::OsStrExt, fs::OpenOptionsExt, process::CommandExt},
     },
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -46,6 +46,7 @@ use crate::{
     delete_rule::{Answer, CleanUp, Group, Init, STAND_IN, Status, Verdict, decide},
     event_log, lock, mounts,
     remains::{self, Unsent},
+    runc,
     sys::{self, Hold},
 };
 
@@ -216,19 +217,26 @@ impl Deletion<'_> {
     }
 
     /// The runtime's own `delete --force`, which also ends what is left in the cgroup and removes
-    /// it. False when it knows no such container.
+    /// it. False when it knows no such container. It runs where the shim's commands do, as long as
+    /// there is that place, and says there why it fails.
     fn delete_container(&self) -> Result<bool, String> {
         if !self.has_state() {
             return Ok(false);
         }
+        let bundle = Some(self.task.bundle.as_path()).filter(|bundle| bundle.is_dir());
+        let log = bundle.map(runc::log_in).filter(|log| takes_lines(log));
+        let logged = log.as_deref().map_or(0, runc::log_length);
         let mut command = Command::new(&self.task.binary);
         command.arg("--root").arg(&self.task.root);
+        if let Some(log) = &log {
+            command.arg("--log").arg(log).args(["--log-format", "json"]);
+        }
         if self.task.systemd_cgroup {
             command.arg("--systemd-cgroup");
         }
         command
             .args(["delete", "--force", self.task.name.as_str()])
-            .current_dir("/")
+            .current_dir(bundle.unwrap_or(Path::new("/")))
             .env_remove("NOTIFY_SOCKET")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -239,12 +247,16 @@ impl Deletion<'_> {
             .map_err(|e| format!("execute {}: {e}", self.task.binary))?;
         let pid = i32::try_from(child.id()).map_err(|e| e.to_string())?;
         let what = format!("{} delete --force", self.task.binary);
-        finish(Pid::from_raw(pid), self.until(RUNTIME)).map_err(|why| format!("{what}: {why}"))?;
-        if self.has_state() {
-            Err(format!("{what} left its state"))
-        } else {
-            Ok(true)
-        }
+        let failed = match finish(Pid::from_raw(pid), self.until(RUNTIME)) {
+            Err(why) => format!("{what}: {why}"),
+            Ok(()) if self.has_state() => format!("{what} left its state"),
+            Ok(()) => return Ok(true),
+        };
+        let said = log.and_then(|log| runc::last_error(&log, logged));
+        Err(match said {
+            Some(said) => format!("{failed}: {}", said.replace('\n', " ")),
+            None => failed,
+        })
     }
 
     /// Whether the runtime knows the container; runc and crun have a folder of its name, others
@@ -416,6 +428,18 @@ impl Deletion<'_> {
         );
         Ok(())
     }
+}
+
+/// A runtime refuses to work without the log that it is given: on a full disk there may be none, and
+/// what is no file could hold it.
+fn takes_lines(log: &Path) -> bool {
+    fs::File::options()
+        .append(true)
+        .create(true)
+        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
+        .open(log)
+        .and_then(|log| log.metadata())
+        .is_ok_and(|meta| meta.is_file())
 }
 
 fn unmount_one(point: &Path) -> nix::Result<()> {

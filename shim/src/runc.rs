@@ -33,7 +33,7 @@ impl Place<'_> {
     /// The log that runtime commands for `key` write. Execs have one each: they run at once.
     pub fn log(&self, key: &Key) -> PathBuf {
         if key.is_init() {
-            self.bundle.join("log.json")
+            log_in(self.bundle)
         } else {
             self.bundle.join(format!("{}.log.json", key.exec_id))
         }
@@ -148,6 +148,11 @@ impl Place<'_> {
         words.extend(["--detach", "--no-subreaper"].map(str::to_owned));
         words
     }
+}
+
+/// The log of commands for the task itself.
+pub fn log_in(bundle: &Path) -> PathBuf {
+    bundle.join("log.json")
 }
 
 /// How much of a log is looked at, bytes: its end.

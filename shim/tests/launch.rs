@@ -38,6 +38,8 @@ use logged::logged;
 
 const BINARY: &str = env!("CARGO_BIN_EXE_containerd-shim-recoverd-v1");
 const GRPC: &str = "/run/test/containerd.sock";
+/// What a runtime does, whose root is its second word, with the container that its last word names.
+const DELETES: &str = "for id; do :; done; rmdir \"$2/$id\"";
 
 /// A node of its own: socket folder, bundles, the runtime's root.
 struct Node {
@@ -901,7 +903,7 @@ fn delete_refuses_a_bundle_of_another_name() {
 #[test]
 fn delete_answers_the_recorded_exit_and_removes_the_group_with_its_last_task() {
     let node = Node::new();
-    node.deserted("c", "c", "rmdir \"$2/$5\"");
+    node.deserted("c", "c", DELETES);
     let socket = node.socket("c");
     drop(UnixListener::bind(&socket).unwrap());
     let at = Timestamp {
@@ -933,7 +935,7 @@ fn delete_answers_the_recorded_exit_and_removes_the_group_with_its_last_task() {
 #[test]
 fn what_a_dead_shim_had_not_told_is_told_after_its_delete() {
     let node = Node::new();
-    node.deserted("c", "c", "rmdir \"$2/$5\"");
+    node.deserted("c", "c", DELETES);
     let socket = node.socket("c");
     drop(UnixListener::bind(&socket).unwrap());
     write_record(&socket, vec![recorded("c", None, None)]);
@@ -1046,7 +1048,7 @@ fn delete_empties_the_cgroup_that_the_record_names_when_the_init_and_the_runtime
 #[test]
 fn delete_takes_a_shim_that_does_not_answer_for_dead_and_leaves_its_files_to_it() {
     let node = Node::new();
-    node.deserted("c", "c", "rmdir \"$2/$5\"");
+    node.deserted("c", "c", DELETES);
     let socket = node.socket("c");
     let (mut victim, init) = Victim::new();
     write_record(&socket, vec![recorded("c", Some(init), None)]);
@@ -1122,7 +1124,7 @@ fn delete_touches_nothing_that_a_living_shim_claims() {
 #[test]
 fn delete_cleans_up_for_a_living_shim_that_has_forgotten_the_task() {
     let node = Node::new();
-    node.deserted("app", "pod", "rmdir \"$2/$5\"");
+    node.deserted("app", "pod", DELETES);
     let socket = node.socket("pod");
     fake_shim(&socket, not_found());
     let _held = lock(&socket);
@@ -1149,7 +1151,7 @@ fn delete_of_one_of_a_dead_shims_tasks_keeps_the_record_of_the_others() {
         vec![recorded("a", None, exit(3)), recorded("b", None, exit(4))],
     );
     for id in ["a", "b"] {
-        node.deserted(id, "pod", "rmdir \"$2/$5\"");
+        node.deserted(id, "pod", DELETES);
     }
     // The record's runtime does not exist, which is no reason to stop.
     assert_eq!(deleted(&node.delete("a")).exit_status, 3);
@@ -1185,10 +1187,57 @@ fn a_runtime_that_hangs_does_not_hold_delete_or_its_pipes() {
 }
 
 #[test]
+fn why_the_runtime_failed_is_said_and_it_works_in_the_bundle() {
+    let fails = "pwd > where; echo '{\"level\":\"error\",\"msg\":\"it is written\"}' >> \"$4\"";
+    for (script, says) in [
+        (
+            format!("{fails}; exit 3"),
+            "delete --force: ended with status 3: it is written",
+        ),
+        (
+            fails.to_owned(),
+            "delete --force left its state: it is written",
+        ),
+        ("exit 3".to_owned(), "delete --force: ended with status 3\n"),
+    ] {
+        let node = Node::new();
+        let bundle = node.deserted("c", "c", &script);
+        let older = r#"{"level":"error","msg":"of an earlier command"}"#;
+        fs::write(bundle.join("log.json"), format!("{older}\n")).unwrap();
+        let output = node.delete("c");
+        deleted(&output);
+        let said = text(&output.stderr);
+        assert!(said.contains(says), "{said}");
+        if let Ok(place) = fs::read_to_string(bundle.join("where")) {
+            assert_eq!(Path::new(place.trim()), bundle);
+        }
+    }
+}
+
+#[test]
+fn without_a_place_for_its_log_the_runtime_deletes_all_the_same() {
+    type Change = fn(&Path);
+    let changes: [Change; 2] = [
+        |log| std::os::unix::fs::symlink("/dev/full", log).unwrap(),
+        |log| nix::unistd::mkfifo(log, nix::sys::stat::Mode::S_IRWXU).unwrap(),
+    ];
+    for change in changes {
+        let node = Node::new();
+        let script = format!("echo \"$3\" > \"$2/third\"; {DELETES}");
+        let bundle = node.deserted("c", "c", &script);
+        change(&bundle.join("log.json"));
+        deleted(&node.delete("c"));
+        let root = node.dir.path().join("runtime/ns");
+        assert_eq!(names(&root), ["third"]);
+        assert_eq!(fs::read_to_string(root.join("third")).unwrap(), "delete\n");
+    }
+}
+
+#[test]
 fn delete_unmounts_the_root_file_system_below_a_link_too() {
     for linked in [false, true] {
         let node = Node::new();
-        let bundle = node.deserted("c", "c", "rmdir \"$2/$5\"");
+        let bundle = node.deserted("c", "c", DELETES);
         if linked {
             let elsewhere = node.dir.path().join("elsewhere");
             fs::rename(&bundle, &elsewhere).unwrap();
@@ -1224,7 +1273,7 @@ fn delete_leaves_a_container_of_the_same_id_and_another_bundle_alone() {
     for (whose, ours) in [("other", false), ("link", true)] {
         let node = Node::new();
         // It says by this file that it was called.
-        let bundle = node.deserted("c", "c", "touch \"$2/called\"; rmdir \"$2/$5\"");
+        let bundle = node.deserted("c", "c", &format!("touch \"$2/called\"; {DELETES}"));
         let (mut victim, init) = Victim::new();
         let its_bundle = node.dir.path().join(whose);
         if ours {

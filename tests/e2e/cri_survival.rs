@@ -1,14 +1,17 @@
 //! Pods outlive containerd: what the CRI says of them after a downtime, an upgrade, a shim's death
 //! or its own end in the middle of a request.
 
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use k8s_cri::v1::{ContainerState, LinuxContainerResources};
 use recoverd_common::pb::task::Status;
 use recoverd_tests::{
-    ContainerSpec, Containerd, Cri, Handler, Node, Pod, Release, ShimUnderTest, Task, Traces,
-    numbers, wait_for, wait_within,
+    ContainerSpec, Containerd, Cri, Handler, HeldRunc, Node, Pod, Release, ShimUnderTest, Task,
+    Traces, numbers, wait_for, wait_within,
 };
 
 recoverd_tests::tests! {
@@ -296,6 +299,56 @@ enum Request {
     RemovePod,
 }
 
+/// When a request is in its middle.
+enum Middle {
+    /// While runc is at this.
+    Runc(&'static str),
+    /// While the container has been asked to end, and has not done so.
+    Asked,
+    /// Nothing can be held: so long after it began.
+    Later,
+}
+
+impl Request {
+    fn middle(self) -> Middle {
+        match self {
+            Request::RunPod | Request::Start => Middle::Runc("create"),
+            Request::Exec | Request::HeldExec => Middle::Runc("exec"),
+            Request::Update => Middle::Runc("update"),
+            // Of its exit, which containerd answers by a delete.
+            Request::StopPod => Middle::Runc("delete"),
+            Request::Stop => Middle::Asked,
+            Request::Create | Request::Stats | Request::Remove | Request::RemovePod => {
+                Middle::Later
+            }
+        }
+    }
+
+    /// Whether it is meant to end the container.
+    fn ends(self) -> bool {
+        match self {
+            Request::Stop | Request::Remove | Request::StopPod | Request::RemovePod => true,
+            Request::RunPod
+            | Request::Create
+            | Request::Start
+            | Request::Exec
+            | Request::HeldExec
+            | Request::Update
+            | Request::Stats => false,
+        }
+    }
+}
+
+/// The exit code of a target.
+const TARGET: i32 = 9;
+
+/// It says when it is asked to end, and ends when it may.
+fn target() -> ContainerSpec {
+    let line = "trap ': >/mnt/asked; until [ -e /mnt/may-end ]; do usleep 20000; done; exit 9' TERM; \
+                while :; do sleep 1000 & wait $!; done";
+    ContainerSpec::shell("target", line)
+}
+
 /// What a round's requests are about: all of it there, and running, when it begins.
 struct Target {
     pod: Pod,
@@ -305,7 +358,7 @@ struct Target {
 impl Target {
     fn new(cri: &Cri, name: &str) -> Target {
         let pod = cri.run_pod(name, Handler::ByType);
-        let container = cri.run(&pod, &ContainerSpec::until_term("target", 0));
+        let container = cri.run(&pod, &target());
         Target { pod, container }
     }
 
@@ -375,6 +428,7 @@ fn containerd_may_be_restarted_in_the_middle_of_any_request(release: &Release) {
 fn containerd_may_end(release: &Release, end: End) {
     let node = Node::start();
     let mut containerd = node.kubernetes(release);
+    let runc = HeldRunc::of(&mut containerd);
     let before = Traces::of(&node);
     let cri = containerd.cri();
     let pod = cri.run_pod("bystander", Handler::ByType);
@@ -397,7 +451,8 @@ fn containerd_may_end(release: &Release, end: End) {
         Request::StopPod,
         Request::RemovePod,
     ];
-    // A request takes some tens of milliseconds: early, in the middle, late.
+    // Where nothing can be held. A request takes some tens of milliseconds: early, in the middle,
+    // late.
     let after = Duration::from_millis(match release.name {
         "1.6" => 4,
         "1.7" => 24,
@@ -410,7 +465,7 @@ fn containerd_may_end(release: &Release, end: End) {
         attached.write(&format!("{request:?}\n"));
         attached.wait_for(&format!("got {request:?}\n"));
         drop(cri);
-        interrupt(&mut containerd, &name, request, after, end);
+        interrupt(&mut containerd, &runc, &name, request, after, end);
         drop(attached);
         let cri = containerd.cri();
         assert_pod_runs(&cri, &pod, &bystander);
@@ -451,28 +506,75 @@ fn containerd_may_end(release: &Release, end: End) {
     before.wait_restored(&node);
 }
 
-/// Ends containerd so long after it was asked; what it then says of the target is true.
-fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: Duration, end: End) {
+/// Ends containerd while runc is at it, or so long after it was asked; what it then says of the
+/// target is true.
+fn interrupt(
+    containerd: &mut Containerd,
+    runc: &HeldRunc,
+    name: &str,
+    request: Request,
+    after: Duration,
+    end: End,
+) {
     let cri = containerd.cri();
     let target = Target::new(&cri, name);
     let created = cri.create(&target.pod, &ContainerSpec::until_term("created", 0));
+    let node = Arc::clone(containerd.node());
+    let [asked, may_end] = ["asked", "may-end"].map(|word| node.folder().join(word));
+    let remove = |word: &Path| {
+        fs::remove_file(word).unwrap_or_else(|e| panic!("remove {}: {e}", word.display()));
+    };
+    let init = containerd.member(&target.pod, &target.container).init;
+    node.tell("may-end");
     target.prepare(&cri, request);
+    if asked.exists() {
+        remove(&asked);
+    }
     thread::scope(|scope| {
-        scope.spawn(|| target.make(&cri, request, &created));
-        // Not a wait for luck: the point in time is what is varied.
-        thread::sleep(after);
+        let begin = || {
+            scope.spawn(|| target.make(&cri, request, &created));
+        };
+        match request.middle() {
+            Middle::Runc(verb) => runc.held(verb, begin),
+            Middle::Asked => {
+                remove(&may_end);
+                begin();
+                wait_for("the target to be asked to end", || {
+                    asked.exists().then_some(())
+                });
+                remove(&asked);
+            }
+            Middle::Later => {
+                begin();
+                // Not a wait for luck: the point in time is what is varied.
+                thread::sleep(after);
+            }
+        }
         match end {
             End::Killed => containerd.kill(),
             End::Stopped => containerd.stop(),
+        }
+        match request.middle() {
+            Middle::Runc(verb) => runc.go_on(verb),
+            Middle::Asked => {
+                node.tell("may-end");
+                node.wait_gone(&init);
+            }
+            Middle::Later => {}
         }
     });
     drop(cri);
     containerd.start();
     let cri = containerd.cri();
-    let node = containerd.node();
     for id in [&target.container, &created] {
-        // Where it is gone the request was done.
-        let Ok(status) = cri.status(id) else { continue };
+        let of_target = *id == target.container;
+        let status = match cri.status(id) {
+            Ok(status) => status,
+            // The request was done.
+            Err(_) if matches!(request, Request::RemovePod) => continue,
+            Err(_) if of_target && matches!(request, Request::Remove) => continue,
+            Err(refused) => panic!("{request:?}: {id} is lost: {refused:?}"),
+        };
         match status.state() {
             ContainerState::ContainerRunning => {
                 let pid = cri.pid(id);
@@ -485,17 +587,18 @@ fn interrupt(containerd: &mut Containerd, name: &str, request: Request, after: D
             }
             // True, or said to be unknown: an exit that containerd had deleted from the shim and not
             // yet written down when it ended is lost with it. A pod's containers are given no time
-            // to end by themselves.
-            ContainerState::ContainerExited if *id == target.container => {
+            // to end by themselves. What ended while there was no containerd is known.
+            ContainerState::ContainerExited if of_target => {
                 let of_pod = matches!(request, Request::StopPod | Request::RemovePod);
                 let known = match (status.exit_code, &*status.reason) {
-                    (0, "Completed") | (255, "Unknown") => true,
+                    (TARGET, "Error") => request.ends(),
+                    (255, "Unknown") => request.ends() && !matches!(request, Request::Stop),
                     (137, "Error") => of_pod,
                     _ => false,
                 };
                 assert!(known, "{request:?}: {status:?}");
             }
-            _ => {}
+            _ => assert!(!of_target, "{request:?}: {status:?}"),
         }
     }
 }

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
-    Container, Containerd, Events, Node, Process, Reader, Release, ShimUnderTest, Supervisor, Task,
-    Traces, make_fifo, numbers, wait_for,
+    Container, Containerd, Events, HeldRunc, Node, Process, Reader, Release, ShimUnderTest,
+    Supervisor, Task, Traces, make_fifo, numbers, wait_for,
 };
 
 recoverd_tests::tests! {
@@ -288,39 +288,11 @@ fn writer(node: &Node, id: &str) -> Container {
     ours(id).shares(node).command(["sh", "-c", &line])
 }
 
-/// A containerd whose runc stops in front of a verb while `hold-VERB` is in the node's folder, and
-/// notes each one that it has come to in `calls`.
-#[track_caller]
-fn with_held_runc(node: &Arc<Node>, release: &Release) -> Containerd {
-    let folder = node.folder().join("held");
-    let path = folder.join("runc");
-    let shared = node.folder().display();
-    let runc = node.shell("command -v runc");
-    let script = format!(
-        "#!/bin/sh\nfor word in \"$@\"; do case $word in create|start|exec|kill|delete) \
-         verb=${{verb:-$word}};; esac; done\necho \"$verb\" >>{shared}/calls\n\
-         while [ -e {shared}/hold-$verb ]; do sleep 0.02; done\nexec {} \"$@\"\n",
-        runc.trim()
-    );
-    let written = fs::create_dir(&folder).and_then(|()| fs::write(&path, script));
-    written.unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
-    node.run("chmod", ["0755", &path.display().to_string()]);
-    let mut containerd = node.containerd(release);
-    containerd.kill();
-    containerd.programs_from(folder);
-    containerd.start();
-    containerd
-}
-
-fn calls(node: &Node, verb: &str) -> usize {
-    let text = fs::read_to_string(node.folder().join("calls")).unwrap_or_default();
-    text.lines().filter(|line| line.starts_with(verb)).count()
-}
-
 /// SPEC's row F7: the shim dies while runc is at it.
 fn what_is_asked_for_when_a_shim_dies_is_done_once_or_refused(release: &Release) {
     let node = Node::start();
-    let containerd = with_held_runc(&node, release);
+    let mut containerd = node.containerd(release);
+    let runc = HeldRunc::of(&mut containerd);
     let supervisor = node.supervise();
     let of = |id: &str| {
         let line = "trap 'exit 7' TERM; while :; do sleep 1000 & wait $!; done";
@@ -329,19 +301,14 @@ fn what_is_asked_for_when_a_shim_dies_is_done_once_or_refused(release: &Release)
     let pod = containerd.run(&of("pod"));
     // The client's end, its text, and how often runc was asked for it since.
     let dies_at = |shim: &Task, verb: &str, args: &[String]| {
-        let before = calls(&node, verb);
-        let hold = format!("hold-{verb}");
-        node.tell(&hold);
-        let mut client = containerd.ctr_spawn("e2e", args);
-        wait_for(&format!("runc {verb}"), || {
-            (calls(&node, verb) > before).then_some(())
-        });
+        let before = runc.calls(verb);
+        let mut client = runc.held(verb, || containerd.ctr_spawn("e2e", args));
         node.kill(&shim.shim_now());
-        fs::remove_file(node.folder().join(&hold)).unwrap_or_else(|e| panic!("go on: {e}"));
+        runc.go_on(verb);
         let done = client.wait().success();
         assert!(done || !client.text().is_empty(), "{verb} says nothing");
         pod.assert_init_alive();
-        (done, client.text(), calls(&node, verb) - before)
+        (done, client.text(), runc.calls(verb) - before)
     };
     let words =
         |words: &[&str]| -> Vec<String> { words.iter().map(|word| (*word).to_owned()).collect() };
@@ -356,6 +323,7 @@ fn what_is_asked_for_when_a_shim_dies_is_done_once_or_refused(release: &Release)
             assert_eq!(task.wait("").exit_status, 7);
             containerd.delete(&task, 7);
         } else {
+            assert!(text.contains("shim died"), "{verb}: {text}");
             // What its client itself leaves.
             for words in [
                 ["tasks", "delete", "--force", verb].as_slice(),

@@ -152,10 +152,26 @@ fn a_killed_shim_is_nobodys_end(release: &Release) {
         });
     }
     assert_eq!(pod[1].shim_now(), pod[0].shim_now());
-    assert_eq!(
-        supervisor.metric("recoverd_resumes_total{result=\"adopted\"}"),
-        9.0
-    );
+    for (name, value) in [
+        ("recoverd_supervised_shims{kind=\"ours\"}", 3.0),
+        ("recoverd_supervised_tasks{kind=\"ours\"}", 5.0),
+        ("recoverd_supervised_tasks{kind=\"stock\"}", 0.0),
+        (
+            "recoverd_shim_deaths_total{kind=\"ours\",follows=\"successor\"}",
+            9.0,
+        ),
+        ("recoverd_resumes_total{result=\"adopted\"}", 9.0),
+        ("recoverd_resume_seconds_count", 9.0),
+    ] {
+        assert_eq!(supervisor.metric(name), value, "{name}");
+    }
+    // Their number has no bound.
+    let text = supervisor.metrics();
+    for sample in text.lines().filter(|line| line.starts_with("recoverd_")) {
+        for id in ["blocked", "terminal", "session", "pause", "app", "side"] {
+            assert!(!sample.contains(id), "{sample}");
+        }
+    }
     // containerd has noticed nothing.
     for id in ["blocked", "terminal", "pause", "app", "side"] {
         for topic in ["/tasks/exit", "/tasks/delete"] {

@@ -176,6 +176,19 @@ fn wait_watching(host: &SystemdBox, shims: f64) {
     });
 }
 
+/// Waits until it has said so several times since it began.
+#[track_caller]
+fn says_that_it_lives(host: &SystemdBox) {
+    let heard = || host.property(UNIT, "WatchdogTimestampMonotonic");
+    for _ in 0..3 {
+        let before = heard();
+        wait_for("the watchdog to be told", || {
+            (heard() != before).then_some(())
+        });
+    }
+    assert_eq!(host.property(UNIT, "NRestarts"), "0");
+}
+
 /// Lines for the unit, besides its own.
 #[track_caller]
 fn drop_in(host: &SystemdBox, lines: &str) {
@@ -223,6 +236,13 @@ fn a_service_that_crashes_or_hangs_comes_back_with_what_it_kept() {
     host.supervise();
     let mut scene = Scene::set(&host);
     wait_watching(&host, 3.0);
+    // A listener and containerd's connection for each shim, and the terminal's master.
+    let stored = host.property(UNIT, "NFileDescriptorStore");
+    assert!(
+        stored.parse::<u32>().is_ok_and(|n| n >= 7),
+        "{stored} stored"
+    );
+    says_that_it_lives(&host);
     for (signal, word) in [("KILL", "crashed"), ("STOP", "hung")] {
         let old = supervisor(&host);
         host.signal(&old, signal);

@@ -118,7 +118,7 @@ impl World<'_> {
         if away {
             self.readers(true);
         }
-        self.told.assert_all();
+        self.told.assert_late();
         self.containerd.kill();
         self.faults += 1;
         if with_supervisor && let Some(supervisor) = self.supervisor.take() {
@@ -137,6 +137,7 @@ impl World<'_> {
             }
             self.killed(groups);
         }
+        let mut ended = Vec::new();
         // Without a witness it would be unknown, truly.
         if end
             && (self.supervisor.is_some() || !with_shims)
@@ -144,9 +145,17 @@ impl World<'_> {
             && let Some(run) = self.tasks.get_mut(&id)
         {
             self.log.push(format!("meanwhile {id} ends"));
+            let with_it = run.living_execs();
             run.end(&Arc::clone(&self.node), None, false);
+            for exec_id in with_it.into_iter().chain([String::new()]) {
+                let status = run.ended(&exec_id);
+                ended.push((id.clone(), exec_id, status));
+            }
         }
         self.start_containerd();
+        for (id, exec_id, status) in ended {
+            self.told.expect_late(&id, &exec_id, status);
+        }
         if self.supervisor.is_none() {
             self.supervise();
         }
@@ -191,7 +200,13 @@ impl World<'_> {
         let before = self.shims();
         self.installed.install(to);
         self.version = to;
-        self.told.assert_all();
+        match meanwhile {
+            Meanwhile::ContainerdDies => self.told.assert_late(),
+            Meanwhile::Nothing
+            | Meanwhile::ShimDies
+            | Meanwhile::SupervisorDies
+            | Meanwhile::AskerDies => self.told.assert_all(),
+        }
         let doomed = victim
             .as_ref()
             .map(|group| self.shims_of(std::slice::from_ref(group)));

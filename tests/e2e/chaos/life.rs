@@ -160,6 +160,8 @@ impl World<'_> {
         let Some(mut run) = self.tasks.remove(&id) else {
             return;
         };
+        // Of a task that is deleted nothing is told any more.
+        self.told.assert_late();
         // Nobody reads it to its end after that.
         run.assert_output(&self.node);
         // A shim whose last task this is may end by itself.

@@ -241,6 +241,7 @@ impl World<'_> {
     }
 
     fn finish(mut self) {
+        self.told.assert_late();
         let ids: Vec<String> = self.tasks.keys().cloned().collect();
         for id in ids {
             let Some(mut run) = self.tasks.remove(&id) else {

@@ -9,6 +9,8 @@ use recoverd_tests::{Containerd, Event, Events, wait_for};
 pub struct Told {
     events: Events,
     due: Vec<(String, Due)>,
+    /// What happened without containerd: a subscriber that was late hears of it ten seconds later.
+    late: Vec<(String, Due)>,
     seen: BTreeSet<String>,
 }
 
@@ -24,6 +26,7 @@ impl Told {
         Told {
             events: Events::of(containerd),
             due: Vec::new(),
+            late: Vec::new(),
             seen: BTreeSet::new(),
         }
     }
@@ -39,7 +42,20 @@ impl Told {
         self.due.push((id.to_owned(), due));
     }
 
-    /// All that has happened was told.
+    /// This end has come while there was no containerd.
+    pub fn expect_late(&mut self, id: &str, exec_id: &str, status: Option<u32>) {
+        self.expect(id, "/tasks/exit", exec_id, status);
+        self.late.extend(self.due.pop());
+    }
+
+    /// All that has happened was told, that without containerd as well.
+    #[track_caller]
+    pub fn assert_late(&mut self) {
+        self.due.append(&mut self.late);
+        self.assert_all();
+    }
+
+    /// All that has happened while somebody listened was told.
     #[track_caller]
     pub fn assert_all(&mut self) {
         for (id, due) in std::mem::take(&mut self.due) {

@@ -174,8 +174,8 @@ pub enum Input {
     ShimEnded(PathBuf, Process, How),
     /// An init or exec has ended.
     MemberEnded(PathBuf, Member, Process),
-    /// A try has come to its end.
-    Tried(PathBuf, Tried),
+    /// A try to give this shim a successor has come to its end.
+    Tried(PathBuf, Process, Tried),
     /// This shim's end will be meant.
     Leave(PathBuf, Process),
     /// Time has passed.
@@ -411,7 +411,7 @@ impl State {
                     }
                 }
             }
-            Input::Tried(socket, tried) => self.tried(&socket, tried, now, &mut out),
+            Input::Tried(socket, of, tried) => self.tried(&socket, of, tried, now, &mut out),
             Input::Leave(socket, process) => {
                 if let Some(group) = self.groups.get_mut(&socket) {
                     group.meant = Some((process, now.saturating_add(MINUTE_MS)));
@@ -543,11 +543,13 @@ impl State {
         }
     }
 
-    fn tried(&mut self, socket: &Path, tried: Tried, now: u64, out: &mut Vec<Output>) {
+    fn tried(&mut self, socket: &Path, of: Process, tried: Tried, now: u64, out: &mut Vec<Output>) {
         let Some(group) = self.groups.get_mut(socket) else {
             return;
         };
-        if group.stage != Stage::Resumes {
+        // A successor's own word may come first, and its end with it: then another try is under
+        // way, of which this one says nothing.
+        if group.stage != Stage::Resumes || group.sighting.shim != of {
             return;
         }
         match tried {

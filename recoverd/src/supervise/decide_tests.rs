@@ -47,6 +47,10 @@ fn ended(shim: u32, how: How) -> Input {
     Input::ShimEnded(S.into(), p(shim), how)
 }
 
+fn tried_for(shim: u32, tried: Tried) -> Input {
+    Input::Tried(S.into(), p(shim), tried)
+}
+
 const KILLED: How = How::Signalled(9);
 
 fn resumes(out: &[Output]) -> bool {
@@ -199,7 +203,7 @@ fn five_ends_in_a_minute_are_enough_and_slow_ones_are_not() {
             }
             tried += 1;
             shim += 1;
-            let out = state.step(Input::Tried(S.into(), Tried::Serves(p(shim))), now);
+            let out = state.step(tried_for(shim - 1, Tried::Serves(p(shim))), now);
             assert_eq!(out.first(), Some(&Output::WatchShim(S.into(), p(shim))));
         }
         assert_eq!(tried, tries, "{apart} ms apart");
@@ -215,7 +219,7 @@ fn five_tries_in_a_row_may_fail_and_are_no_ends_and_somebody_elses_shim_ends_the
         assert!(resumes(&state.step(ended(shim, KILLED), now)));
         let begun = now;
         for _ in 0..4 {
-            state.step(Input::Tried(S.into(), Tried::Failed), now);
+            state.step(tried_for(shim, Tried::Failed), now);
             let due = state.deadline().unwrap();
             assert!(due > now, "a failure at once after a failure is of no use");
             now = due;
@@ -223,18 +227,18 @@ fn five_tries_in_a_row_may_fail_and_are_no_ends_and_somebody_elses_shim_ends_the
         }
         assert!(now - begun >= 20_000, "a package is replaced meanwhile");
         shim += 1;
-        state.step(Input::Tried(S.into(), Tried::Serves(p(shim))), now);
+        state.step(tried_for(shim - 1, Tried::Serves(p(shim))), now);
     }
     // The third end within a minute, with its pause.
     assert!(!resumes(&state.step(ended(shim, KILLED), now)));
     now = state.deadline().unwrap();
     state.step(Input::Tick, now);
     for _ in 0..4 {
-        state.step(Input::Tried(S.into(), Tried::Failed), now);
+        state.step(tried_for(shim, Tried::Failed), now);
         now = state.deadline().unwrap();
         state.step(Input::Tick, now);
     }
-    let out = state.step(Input::Tried(S.into(), Tried::Failed), now);
+    let out = state.step(tried_for(shim, Tried::Failed), now);
     assert_eq!(follows(&out), Some(Follows::NoneCame));
     assert_eq!(state.count(Kind::Ours).given_up, 1);
     assert_eq!(state.deadline(), None);
@@ -246,10 +250,26 @@ fn five_tries_in_a_row_may_fail_and_are_no_ends_and_somebody_elses_shim_ends_the
 }
 
 #[test]
+fn what_became_of_a_try_says_nothing_of_the_next_one() {
+    for late in [Tried::Serves(p(2)), Tried::StoodBack, Tried::Failed] {
+        let mut state = watching(Kind::Ours);
+        assert!(resumes(&state.step(ended(1, KILLED), 0)));
+        // The successor's record is seen, and its end, before the try is known to be over.
+        let successor = sighting(Kind::Ours, 2, &[("a", "", 10)]);
+        state.step(Input::Seen(S.into(), successor), 1);
+        assert!(resumes(&state.step(ended(2, KILLED), 2)));
+        assert_eq!(state.step(tried_for(1, late), 3), [], "{late:?}");
+        assert_eq!(state.deadline(), None, "{late:?}: a second try beside it");
+        let out = state.step(tried_for(2, Tried::Serves(p(3))), 4);
+        assert_eq!(out.first(), Some(&Output::WatchShim(S.into(), p(3))));
+    }
+}
+
+#[test]
 fn whoever_stands_back_leaves_it_to_the_next_look() {
     let mut state = watching(Kind::Ours);
     state.step(ended(1, KILLED), 0);
-    let out = state.step(Input::Tried(S.into(), Tried::StoodBack), 1);
+    let out = state.step(tried_for(1, Tried::StoodBack), 1);
     assert_eq!(out, [Output::Look(S.into())]);
     let other = sighting(Kind::Ours, 9, &[("a", "", 10)]);
     let out = state.step(Input::Seen(S.into(), other), 2);
@@ -257,7 +277,7 @@ fn whoever_stands_back_leaves_it_to_the_next_look() {
     // And if there is none but the dead one: it is seen to be dead by whoever watches it.
     let mut state = watching(Kind::Ours);
     state.step(ended(1, KILLED), 0);
-    state.step(Input::Tried(S.into(), Tried::StoodBack), 1);
+    state.step(tried_for(1, Tried::StoodBack), 1);
     let same = sighting(Kind::Ours, 1, &[("a", "", 10)]);
     let out = state.step(Input::Seen(S.into(), same), 2);
     assert_eq!(out, [Output::WatchShim(S.into(), p(1))]);

@@ -25,6 +25,8 @@ use crate::{
 /// What a try has brought.
 pub(super) struct TryEnded {
     pub(super) socket: PathBuf,
+    /// Whose successor was to be started.
+    pub(super) of: Process,
     pub(super) outcome: Outcome,
     pub(super) died: Instant,
 }
@@ -90,6 +92,7 @@ impl Daemon {
         };
         let died = self.ends.get(&socket).copied();
         let died = died.unwrap_or_else(Instant::now);
+        let of = sighting.shim;
         let places = Arc::clone(&self.places_to_try);
         failpoint!("supervise.resume.before");
         self.tries.spawn(async move {
@@ -98,6 +101,7 @@ impl Daemon {
             let outcome = adopt::run_with(order, &kept, &how).await;
             TryEnded {
                 socket,
+                of,
                 outcome,
                 died,
             }
@@ -107,6 +111,7 @@ impl Daemon {
     pub(super) fn tried(&mut self, ended: TryEnded) {
         let TryEnded {
             socket,
+            of,
             outcome,
             died,
         } = ended;
@@ -117,9 +122,9 @@ impl Daemon {
         };
         self.metrics.resumed(word, died.elapsed());
         if let Verdict::Adopted(adopted) = &outcome.verdict {
-            let socket = socket.to_string_lossy();
+            let process = (of.pid, of.start_time);
             let deaths = self.witnessed.deaths.iter_mut().rev();
-            if let Some(death) = deaths.into_iter().find(|death| death.socket == socket) {
+            if let Some(death) = deaths.into_iter().find(|death| death.process == process) {
                 death.successor = Some(adopted.shim.pid);
                 self.dirty = true;
             }
@@ -128,7 +133,7 @@ impl Daemon {
             tracing::warn!(%error, "history");
         }
         failpoint!("supervise.tried.after");
-        self.inbox.push(Input::Tried(socket, tried));
+        self.inbox.push(Input::Tried(socket, of, tried));
     }
 
     pub(super) fn died(&mut self, socket: &Path, process: Process, how: How, follows: Follows) {

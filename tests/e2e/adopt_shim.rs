@@ -200,7 +200,7 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
         let mut exec = containerd.exec_attached(&task, &format!("hello-{round}"), &["echo", "hi"]);
         assert!(exec.wait().success(), "{}", exec.text());
         assert_eq!(exec.text(), "hi\n");
-        containerd.ctr_ok("e2e", ["tasks", "pause", "pod"]);
+        containerd.pause(&task);
         containerd.ctr_ok("e2e", ["tasks", "resume", "pod"]);
         containerd.ctr_ok("e2e", ["tasks", "metrics", "pod"]);
         containerd.ctr_ok("e2e", ["tasks", "ps", "pod"]);

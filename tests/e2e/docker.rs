@@ -80,7 +80,14 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
                 .ok(&["stats", "--no-stream", "service"])
                 .contains("0B / 0B  0B")
         );
-        docker.ok(&["pause", "service"]);
+        wait_for("the freezer", || {
+            let output = docker.output(&["pause", "service"]);
+            let text = String::from_utf8_lossy(&output.stderr);
+            let done = output.status.success();
+            // runc gives up on one that takes long, as it may where much goes on.
+            assert!(done || text.contains("unable to freeze"), "{text}");
+            done.then_some(())
+        });
         assert_eq!(docker.inspect("service", ".State.Status"), "paused");
         docker.ok(&["unpause", "service"]);
         docker.ok(&[

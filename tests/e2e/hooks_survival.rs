@@ -191,7 +191,7 @@ fn workloads_outlive(release: &Release, shim: ShimUnderTest, fault: Fault) {
     assert_eq!(exec.text(), "hello\n");
     let pids = containerd.ctr_ok("e2e", ["tasks", "ps", "single"]);
     assert!(pids.contains(&session.pid.to_string()), "{pids}");
-    containerd.ctr_ok("e2e", ["tasks", "pause", "single"]);
+    containerd.pause(&single);
     containerd.ctr_ok("e2e", ["tasks", "resume", "single"]);
 
     node.tell("go");

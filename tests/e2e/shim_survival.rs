@@ -94,7 +94,7 @@ fn workload_exec_and_streams_outlive_every_switch_of_release(first: &Release) {
         let pids = containerd.ctr_ok("e2e", ["tasks", "ps", "survivor"]);
         assert!(pids.contains(&session.pid.to_string()), "{pids}");
         // Neither of the two writes while frozen; both go on after it.
-        containerd.ctr_ok("e2e", ["tasks", "pause", "survivor"]);
+        containerd.pause(&task);
         containerd.ctr_ok("e2e", ["tasks", "resume", "survivor"]);
         // A further container of the same pod finds the same shim, whoever started it.
         let member = containerd.run(&ours(&format!("member-{step}")).group("survivor"));
@@ -586,7 +586,7 @@ fn scan_and_show_know_our_shim(release: &Release) {
     let session = node.shell_with("session");
     let member = containerd.run(&ours("member").group("running"));
     let paused = containerd.run(&ours("paused"));
-    containerd.ctr_ok("e2e", ["tasks", "pause", "paused"]);
+    containerd.pause(&paused);
     let terminal = containerd.run(&ours("terminal").terminal());
     let stopped = containerd.run(&exits_with_23("stopped"));
     node.signal(&stopped.init, "TERM");

@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use containerd_client::services::v1 as pb;
 use containerd_client::services::v1::containers_client::ContainersClient;
@@ -19,7 +19,8 @@ use recoverd_common::pb::runc;
 use serde_json::Value;
 
 use crate::client::{Client, Refused};
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, NOT_FROZEN};
+use crate::direct::ANSWERS_WITHIN;
 use crate::releases::ShimUnderTest;
 
 const SPEC: &str = "types.containerd.io/opencontainers/runtime-spec/1/Spec";
@@ -344,14 +345,24 @@ impl Api {
         Ok(answer.processes.iter().map(pid_and_exec).collect())
     }
 
-    /// Pause.
+    /// Pause. On a loaded machine runc gives up on a cgroup (v1) that forks meanwhile, and says so:
+    /// then again.
     pub fn pause(&self, id: &str) -> Result<(), Refused> {
-        let request = pb::PauseTaskRequest {
-            container_id: id.into(),
-        };
-        self.call(request, |channel, request| async {
-            TasksClient::new(channel).pause(request).await
-        })
+        let began = Instant::now();
+        loop {
+            let request = pb::PauseTaskRequest {
+                container_id: id.into(),
+            };
+            let answer = self.call(request, |channel, request| async {
+                TasksClient::new(channel).pause(request).await
+            });
+            match &answer {
+                Err(refused)
+                    if refused.message.contains(NOT_FROZEN) && began.elapsed() < ANSWERS_WITHIN => {
+                }
+                _ => return answer,
+            }
+        }
     }
 
     /// Resume.

@@ -13,6 +13,8 @@ use crate::recoverd::{Scan, scan};
 use crate::releases::{Release, built, image_archive};
 use crate::wait::{wait_for, wait_within};
 
+/// What runc says when it gives up on a freezer.
+pub(crate) const NOT_FROZEN: &str = "unable to freeze";
 /// Kubernetes' interface: only [`Node::kubernetes`] wants it.
 const CRI: [&str; 3] = [
     "io.containerd.grpc.v1.cri",
@@ -511,6 +513,21 @@ impl Containerd {
         let mut args = vec!["tasks", "exec", "--exec-id", exec_id, task.id()];
         args.extend_from_slice(command);
         self.ctr_spawn(task.namespace(), args)
+    }
+
+    /// Pauses a task (see [`crate::Api::pause`]).
+    #[track_caller]
+    pub fn pause(&self, task: &Task) {
+        wait_for("the freezer", || {
+            let output = self
+                .ctr(task.namespace(), ["tasks", "pause", task.id()])
+                .output()
+                .unwrap_or_else(|error| panic!("start ctr: {error}"));
+            let text = String::from_utf8_lossy(&output.stderr);
+            let done = output.status.success();
+            assert!(done || text.contains(NOT_FROZEN), "{text}");
+            done.then_some(())
+        });
     }
 
     /// Ends a task and removes it and its container.

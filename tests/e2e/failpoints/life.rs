@@ -334,7 +334,7 @@ impl Life {
                 Goal::Pause if self.stage(Who::First) == Stage::Started => {
                     let id = self.id(Who::First).to_owned();
                     self.paused = true;
-                    let answer = self.pause(ground, &id);
+                    let answer = ground.api().pause(&id);
                     self.answered(ground, answer, armed)?;
                 }
                 Goal::Resume if self.paused => {
@@ -354,20 +354,6 @@ impl Life {
             }
         }
         Ok(())
-    }
-
-    /// On a loaded machine runc gives up on a cgroup that forks all the time, and says so.
-    fn pause(&self, ground: &mut Ground, id: &str) -> Result<(), Refused> {
-        const TRIES: usize = 20;
-        let mut answer = Ok(());
-        for _ in 0..TRIES {
-            answer = ground.api().pause(id);
-            match &answer {
-                Err(refused) if refused.message.contains("unable to freeze") => {}
-                _ => break,
-            }
-        }
-        answer
     }
 
     #[track_caller]

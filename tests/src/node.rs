@@ -119,19 +119,25 @@ impl Node {
 
     /// Every serving shim process.
     pub fn shims(&self) -> Vec<Process> {
-        self.processes()
-            .into_iter()
-            .filter(Process::is_shim)
-            .collect()
+        let shims = self.processes().into_iter().filter(Process::is_shim);
+        let shims: Vec<Process> = shims.collect();
+        // What one has forked for a moment has its name.
+        let is_child = |of: &Process| shims.iter().any(|shim| shim.pid == of.parent);
+        let own = shims.iter().filter(|shim| !is_child(shim));
+        own.cloned().collect()
     }
 
-    /// Sends a signal (`KILL`, `STOP`, `CONT`, …) to a process of the node.
+    /// Sends a signal (`KILL`, `STOP`, `CONT`, …) to a process of the node; SIGTERM when it is ready
+    /// for that.
     #[track_caller]
     pub fn signal(&self, process: &Process, signal: &str) {
         assert!(
             self.alive(process),
             "{process:?} is gone before SIG{signal}"
         );
+        if signal == "TERM" {
+            process.wait_trap(&self.path("/proc"));
+        }
         self.run("kill", ["-s", signal, &process.pid.to_string()]);
     }
 

@@ -3,6 +3,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::wait::wait_for;
+
 /// One process as its node numbers it, as it was when it was read. Two with the same pid and start
 /// time are the same process, and equal, whatever it does meanwhile.
 #[derive(Clone, Debug, Eq)]
@@ -56,6 +58,25 @@ impl Process {
             .collect();
         all.sort_by_key(|process| process.pid);
         all
+    }
+
+    /// Waits until it has said what SIGTERM does: the init of a pid namespace is deaf to it before that,
+    /// and an exec would end in another way.
+    #[track_caller]
+    pub(crate) fn wait_trap(&self, proc: &Path) {
+        const TERM: u64 = 1 << (15 - 1);
+        wait_for(&format!("a trap for SIGTERM of {self:?}"), || {
+            let Ok(status) = fs::read_to_string(proc.join(format!("{}/status", self.pid))) else {
+                // It has ended; that is the caller's matter.
+                return Some(());
+            };
+            let field = |name| status.lines().find_map(|line| line.strip_prefix(name));
+            let mask = |name| u64::from_str_radix(field(name)?.trim(), 16).ok();
+            // runc, which becomes the program, handles every signal.
+            let is_runc = field("Name:")?.trim().starts_with("runc");
+            let handled = mask("SigCgt:")? | mask("SigBlk:")?;
+            (!is_runc && handled & TERM != 0).then_some(())
+        });
     }
 
     /// The file name of its program, from its command line.

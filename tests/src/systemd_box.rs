@@ -413,13 +413,17 @@ impl SystemdBox {
         panic!("{method} at {}: {failures:?}", socket.display())
     }
 
-    /// Sends a signal to a process of the box and waits until it shows: gone, or stopped.
+    /// Sends a signal to a process of the box and waits until it shows: gone, or stopped. SIGTERM comes
+    /// when the process is ready for it.
     #[track_caller]
     pub fn signal(&self, process: &Process, signal: &str) {
         assert!(
             self.alive(process),
             "{process:?} is gone before SIG{signal}"
         );
+        if signal == "TERM" {
+            process.wait_trap(&self.path("/proc"));
+        }
         self.shell(&format!("kill -s {signal} {}", process.pid));
         wait_for(&format!("SIG{signal} to show"), || match signal {
             "KILL" => (!self.alive(process)).then_some(()),

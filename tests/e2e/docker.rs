@@ -130,7 +130,12 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
             "16m",
         ];
         docker.ok(&run(runtime, &limit, &["sh", "-c", eater]));
-        assert_eq!(docker.wait_exited("eater"), (137, true), "{runtime}");
+        // Each is an event of its own for it.
+        wait_for("the kill for want of memory", || {
+            let (code, oom) = docker.wait_exited("eater");
+            assert_eq!(code, 137, "{runtime}");
+            oom.then_some(())
+        });
         docker.ok(&["rm", "eater"]);
         wait_for("the shims to leave", || {
             node.shims().is_empty().then_some(())

@@ -49,11 +49,11 @@ fn terminal_and_exec_and_pod_run(release: &Release) {
     let terminals = node.run("ls", ["-l", &format!("/proc/{}/fd/0", terminal.init.pid)]);
     assert!(terminals.contains("/dev/pts/"), "{terminals}");
     containerd.exec(&app, "extra", &["sleep", "1000"]);
-    let process = node
-        .processes()
-        .into_iter()
-        .find(|process| process.argv == ["sleep", "1000"]);
-    assert!(process.is_some());
+    // The runtime answers before its child is the program.
+    recoverd_tests::wait_for("the exec to run", || {
+        let mut all = node.processes().into_iter();
+        all.find(|process| process.argv == ["sleep", "1000"])
+    });
 }
 
 fn image_root_is_mounted_in_the_bundle(release: &Release) {

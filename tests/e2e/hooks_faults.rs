@@ -257,11 +257,8 @@ fn an_exit_that_nobody_saw_is_unknown_and_not_guessed(release: &Release, shim: S
     node.kill(&pause.shim);
     for task in [&single, &app] {
         node.tell(&format!("{}-end", task.id()));
-        // Its new parent collects it: from now on nobody can know.
-        wait_for("the init to be collected", || {
-            let now = node.process(task.init.pid);
-            now.is_none_or(|now| now != task.init).then_some(())
-        });
+        // By its new parent: from now on nobody can know.
+        task.wait_collected();
     }
     let hook = containerd.pre_start();
     containerd.start();
@@ -488,13 +485,8 @@ fn pre_start_leaves_a_containerd_that_runs_alone(release: &Release) {
 
 /// A bundle with a dead init and a shim that hangs, as it is found while containerd is down.
 fn dead_and_hung(node: &Arc<Node>, task: &Task) {
-    node.kill(&task.init);
     // Its shim collects it first: a zombie would still tell its status.
-    wait_for("the init to be collected", || {
-        node.process(task.init.pid)
-            .is_none_or(|now| now != task.init)
-            .then_some(())
-    });
+    task.kill_init();
     node.freeze(&task.shim);
 }
 

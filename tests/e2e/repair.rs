@@ -129,6 +129,18 @@ fn listing(node: &Arc<Node>) -> (String, Vec<u32>) {
     (files + &mounts, pids)
 }
 
+/// The same once nothing goes away any more: containerd removes some after its word that a task is
+/// gone.
+#[track_caller]
+fn settled(node: &Arc<Node>) -> (String, Vec<u32>) {
+    let mut last = listing(node);
+    wait_for("nothing to change any more", || {
+        let now = listing(node);
+        let before = std::mem::replace(&mut last, now.clone());
+        (now == before).then_some(now)
+    })
+}
+
 /// Who must not be touched.
 struct Others {
     well: Task,
@@ -165,7 +177,7 @@ impl Others {
 /// destroys is refused; with them everything is done, and then there is nothing to do.
 #[track_caller]
 fn mends(node: &Arc<Node>, others: &Others, codes: &[&str], words: &[&str]) -> Repair {
-    let before = listing(node);
+    let before = settled(node);
     let shown = repair(node, &[]);
     assert_eq!(shown.codes(), codes, "{shown:#?}");
     assert_eq!((shown.exit, shown.applied), (1, false), "{shown:#?}");
@@ -341,7 +353,7 @@ fn leaked_shim_is_ended(release: &Release) {
     let mut containerd = node.containerd(release);
     let others = Others::on(&node, &containerd);
     let task = forgotten(&node, &mut containerd);
-    node.kill(&task.init);
+    task.kill_init();
     let done = mends_in_rounds(&node, &others, "leaked-shim", &["kill", "delete"]);
     let step = &done.steps[0];
     assert_eq!(step.ends.len(), 1, "{done:#?}");
@@ -373,7 +385,7 @@ fn task_unknown_to_containerd_is_ended(release: &Release) {
 /// As [`mends`], where a step lays bare what the next round mends.
 #[track_caller]
 fn mends_in_rounds(node: &Arc<Node>, others: &Others, first: &str, words: &[&str]) -> Repair {
-    let before = listing(node);
+    let before = settled(node);
     let shown = repair(node, &["--only", first]);
     assert_eq!((shown.exit, shown.codes()), (1, vec![first]), "{shown:#?}");
     assert_eq!(listing(node), before, "looking changed something");
@@ -433,7 +445,7 @@ fn shim_with_a_connection_is_not_ended(release: &Release) {
     let mut containerd = node.containerd(release);
     let others = Others::on(&node, &containerd);
     let task = forgotten(&node, &mut containerd);
-    node.kill(&task.init);
+    task.kill_init();
     let script =
         "use IO::Socket::UNIX; my $s = IO::Socket::UNIX->new(Peer => $ARGV[0]) or die; sleep 1000";
     let socket = task.socket().display().to_string();

@@ -287,7 +287,7 @@ fn shim_without_process_is_found(release: &Release) {
     containerd.kill();
     node.run("rm", ["-rf".as_ref(), task.bundle().as_os_str()]);
     containerd.start();
-    node.kill(&task.init);
+    task.kill_init();
     let scan = node.scan();
     assert!(scan.all_codes().contains(&"leaked-shim"), "{scan:#?}");
     let finding = scan.finding("leaked-shim");
@@ -308,7 +308,7 @@ fn exit_while_containerd_is_down_is_found(release: &Release) {
     containerd.run(&Container::new("well"));
     containerd.kill();
     node.signal(&task.init, "TERM");
-    node.wait_gone(&task.init);
+    task.wait_collected();
     let scan = containerd.scan();
     scan.assert_codes(&["exit-unreported"]);
     assert_eq!(scan.codes("e2e/unheard"), ["exit-unreported"]);

@@ -236,7 +236,7 @@ fn exec_that_was_given_up_is_not_there(release: &Release, shim: ShimUnderTest) {
         .expect("exec");
         std::thread::scope(|scope| {
             let starting = scope.spawn(|| {
-                let limit = Duration::from_secs(3);
+                let limit = Duration::from_secs(5);
                 let started = api.start_within(limit, id, "late");
                 started.expect_err("a runtime that hangs has started an exec")
             });

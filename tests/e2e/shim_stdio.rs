@@ -603,7 +603,7 @@ fn grandchild_that_keeps_the_output_of_an_exec_holds_nobody(
     });
     // 10 s by the shim's own limit; the rest is for a busy machine.
     assert!(
-        began.elapsed() < Duration::from_secs(20),
+        began.elapsed() < Duration::from_secs(40),
         "{:?}",
         began.elapsed()
     );
@@ -903,7 +903,7 @@ fn nothing_stays_open(release: &Release, shim: ShimUnderTest) {
         if now.len() <= before.len() + garbage {
             break;
         }
-        let late = began.elapsed() > Duration::from_secs(20);
+        let late = began.elapsed() > Duration::from_secs(60);
         assert!(!late, "before {before:#?}\nnow {now:#?}");
         std::thread::sleep(Duration::from_millis(50));
     }

@@ -52,13 +52,16 @@ fn ours(id: &str) -> Container {
     Container::new(id).shim(ShimUnderTest::Recoverd)
 }
 
-/// SIGKILLs whoever serves the task and waits for the successor; which that is.
+/// SIGKILLs whoever serves the task and waits for the successor, and until the supervisor has it for
+/// one; which that is.
 #[track_caller]
-fn kill_and_await(node: &Node, task: &Task) -> Process {
-    let old = task.shim_now();
+fn kill_and_await(node: &Node, supervisor: &Supervisor, task: &Task) -> Process {
+    let adopted = || supervisor.metric("recoverd_resumes_total{result=\"adopted\"}");
+    let (old, before) = (task.shim_now(), adopted());
     node.kill(&old);
     let new = task.shim_now();
     assert_ne!(new.pid, old.pid);
+    wait_for("a successor", || (adopted() > before).then_some(()));
     new
 }
 
@@ -136,7 +139,7 @@ fn a_killed_shim_is_nobodys_end(release: &Release) {
 
     for round in 0..3 {
         for task in [&blocked, &terminal, &pod[0]] {
-            kill_and_await(&node, task);
+            kill_and_await(&node, &supervisor, task);
         }
         type_and_see(&mut typed, &shown, &format!("round-{round}"));
         for task in pod.iter().chain([&blocked, &terminal]) {
@@ -230,7 +233,7 @@ fn clients_go_on_when_shim_and_supervisor_die_in_turns(release: &Release) {
         let supervisor = node.supervise();
         supervisor.wait_watching("ours", 2);
         for task in [&blocked, &terminal] {
-            kill_and_await(&node, task);
+            kill_and_await(&node, &supervisor, task);
             assert_running(&containerd, task);
         }
         type_and_see(&mut typed, &shown, &format!("round-{round}"));
@@ -432,21 +435,7 @@ fn an_exit_that_only_the_supervisor_saw_is_told_truly(release: &Release) {
         ],
     );
     let session = node.shell_with("session");
-    supervisor.wait_watching("ours", 1);
-    wait_for("both to be watched", || {
-        let record = recoverd_tests::record_at(&node, task.socket());
-        (record.tasks.first()?.execs.first()?.process.is_some()).then_some(())
-    });
-    // Its record is read some milliseconds after it was written.
-    wait_for("the exec to be watched", || {
-        let fds = node.shell(&format!(
-            "cat /proc/{}/fdinfo/* 2>/dev/null",
-            supervisor.process().pid
-        ));
-        fds.lines()
-            .any(|line| line == format!("Pid:\t{}", session.pid))
-            .then_some(())
-    });
+    supervisor.wait_watches(&[&task.shim, &task.init, &session]);
     node.kill(&task.shim);
     for process in [&session, &task.init] {
         node.signal(process, "TERM");
@@ -477,7 +466,7 @@ fn an_exit_that_only_the_supervisor_saw_is_told_truly(release: &Release) {
         "-c",
         "trap 'exit 42' TERM; while :; do sleep 1000 & wait $!; done",
     ]));
-    supervisor.wait_watching("ours", 1);
+    supervisor.wait_watches(&[&task.shim, &task.init]);
     containerd.kill();
     node.kill(&task.shim);
     node.signal(&task.init, "TERM");
@@ -515,6 +504,7 @@ fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
         "trap 'exit 41' TERM; while :; do sleep 1000 & wait $!; done",
     ]));
     supervisor.wait_watching("stock", 3);
+    supervisor.wait_watches(&[&writer.shim, &terminal.shim, &ends.shim, &ends.init]);
     wait_for("its pipes and its terminal to be kept", || {
         (supervisor.kept("output") >= 2.0 && supervisor.kept("master") == 1.0).then_some(())
     });
@@ -591,10 +581,12 @@ fn a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand(relea
         &counting("/mnt/stop", 23),
     ]));
     supervisor.wait_watching("ours", 1);
-    for _ in 0..4 {
-        kill_and_await(&node, &task);
+    for _ in 0..5 {
+        // As soon as its end would be seen, whatever else is still to be done about it.
+        let shim = task.shim_now();
+        supervisor.wait_watches(&[&shim]);
+        node.kill(&shim);
     }
-    node.kill(&task.shim_now());
     wait_for("it to be given up", || {
         (supervisor.metric("recoverd_given_up_shims") == 1.0).then_some(())
     });
@@ -631,7 +623,7 @@ fn what_a_shim_says_with_its_last_breath_is_heard(release: &Release) {
     let supervisor = node.supervise();
     supervisor.wait_watching("ours", 1);
     // It hears of the connection and of the death at once.
-    node.signal(supervisor.process(), "STOP");
+    node.freeze(supervisor.process());
     let until = Instant::now() + Duration::from_secs(60);
     let client = ShimClient::connect(&node.path(task.socket()), task.namespace(), until);
     let mut client = client.unwrap_or_else(|error| panic!("connect: {error}"));

@@ -268,6 +268,25 @@ impl Task {
             .join("state.json")
     }
 
+    /// SIGKILLs its init and waits until somebody has collected it: its shim, if that lives, knows of it.
+    #[track_caller]
+    pub fn kill_init(&self) {
+        self.node.kill(&self.init);
+        self.wait_collected();
+    }
+
+    /// Waits until its init, which ends, is not even a zombie any more.
+    #[track_caller]
+    pub fn wait_collected(&self) {
+        wait_for(
+            &format!("the init of {} to be collected", self.name()),
+            || {
+                let now = self.node.process(self.init.pid);
+                now.is_none_or(|now| now != self.init).then_some(())
+            },
+        );
+    }
+
     /// Fails unless its init is still the very same process.
     #[track_caller]
     pub fn assert_init_alive(&self) {

@@ -593,8 +593,10 @@ impl Cri {
             stdout: true,
             stderr: !tty,
         };
-        let answer = must("exec", rpc!(self, exec, request));
-        Session::open(&self.network, &answer.url)
+        wait_for("a session", || {
+            let answer = must("exec", rpc!(self, exec, request.clone()));
+            Session::open(&self.network, &answer.url)
+        })
     }
 
     /// Attach over the streaming server.
@@ -607,8 +609,10 @@ impl Cri {
             stdout: true,
             stderr: !tty,
         };
-        let answer = must("attach to", rpc!(self, attach, request));
-        Session::open(&self.network, &answer.url)
+        wait_for("a session", || {
+            let answer = must("attach to", rpc!(self, attach, request.clone()));
+            Session::open(&self.network, &answer.url)
+        })
     }
 
     /// ContainerStats.

@@ -1,6 +1,7 @@
 //! The far end of the CRI's streaming server: an exec or attach session, over a WebSocket.
 
 use std::fs::File;
+use std::io::ErrorKind;
 use std::net::TcpStream;
 use std::path::Path;
 use std::thread;
@@ -33,8 +34,9 @@ pub struct Session {
 }
 
 impl Session {
+    /// None when nobody listens there: the CRI serves a moment before its streaming server does.
     #[track_caller]
-    pub(crate) fn open(network: &Path, url: &str) -> Session {
+    pub(crate) fn open(network: &Path, url: &str) -> Option<Session> {
         let mut request = url
             .replacen("http", "ws", 1)
             .into_client_request()
@@ -44,18 +46,18 @@ impl Session {
         request
             .headers_mut()
             .insert("Sec-WebSocket-Protocol", HeaderValue::from_static(PROTOCOL));
-        let stream = connect_in(network, place);
+        let stream = connect_in(network, place)?;
         stream
             .set_read_timeout(Some(LIMIT))
             .unwrap_or_else(|error| panic!("set a timeout for {url}: {error}"));
         let (socket, _) = tungstenite::client(request, stream)
             .unwrap_or_else(|error| panic!("session at {url}: {error}"));
-        Session {
+        Some(Session {
             socket,
             stdout: String::new(),
             stderr: String::new(),
             status: None,
-        }
+        })
     }
 
     /// Types this.
@@ -115,7 +117,7 @@ impl Session {
             Err(Error::ConnectionClosed | Error::AlreadyClosed | Error::Protocol(_)) => {
                 return false;
             }
-            Err(Error::Io(error)) if error.kind() == std::io::ErrorKind::ConnectionReset => {
+            Err(Error::Io(error)) if error.kind() == ErrorKind::ConnectionReset => {
                 return false;
             }
             Err(error) => panic!("session: {error}; so far {:?}", self.stdout),
@@ -141,15 +143,20 @@ impl Session {
     }
 }
 
-/// A socket belongs to the network namespace that its thread was in when it was made.
+/// A socket belongs to the network namespace that its thread was in when it was made. None: nobody
+/// listens there.
 #[track_caller]
-fn connect_in(namespace: &Path, place: String) -> TcpStream {
+fn connect_in(namespace: &Path, place: String) -> Option<TcpStream> {
     let namespace = File::open(namespace)
         .unwrap_or_else(|error| panic!("open {}: {error}", namespace.display()));
     let connected = thread::spawn(move || {
         setns(namespace, CloneFlags::CLONE_NEWNET)
             .unwrap_or_else(|error| panic!("enter the node's network: {error}"));
-        TcpStream::connect(&place).unwrap_or_else(|error| panic!("connect to {place}: {error}"))
+        match TcpStream::connect(&place) {
+            Ok(stream) => Some(stream),
+            Err(error) if error.kind() == ErrorKind::ConnectionRefused => None,
+            Err(error) => panic!("connect to {place}: {error}"),
+        }
     })
     .join();
     match connected {

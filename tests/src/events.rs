@@ -1,5 +1,7 @@
 //! What containerd tells its subscribers.
 
+use std::sync::atomic::{AtomicU32, Ordering};
+
 use crate::containerd::Containerd;
 use crate::node::Running;
 use crate::wait::wait_for;
@@ -38,6 +40,18 @@ impl Events {
             (!events.text().is_empty()).then_some(())
         });
         events
+    }
+
+    /// Returns when everything that `containerd` has been told until now can be read here.
+    #[track_caller]
+    pub fn catch_up(&self, containerd: &Containerd) {
+        static PROBES: AtomicU32 = AtomicU32::new(2);
+        let probe = format!("probe={}", PROBES.fetch_add(1, Ordering::Relaxed));
+        containerd.ctr_ok("e2e", ["namespaces", "label", "e2e", &probe]);
+        let said = probe.replace("probe=", "\"probe\":\"") + "\"";
+        wait_for("events of now", || {
+            self.text().contains(&said).then_some(())
+        });
     }
 
     /// Everything so far, as `ctr` prints it.

@@ -97,6 +97,21 @@ impl Supervisor {
         self.metric(&format!("recoverd_kept_descriptors{{what=\"{what}\"}}"))
     }
 
+    /// Waits until it would see the end of each of these: it learns of a process some milliseconds
+    /// after its shim has written it down.
+    #[track_caller]
+    pub fn wait_watches(&self, processes: &[&Process]) {
+        let infos = format!("cat /proc/{}/fdinfo/* 2>/dev/null || :", self.process().pid);
+        wait_for(&format!("{processes:?} to be watched"), || {
+            let text = self.node.shell(&infos);
+            let watched = |process: &&Process| {
+                let line = format!("Pid:\t{}", process.pid);
+                text.lines().any(|found| found == line)
+            };
+            processes.iter().all(watched).then_some(())
+        });
+    }
+
     /// Waits until it watches so many shims of ours or stock ones.
     #[track_caller]
     pub fn wait_watching(&self, kind: &str, shims: usize) {

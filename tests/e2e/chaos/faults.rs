@@ -172,7 +172,7 @@ impl World<'_> {
 
     /// As its unit does: the hook, then the daemon.
     fn start_containerd(&mut self) {
-        let hook = self.recoverd(&["pre-start", "--strict"]);
+        let hook = self.recoverd(&["pre-start", "--strict", "--deadline", "120s"]);
         assert!(hook.status.success(), "{hook:?}");
         self.containerd.start();
         self.told = Told::new(&self.containerd);

@@ -2,7 +2,7 @@
 //! ten tasks are as they were.
 
 use std::thread;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use recoverd_tests::{Failpoints, Release};
 
@@ -16,12 +16,14 @@ const DEATHS: u32 = 5;
 /// A command is done by then, mostly.
 const LONGEST_MS: u64 = 1200;
 
-/// One run; its seed is shown and may be given by `RECOVERD_WALK_SEED`.
+/// Of a run that is told no other by `RECOVERD_WALK_SEED`: a change is judged by the same moments as
+/// the one before it.
+const SEED: u64 = 7;
+
+/// One run; its seed is shown.
 pub fn killed_at_random_instants(release: &Release, built: &Failpoints) {
     let given = std::env::var("RECOVERD_WALK_SEED").ok();
-    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH);
-    let now = since.map_or(1, |since| u64::from(since.subsec_nanos()));
-    let mut seed = given.and_then(|seed| seed.parse().ok()).unwrap_or(now) | 1;
+    let mut seed = given.and_then(|seed| seed.parse().ok()).unwrap_or(SEED) | 1;
     eprintln!("RECOVERD_WALK_SEED={seed}");
     let mut random = || {
         // xorshift

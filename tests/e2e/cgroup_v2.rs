@@ -140,7 +140,7 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
          {SYSTEMD}",
         cache = inside.display()
     );
-    let InVm { code, text } = run_in_vm(&files, 580, &line);
+    let InVm { code, text } = run_in_vm(&files, 1100, &line);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(
         text.matches("test result: ok. 1 passed").count(),

@@ -13,7 +13,7 @@ recoverd_tests::tests! {
 }
 
 /// Seconds, on an emulated processor beside other tests.
-const LONGEST: u32 = 600;
+const LONGEST: u32 = 1100;
 
 /// A folder of this test, removed with it.
 struct Out(PathBuf);

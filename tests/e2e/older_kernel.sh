@@ -68,18 +68,18 @@ said() {
     ctr container label ours-zero seen=yes >/dev/null
     grep -q /containers/update $out/events
 }
-within 60 said
+within 200 said
 for kind in stock ours; do
     pid=$(ctr task ps "$kind-zero" | awk '/session/ { print $1 }')
     kill -TERM "$pid"
     ended() { grep -q "/tasks/exit.*\"$kind-zero\".*\"session\"" $out/events; }
-    within 60 ended
+    within 200 ended
     kill -TERM "$(init_of "$kind-zero")" "$(init_of "$kind-some")"
     kill -KILL "$(init_of "$kind-killed")"
 done
 touch share/eat
 ended() { [ "$(grep -c '/tasks/exit' $out/events)" -ge 10 ]; }
-within 120 ended
+within 200 ended
 sleep 1 # nothing more comes, or it is seen
 kill $events
 cp /run/containerd/s/*.record $out/records/
@@ -103,22 +103,22 @@ session=$(ctr task ps late | awk '/session/ { print $1 }')
 ends="$session $(init_of late) $(init_of gone)"
 supervisor=$(systemctl show --property MainPID --value recoverd)
 watched() { grep -qsE "^Pid:[[:space:]]+$1\$" /proc/"$supervisor"/fdinfo/*; }
-for pid in $ends; do within 60 watched "$pid"; done
+for pid in $ends; do within 200 watched "$pid"; done
 systemctl stop containerd
 # shellcheck disable=SC2046 # two pids
 kill -KILL $(pgrep --full -- '-id (late|gone) ')
 # First the exec: the end of its init would end it as well.
 kill -TERM "$session"
 has_ended() { ! kill -0 "$session" 2>/dev/null; }
-within 60 has_ended
+within 200 has_ended
 # shellcheck disable=SC2086 # two pids
 kill -TERM ${ends#* }
 witnessed() { [ "$(grep -oE '"status":4[123]\b' /run/recoverd/witnessed.json | sort -u | wc -l)" = 3 ]; }
-within 60 witnessed
+within 200 witnessed
 cp /run/recoverd/witnessed.json $out/seen/
 touch share/now
 systemctl start containerd
 recorded() { cat /run/containerd/s/*.record | grep -qE "\"status\": ?$1\b"; }
-for status in 41 42 43; do within 120 recorded $status; done
+for status in 41 42 43; do within 200 recorded $status; done
 mkdir $out/seen/records
 cp /run/containerd/s/*.record $out/seen/records/

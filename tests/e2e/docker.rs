@@ -137,9 +137,7 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
             oom.then_some(())
         });
         docker.ok(&["rm", "eater"]);
-        wait_for("the shims to leave", || {
-            node.shims().is_empty().then_some(())
-        });
+        node.wait_no_shims();
     }
 }
 
@@ -221,9 +219,7 @@ fn containers_outlive_dockerd_and_containerd(release: &Release) {
     docker.ok(&["stop", "lives"]);
     assert_eq!(docker.wait_exited("lives"), (5, false));
     docker.ok(&["rm", "lives", "dockerd", "containerd", "both"]);
-    wait_for("the shims to leave", || {
-        node.shims().is_empty().then_some(())
-    });
+    node.wait_no_shims();
 }
 
 fn dockers_own_containerd_is_found(release: &Release) {

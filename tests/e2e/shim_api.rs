@@ -4,13 +4,12 @@
 
 use std::time::{Duration, Instant};
 
-use prost_types::Any;
-use recoverd_common::pb::{runc, runtimeoptions, task, type_url};
+use recoverd_common::pb::task;
 use recoverd_common::shim_client::{CallError, ShimClient};
 use recoverd_common::ttrpc::code;
 use recoverd_tests::{
-    Api, Code, Container, Node, Process, Release, ShimUnderTest, Status, Stdio, Task,
-    assert_refused, oci_process, oci_spec, wait_for,
+    Api, Code, Container, KILLED, Node, Process, Release, SLEEPER, ShimUnderTest, Status, Stdio,
+    Task, assert_refused, oci_process, oci_spec, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -21,31 +20,13 @@ recoverd_tests::tests! {
         exits_of_any_haste_are_told_truly,
         containers_of_one_group_share_a_shim,
     ],
-    // What runc is told does not depend on the release that passed the options on.
     once_with_each_shim: [
-        options_of_runc_are_passed_on,
-        shim_is_killed_before_its_containerd,
         restart_monitor_brings_a_task_back_under_its_id,
     ],
-    // Compares the two.
-    once: [
-        stats_at_rest_are_those_of_the_stock_shim,
-    ],
     on_every_release: [
-        options_of_the_cri_are_understood,
         both_versions_of_the_api_on_one_socket,
-        debug_logs_more_and_changes_nothing,
     ],
 }
-
-/// Sleeps until SIGTERM, then exits 0.
-const SLEEPER: [&str; 3] = [
-    "sh",
-    "-c",
-    "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
-];
-
-const KILLED: u32 = 128 + 9;
 
 fn none() -> Stdio {
     Stdio::default()
@@ -57,14 +38,6 @@ fn process_of(node: &Node, argv: &[&str]) -> Process {
     wait_for(&format!("a process {argv:?}"), || {
         node.processes().into_iter().find(|p| p.argv == argv)
     })
-}
-
-/// Fails unless every shim of the node leaves.
-#[track_caller]
-fn wait_no_shims(node: &Node) {
-    wait_for("the end of every shim", || {
-        node.shims().is_empty().then_some(())
-    });
 }
 
 /// Reads a file of the node's cgroups, which are v1 or v2.
@@ -212,7 +185,7 @@ fn every_call_of_a_life_is_answered(release: &Release, shim: ShimUnderTest) {
     );
     assert_refused(api.state("life", ""), Code::NotFound, "");
     node.wait_gone(&init);
-    wait_no_shims(&node);
+    node.wait_no_shims();
 
     // A task that was never started is deleted too, its init with it.
     api.container("unborn", &oci_spec("unborn", &SLEEPER), shim, None);
@@ -225,7 +198,7 @@ fn every_call_of_a_life_is_answered(release: &Release, shim: ShimUnderTest) {
         .expect("delete what was never started");
     assert_eq!(deleted.pid, pid);
     node.wait_gone(&init);
-    wait_no_shims(&node);
+    node.wait_no_shims();
     let left = node.shell("ls -A /run/containerd/s /run/containerd/runc/e2e /run/containerd/io.containerd.runtime.v2.task/e2e 2>/dev/null | grep -v : || :");
     // The stock shim of 1.x leaves nothing here either: its group is its id.
     assert_eq!(left.trim(), "");
@@ -409,7 +382,7 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
     ] {
         assert_refused(refused, Code::NotFound, "");
     }
-    wait_no_shims(&node);
+    node.wait_no_shims();
 
     // What cannot be executed fails at Start, with runc's words, and costs only itself.
     let id = "failures";
@@ -444,7 +417,7 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
     assert_eq!(api.phase(id, ""), Status::Running);
     if ours {
         assert_eq!(api.end(id).status, KILLED);
-        wait_no_shims(&node);
+        node.wait_no_shims();
     } else {
         containerd.ctr_ok("e2e", ["tasks", "kill", "--signal", "KILL", id]);
         wait_no_running(&api, id);
@@ -467,7 +440,7 @@ fn refusals_have_their_codes(release: &Release, shim: ShimUnderTest) {
     );
     assert_refused(api.state("absent", ""), Code::NotFound, "");
     if ours {
-        wait_no_shims(&node);
+        node.wait_no_shims();
     }
 }
 
@@ -575,7 +548,7 @@ fn exits_of_any_haste_are_told_truly(release: &Release, shim: ShimUnderTest) {
     );
     assert_eq!(api.status("frozen", ""), KILLED);
     api.delete("frozen", "").expect("delete");
-    wait_no_shims(&node);
+    node.wait_no_shims();
 }
 
 fn containers_of_one_group_share_a_shim(release: &Release, shim: ShimUnderTest) {
@@ -634,138 +607,7 @@ fn containers_of_one_group_share_a_shim(release: &Release, shim: ShimUnderTest) 
     }
     alone.assert_shim_alive();
     containerd.remove(&alone);
-    wait_no_shims(&node);
-}
-
-fn options_of_runc_are_passed_on(release: &Release, shim: ShimUnderTest) {
-    let node = Node::start();
-    let containerd = node.containerd(release);
-    let api = containerd.api("e2e");
-
-    // Every runtime command leaves its arguments here.
-    let wrapper = node.folder().join("runtime");
-    let calls = node.folder().join("calls");
-    std::fs::write(
-        &wrapper,
-        format!(
-            "#!/bin/sh\necho \"$@\" >>{}\nexec runc \"$@\"\n",
-            calls.display()
-        ),
-    )
-    .expect("write a wrapper");
-    node.run("chmod", ["+x".as_ref(), wrapper.as_os_str()]);
-    // As the stock shim wants it, it exists already.
-    node.shell(
-        "for h in /sys/fs/cgroup /sys/fs/cgroup/*; do
-            for f in $h/shims $h/shims/here; do
-                [ ! -e $h/cgroup.procs ] || mkdir -p $f
-                if [ -e $f/cpuset.mems ]; then
-                    cat ${f%/*}/cpuset.mems >$f/cpuset.mems
-                    cat ${f%/*}/cpuset.cpus >$f/cpuset.cpus
-                fi
-            done
-        done",
-    );
-    let options = runc::Options {
-        binary_name: wrapper.display().to_string(),
-        root: "/run/elsewhere".into(),
-        no_pivot_root: true,
-        no_new_keyring: true,
-        shim_cgroup: "/shims/here".into(),
-        ..runc::Options::default()
-    };
-    api.container(
-        "wrapped",
-        &oci_spec("wrapped", &SLEEPER),
-        shim,
-        Some(&options),
-    );
-    api.create("wrapped", &none()).expect("create");
-    api.start("wrapped", "").expect("start");
-    assert!(node.path("/run/elsewhere/e2e/wrapped/state.json").exists());
-    assert!(!node.path("/run/containerd/runc/e2e/wrapped").exists());
-    let shim_process = node.shims().into_iter().next().expect("a shim");
-    let cgroups = node.run("cat", [format!("/proc/{}/cgroup", shim_process.pid)]);
-    assert!(
-        cgroups.lines().any(|line| line.ends_with(":/shims/here")),
-        "{cgroups}"
-    );
-    api.run_exec("wrapped", "quick", &oci_process(&["true"]), &none());
-    assert_eq!(api.status("wrapped", "quick"), 0);
-    api.pause("wrapped").expect("pause");
-    api.resume("wrapped").expect("resume");
-    api.update("wrapped", &json!({"pids": {"limit": 9}}))
-        .expect("update");
-    assert_eq!(api.end("wrapped").status, KILLED);
-    let calls = std::fs::read_to_string(&calls).expect("read the wrapper's calls");
-    for verb in [
-        "create", "start", "exec", "pause", "resume", "update", "delete",
-    ] {
-        let call = calls
-            .lines()
-            .find(|line| line.split(' ').any(|word| word == verb))
-            .unwrap_or_else(|| panic!("no {verb} in {calls}"));
-        assert!(call.contains("--root /run/elsewhere/e2e"), "{call}");
-        assert!(call.contains("--log-format json"), "{call}");
-        assert_eq!(call.contains("--no-pivot"), verb == "create", "{call}");
-        assert_eq!(
-            call.contains("--no-new-keyring"),
-            verb == "create",
-            "{call}"
-        );
-        assert!(!call.contains("--systemd-cgroup"), "{call}");
-    }
-    wait_no_shims(&node);
-
-    // The systemd cgroup driver is passed on too: without a systemd runc says so.
-    let options = runc::Options {
-        systemd_cgroup: true,
-        ..runc::Options::default()
-    };
-    let mut spec = oci_spec("sliced", &SLEEPER);
-    spec["linux"]["cgroupsPath"] = json!("system.slice:e2e:sliced");
-    api.container("sliced", &spec, shim, Some(&options));
-    let failed = api
-        .create("sliced", &none())
-        .expect_err("there is no systemd here");
-    assert!(failed.message.contains("systemd"), "{failed:?}");
-    wait_no_shims(&node);
-
-    // Another runtime altogether.
-    let options = runc::Options {
-        binary_name: "crun".into(),
-        ..runc::Options::default()
-    };
-    api.container("crun", &oci_spec("crun", &SLEEPER), shim, Some(&options));
-    let pid = api.create("crun", &none()).expect("create with crun");
-    assert_eq!(api.start("crun", ""), Ok(pid));
-    assert_eq!(api.phase("crun", ""), Status::Running);
-    api.run_exec(
-        "crun",
-        "seven",
-        &oci_process(&["sh", "-c", "exit 7"]),
-        &none(),
-    );
-    assert_eq!(api.status("crun", "seven"), 7);
-    api.delete("crun", "seven")
-        .expect("delete an exec of crun's");
-    api.pause("crun").expect("pause with crun");
-    assert_eq!(api.phase("crun", ""), Status::Paused);
-    api.resume("crun").expect("resume with crun");
-    let absent = api.exec(
-        "crun",
-        "absent",
-        &oci_process(&["/no/such/program"]),
-        &none(),
-    );
-    assert_eq!(absent, Ok(()));
-    assert_refused(
-        api.start("crun", "absent"),
-        Code::Unknown,
-        "OCI runtime exec failed",
-    );
-    assert_eq!(api.end("crun").status, KILLED);
-    wait_no_shims(&node);
+    node.wait_no_shims();
 }
 
 /// A call to a shim past containerd.
@@ -832,208 +674,7 @@ fn both_versions_of_the_api_on_one_socket(release: &Release) {
     }
     task.assert_shim_alive();
     containerd.remove(&task);
-    wait_no_shims(&node);
-}
-
-/// `ctr run` under a daemon that logs at level debug starts shims with `-debug`.
-fn debug_logs_more_and_changes_nothing(release: &Release) {
-    let node = Node::start();
-    let mut containerd = node.containerd(release);
-    containerd.stop();
-    containerd.log_level("debug");
-    containerd.start();
-    for shim in [ShimUnderTest::Stock, ShimUnderTest::Recoverd] {
-        let id = if shim == ShimUnderTest::Stock {
-            "stock"
-        } else {
-            "ours"
-        };
-        let task = containerd.run(&Container::new(id).shim(shim));
-        assert!(
-            task.shim.argv.iter().any(|word| word == "-debug"),
-            "{:?}",
-            task.shim
-        );
-        let api = containerd.api("e2e");
-        api.run_exec(id, "quick", &oci_process(&["sh", "-c", "exit 4"]), &none());
-        assert_eq!(api.status(id, "quick"), 4);
-        containerd.remove(&task);
-        node.wait_gone(&task.shim);
-    }
-}
-
-/// The CRI sends options of a type of its own to every runtime that is not called
-/// `io.containerd.runc.v2`: TOML in them, or (all that 1.6 passes on) in a file that they name. The
-/// stock shim refuses such a task.
-fn options_of_the_cri_are_understood(release: &Release) {
-    let node = Node::start();
-    let containerd = node.containerd(release);
-    let api = containerd.api("e2e");
-    let script = "echo \"$@\" >>$0.calls; exec runc \"$@\"";
-    let wrapper = node.folder().join("runtime");
-    std::fs::write(&wrapper, format!("#!/bin/sh\n{script}\n")).expect("write a wrapper");
-    node.run("chmod", ["+x".as_ref(), wrapper.as_os_str()]);
-    let toml = |root: &str| {
-        format!(
-            "BinaryName = \"{}\"\nRoot = \"{root}\"\nNoPivotRoot = true\nSystemdCgroup = false\n\
-             IoUid = 0\nCriuPath = \"/no/criu\"\nUnknown = [1, 2]\n[table]\nNoNewKeyring = true\n",
-            wrapper.display()
-        )
-    };
-    let file = node.folder().join("options.toml");
-    std::fs::write(&file, toml("/run/by-path")).expect("write options");
-    let any = |options: &runtimeoptions::Options| {
-        Some(Any {
-            type_url: type_url::RUNTIME_OPTIONS.into(),
-            value: prost::Message::encode_to_vec(options),
-        })
-    };
-    let by_body = runtimeoptions::Options {
-        type_url: type_url::RUNC_OPTIONS.into(),
-        config_body: toml("/run/by-body").into_bytes(),
-        ..Default::default()
-    };
-    let by_path = runtimeoptions::Options {
-        config_path: file.display().to_string(),
-        ..Default::default()
-    };
-    for (id, options) in [("by-body", &by_body), ("by-path", &by_path)] {
-        let spec = oci_spec(id, &SLEEPER);
-        api.container_with(id, &spec, ShimUnderTest::Recoverd, any(options));
-        api.create(id, &none()).expect("create");
-        api.start(id, "").expect("start");
-        assert!(node.path(format!("/run/{id}/e2e/{id}/state.json")).exists());
-        api.run_exec(id, "quick", &oci_process(&["sh", "-c", "exit 4"]), &none());
-        assert_eq!(api.status(id, "quick"), 4);
-        assert_eq!(api.end(id).status, KILLED);
-        let calls = wrapper.with_extension("calls");
-        let said = std::fs::read_to_string(&calls).expect("read the wrapper's calls");
-        for verb in ["create", "start", "exec", "delete"] {
-            let call = said.lines().find(|line| line.split(' ').any(|w| w == verb));
-            let call = call.unwrap_or_else(|| panic!("no {verb} in {said}"));
-            assert!(call.contains(&format!("--root /run/{id}/e2e")), "{call}");
-            assert_eq!(call.contains("--no-pivot"), verb == "create", "{call}");
-            // Of a table that no runc shim knows.
-            assert!(!call.contains("--no-new-keyring"), "{call}");
-        }
-        std::fs::remove_file(calls).expect("remove the wrapper's calls");
-    }
-    wait_no_shims(&node);
-
-    // One line that names what is wrong; nothing stays.
-    let broken = runtimeoptions::Options {
-        config_body: b"Root = \"/run/fine\"\nNoPivotRoot = \"yes\"\n".to_vec(),
-        ..Default::default()
-    };
-    let missing = runtimeoptions::Options {
-        config_path: "/no/such/options.toml".into(),
-        ..Default::default()
-    };
-    for (id, options, says) in [
-        ("broken", &broken, "line 2"),
-        ("missing", &missing, "/no/such/options.toml"),
-    ] {
-        let spec = oci_spec(id, &SLEEPER);
-        api.container_with(id, &spec, ShimUnderTest::Recoverd, any(options));
-        let refused = api.create(id, &none()).expect_err("bad options");
-        assert!(refused.message.contains(says), "{refused:?}");
-        wait_no_shims(&node);
-    }
-    let spec = oci_spec("stock", &SLEEPER);
-    api.container_with("stock", &spec, ShimUnderTest::Stock, any(&by_path));
-    api.create("stock", &none())
-        .expect_err("the control understands them");
-
-    // Every option of runc's own type that some release knows is accepted, with or without a use.
-    let all = runc::Options {
-        criu_path: "/no/criu".into(),
-        criu_image_path: "/run/images".into(),
-        criu_work_path: "/run/work".into(),
-        io_uid: 0,
-        io_gid: 0,
-        task_api_version: 2,
-        ..runc::Options::default()
-    };
-    let spec = oci_spec("all", &SLEEPER);
-    api.container("all", &spec, ShimUnderTest::Recoverd, Some(&all));
-    api.create("all", &none()).expect("create");
-    let kept = "/run/containerd/io.containerd.runtime.v2.task/e2e/all/options.json";
-    let kept = std::fs::read_to_string(node.path(kept)).expect("read options.json");
-    let kept: Value = serde_json::from_str(&kept).expect("options.json is JSON");
-    assert_eq!(kept["criu_path"], "/no/criu");
-    assert_eq!(kept["criu_image_path"], "/run/images");
-    api.end("all");
-    // A type and no value: what containerd 1.7 and later send for a runtime without options.
-    let empty = Any {
-        type_url: type_url::RUNTIME_OPTIONS.into(),
-        value: Vec::new(),
-    };
-    let spec = oci_spec("empty", &SLEEPER);
-    api.container_with("empty", &spec, ShimUnderTest::Recoverd, Some(empty));
-    api.create("empty", &none()).expect("create");
-    api.end("empty");
-    wait_no_shims(&node);
-}
-
-/// When memory is short the kernel takes the shim before containerd, by a little.
-fn shim_is_killed_before_its_containerd(release: &Release, shim: ShimUnderTest) {
-    let node = Node::start();
-    let containerd = node.containerd(release);
-    let daemon = containerd.process().pid;
-    let score = |pid: u32| -> i32 {
-        let text = node.run("cat", [format!("/proc/{pid}/oom_score_adj")]);
-        text.trim().parse().expect("a score")
-    };
-    // What the machine allows: it may forbid to lower it.
-    let begin = score(daemon);
-    for (id, of_containerd) in [("low", begin), ("high", 500), ("highest", 1000)] {
-        node.shell(&format!(
-            "echo {of_containerd} >/proc/{daemon}/oom_score_adj"
-        ));
-        let task = containerd.run(&Container::new(id).shim(shim));
-        assert_eq!(score(task.shim.pid), (of_containerd + 1).min(1000), "{id}");
-        containerd.remove(&task);
-    }
-}
-
-/// A container that sleeps, with every limit that this host knows: both shims say the same of it,
-/// field by field, but for the time that passes.
-fn stats_at_rest_are_those_of_the_stock_shim(release: &Release) {
-    let node = Node::start();
-    let containerd = node.containerd(release);
-    let api = containerd.api("e2e");
-    // In the same cgroup: the figures of one are those of the other.
-    let spec = |id: &str| {
-        let mut spec = oci_spec(id, &["sleep", "100000"]);
-        spec["linux"]["cgroupsPath"] = json!("/e2e/shared");
-        spec["linux"]["resources"]["memory"] = json!({"limit": 64 << 20, "swap": 96 << 20});
-        spec["linux"]["resources"]["pids"] = json!({"limit": 77});
-        spec["linux"]["resources"]["cpu"] =
-            json!({"shares": 512, "quota": 50_000, "period": 100_000});
-        spec
-    };
-    for (id, shim) in [
-        ("stock", ShimUnderTest::Stock),
-        ("ours", ShimUnderTest::Recoverd),
-    ] {
-        api.run(id, &spec(id), shim, &none());
-    }
-    let metrics = |id: &str| -> Value {
-        let text = containerd.ctr_ok("e2e", ["tasks", "metrics", "--format", "json", id]);
-        serde_json::from_str(&text).expect("metrics are JSON")
-    };
-    // What the kernel counts on by itself: the two are asked one after the other.
-    let equal = wait_for("figures at rest", || {
-        let (before, ours, after) = (metrics("stock"), metrics("ours"), metrics("stock"));
-        (before == after).then_some((before, ours))
-    });
-    let (stock, ours) = equal;
-    assert_eq!(ours, stock);
-    let text = stock.to_string();
-    assert!(text.contains("67108864") && text.contains("77"), "{text}");
-    for id in ["ours", "stock"] {
-        api.end(id);
-    }
+    node.wait_no_shims();
 }
 
 /// containerd's own restart monitor: kills what is left of a task, deletes it, and makes a new one of
@@ -1065,5 +706,5 @@ fn restart_monitor_brings_a_task_back_under_its_id(release: &Release, shim: Shim
     containerd.ctr_ok("e2e", ["containers", "label", "phoenix", stay]);
     containerd.ctr_ok("e2e", ["tasks", "delete", "--force", "phoenix"]);
     node.wait_gone(&init);
-    wait_no_shims(&node);
+    node.wait_no_shims();
 }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use recoverd_common::pb::runc;
 use recoverd_tests::{
-    Api, Container, Containerd, Event, Events, Fifos, Node, Release, ShimUnderTest, Stdio,
+    Api, Container, Containerd, Event, Events, Fifos, Node, Release, SLEEPER, ShimUnderTest, Stdio,
     oci_process, oci_spec, wait_for,
 };
 use serde_json::{Value, json};
@@ -17,12 +17,6 @@ recoverd_tests::tests! {
         exit_of_an_init_comes_after_those_of_its_execs,
     ],
 }
-
-const SLEEPER: [&str; 3] = [
-    "sh",
-    "-c",
-    "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
-];
 
 /// One scenario at work.
 struct Scene<'a> {
@@ -336,7 +330,7 @@ fn sequences_of_ours_and_of_the_stock_shim_are_equal(release: &Release) {
             play(&scene);
             scene.id
         });
-        wait_for("every shim's end", || node.shims().is_empty().then_some(()));
+        node.wait_no_shims();
         let [stock, ours] = played;
         events.catch_up(&containerd);
         // Ours loses none. The stock shim of 2.x may leave before its last event, the delete's, is

@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use recoverd_common::pb::runc;
 use recoverd_tests::{
-    Api, Code, Container, Node, Process, Release, ShimUnderTest, Status, Stdio, Traces,
-    assert_refused, oci_process, oci_spec, wait_for,
+    Api, Code, Container, KILLED, Node, Process, Release, SLEEPER, ShimUnderTest, Status, Stdio,
+    Traces, assert_refused, oci_process, oci_spec, wait_for,
 };
 
 recoverd_tests::tests! {
@@ -26,13 +26,6 @@ recoverd_tests::tests! {
         who_hears_of_an_exit_finds_no_process,
     ],
 }
-
-const SLEEPER: [&str; 3] = [
-    "sh",
-    "-c",
-    "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
-];
-const KILLED: u32 = 128 + 9;
 
 /// A runtime in runc's place that does something else on one of its commands.
 struct Runtime<'a> {
@@ -206,7 +199,7 @@ fn delete_while_an_exec_starts_is_refused_and_harms_nothing(
     api.delete(id, "later")
         .expect("delete an exec that was never started");
     assert_eq!(api.delete(id, "").expect("delete").status, KILLED);
-    wait_for("the shim's end", || node.shims().is_empty().then_some(()));
+    node.wait_no_shims();
 }
 
 /// The stock shim kills the runtime when its caller has given up, and the process that the runtime
@@ -380,7 +373,7 @@ fn init_that_the_runtime_itself_lost_is_stopped(release: &Release, shim: ShimUnd
         let deleted = api.delete(&id, "").expect("delete");
         assert_eq!((deleted.pid, deleted.status), (pid, KILLED));
     }
-    wait_for("the shim's end", || node.shims().is_empty().then_some(()));
+    node.wait_no_shims();
 }
 
 /// Programs around runc read `config.json` where they are: the stock shim's runtimes work in the

@@ -2,11 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use recoverd_tests::{Container, Containerd, Node, Release, ShimUnderTest, differences, wait_for};
-use serde_json::Value;
+use recoverd_tests::{
+    Container, Containerd, Node, Release, ShimUnderTest, Stdio, differences, oci_spec, wait_for,
+};
+use serde_json::{Value, json};
 
 recoverd_tests::tests! {
     on_every_release: [stats_are_the_stock_shims_field_by_field],
+    once: [stats_at_rest_are_those_of_the_stock_shim],
 }
 
 const AT_REST_WITHIN: Duration = Duration::from_secs(60);
@@ -62,5 +65,45 @@ fn stats_are_the_stock_shims_field_by_field(release: &Release) {
             return;
         }
         assert!(began.elapsed() < AT_REST_WITHIN, "{differ:#?}");
+    }
+}
+
+/// A container that sleeps, with every limit that this host knows: both shims say the same of it,
+/// field by field, but for the time that passes.
+fn stats_at_rest_are_those_of_the_stock_shim(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let api = containerd.api("e2e");
+    // In the same cgroup: the figures of one are those of the other.
+    let spec = |id: &str| {
+        let mut spec = oci_spec(id, &["sleep", "100000"]);
+        spec["linux"]["cgroupsPath"] = json!("/e2e/shared");
+        spec["linux"]["resources"]["memory"] = json!({"limit": 64 << 20, "swap": 96 << 20});
+        spec["linux"]["resources"]["pids"] = json!({"limit": 77});
+        spec["linux"]["resources"]["cpu"] =
+            json!({"shares": 512, "quota": 50_000, "period": 100_000});
+        spec
+    };
+    for (id, shim) in [
+        ("stock", ShimUnderTest::Stock),
+        ("ours", ShimUnderTest::Recoverd),
+    ] {
+        api.run(id, &spec(id), shim, &Stdio::default());
+    }
+    // What the kernel counts on by itself: the two are asked one after the other.
+    let equal = wait_for("figures at rest", || {
+        let (before, ours, after) = (
+            metrics(&containerd, "stock"),
+            metrics(&containerd, "ours"),
+            metrics(&containerd, "stock"),
+        );
+        (before == after).then_some((before, ours))
+    });
+    let (stock, ours) = equal;
+    assert_eq!(ours, stock);
+    let text = stock.to_string();
+    assert!(text.contains("67108864") && text.contains("77"), "{text}");
+    for id in ["ours", "stock"] {
+        api.end(id);
     }
 }

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use recoverd_common::pb::runc;
 use recoverd_tests::{
-    Api, Container, Fifos, Node, Output, Release, ShimUnderTest, Stdio, oci_process, oci_spec,
-    wait_for,
+    Api, Container, Fifos, Node, Output, Release, SLEEPER, ShimUnderTest, Stdio, oci_process,
+    oci_spec, wait_for,
 };
 use serde_json::json;
 
@@ -32,12 +32,6 @@ recoverd_tests::tests! {
         fifos_are_as_large_as_the_memory_allows,
     ],
 }
-
-const SLEEPER: [&str; 3] = [
-    "sh",
-    "-c",
-    "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
-];
 
 /// Says something on stderr, repeats its stdin, ends with its end.
 const ECHO: [&str; 3] = ["sh", "-c", "echo aside >&2; cat; echo end; exit 3"];

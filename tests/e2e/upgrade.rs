@@ -190,9 +190,7 @@ impl Scene {
             self.containerd
                 .ctr_ok("e2e", ["containers", "delete", task.id()]);
         }
-        wait_for("the shims to leave", || {
-            self.node.shims().is_empty().then_some(())
-        });
+        self.node.wait_no_shims();
         self.before.wait_restored(&self.node);
     }
 }

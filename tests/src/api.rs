@@ -528,6 +528,16 @@ pub fn oci_spec(id: &str, args: &[&str]) -> Value {
     })
 }
 
+/// Sleeps until SIGTERM, then exits 0.
+pub const SLEEPER: [&str; 3] = [
+    "sh",
+    "-c",
+    "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done",
+];
+
+/// The exit status of what SIGKILL has ended.
+pub const KILLED: u32 = 128 + 9;
+
 /// The OCI process of that command, as root.
 pub fn oci_process(args: &[&str]) -> Value {
     let capabilities = [

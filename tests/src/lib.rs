@@ -64,7 +64,9 @@ mod systemd_box;
 mod traces;
 mod wait;
 
-pub use api::{Api, Ended, Stdio, assert_refused, oci_process, oci_spec, runc_options};
+pub use api::{
+    Api, Ended, KILLED, SLEEPER, Stdio, assert_refused, oci_process, oci_spec, runc_options,
+};
 pub use box_client::BoxClient;
 pub use client::Refused;
 pub use container::{Container, Task};

@@ -127,6 +127,14 @@ impl Node {
         own.cloned().collect()
     }
 
+    /// Waits until every shim has left.
+    #[track_caller]
+    pub fn wait_no_shims(&self) {
+        wait_for("the end of every shim", || {
+            self.shims().is_empty().then_some(())
+        });
+    }
+
     /// Sends a signal (`KILL`, `STOP`, `CONT`, …) to a process of the node; SIGTERM when it is ready
     /// for that.
     #[track_caller]

@@ -20,7 +20,7 @@
 //! | `master:<id>/<exec>` | the master of a process's terminal; without exec that of an init |
 //! | `stdin:<id>/<exec>` | the write end of the pipe that is its stdin |
 //! | `output:<id>/<exec>` | the read end of a pipe into which it writes |
-//! | others of this form | fifos of the client that nobody but the shim holds open: without them the client meets an end, or a pipe without a reader, the moment the shim dies |
+//! | `stdin-fifo:<id>/<exec>` | the client's fifo for it: without a reader the client meets a broken pipe |
 //!
 //! *An upgrade* begins with a request on the shim's own socket: service [`SERVICE`], method
 //! [`UPGRADE`], [`UpgradeRequest`]. The shim starts the executable that it names with

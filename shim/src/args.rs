@@ -26,6 +26,8 @@ pub enum Invocation {
     Tell(Flags),
     /// Write what comes on standard input to a log file.
     Copy,
+    /// Hold a client's fifos until they are let go.
+    Hold,
     /// No action: be the shim.
     Serve(Flags),
     /// `-adopt`: be the shim that takes over.
@@ -307,6 +309,7 @@ fn check(given: Given, action: Option<&str>) -> Result<Invocation, Refusal> {
         Some("adopt") => Invocation::Adopt,
         Some("tell") => Invocation::Tell,
         Some("copy") => |_| Invocation::Copy,
+        Some("hold") => |_| Invocation::Hold,
         None if given.adopt => Invocation::Successor,
         None => Invocation::Serve,
         Some(other) => return Err(Refusal::UnknownAction(other.into())),

@@ -329,6 +329,8 @@ mod tests {
     /// A real message (see `tests/upgrade.rs`): a task with an exec that talks and one that is being
     /// started, callers of Wait and Start, and what cannot be had there added by hand.
     const GOLDEN: &[u8] = include_bytes!("../testdata/handoff-1.json");
+    /// As it was before outputs had holders.
+    const UNHELD: &[u8] = include_bytes!("../testdata/handoff-1-unheld.json");
 
     /// Names, words and nesting; of numbers only that they are there.
     fn shape(value: Value) -> Value {
@@ -342,6 +344,7 @@ mod tests {
 
     #[test]
     fn the_golden_file_of_format_1_is_what_we_read_and_write() {
+        assert_eq!(check(UNHELD), Ok(()));
         assert_eq!(check(GOLDEN), Ok(()));
         let (coming, _) = with(Turn::Looks, || handoff::decode::<Coming>(GOLDEN));
         let coming = coming.unwrap();

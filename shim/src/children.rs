@@ -127,6 +127,14 @@ impl Gate {
     }
 }
 
+/// How a child becomes another program that is this very image, whatever has been installed since.
+pub fn ourselves(namespace: &str, id: &str, verb: &str) -> Vec<String> {
+    let exe = "/proc/self/exe";
+    [exe, "-namespace", namespace, "-id", id, verb]
+        .map(str::to_owned)
+        .into()
+}
+
 /// Starts a child.
 pub fn spawn(plan: Plan) -> io::Result<Spawned> {
     let (words, theirs) = pipe2(OFlag::O_CLOEXEC | OFlag::O_NONBLOCK)?;

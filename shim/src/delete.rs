@@ -47,6 +47,7 @@ use crate::{
     event_log, lock, mounts,
     remains::{self, Unsent},
     runc,
+    stdio::end_holder,
     sys::{self, Hold},
 };
 
@@ -179,6 +180,8 @@ impl Deletion<'_> {
             let (pid, id) = (init.pid, self.task.label.clone());
             return Err(DeleteError::StillAlive { pid, id });
         }
+        // Their clients are to see the end.
+        self.task.holders().into_iter().for_each(end_holder);
         failpoint!("delete.settle.before");
         if clean_up.group == Group::Settle
             && let Err(e) = self.settle()

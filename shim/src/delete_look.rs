@@ -28,6 +28,7 @@ use crate::{
     delete_rule::{Answer, Facts, Init, Recorded},
     lock::{self, Attempt},
     options::Options,
+    tasks::Process,
 };
 
 /// For the shim to answer, and for a shim that is just leaving to be gone.
@@ -138,6 +139,22 @@ impl Observed {
     pub fn is_recorded(&self) -> bool {
         let record = self.record.present();
         record.is_some_and(|record| find(record, &self.name).is_some())
+    }
+
+    /// What still holds the fifos of its clients.
+    pub fn holders(&self) -> Vec<Process> {
+        let record = self.record.present();
+        let task = record.and_then(|record| find(record, &self.name));
+        let all = task.into_iter().flat_map(|task| {
+            let execs = task.execs.iter().map(|exec| &exec.stdio);
+            std::iter::once(&task.stdio).chain(execs)
+        });
+        all.flat_map(|stdio| &stdio.holders)
+            .map(|holder| Process {
+                pid: holder.pid,
+                start_time: holder.start_time,
+            })
+            .collect()
     }
 
     /// Cgroup folders of the other tasks in the record.

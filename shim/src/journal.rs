@@ -254,5 +254,6 @@ fn stdio_of(key: &Key, member: &Member, stdio: &Stdio) -> record::Stdio {
             argv: logger.argv.clone(),
         }),
         carried: stdio.carried(key),
+        holders: stdio.holders(key).into_iter().map(process).collect(),
     }
 }

@@ -106,6 +106,7 @@ fn invoke(invocation: Invocation) -> Result<u8, Box<dyn Error>> {
         Invocation::Successor(flags) => serve::adopt_and_serve(&flags),
         Invocation::Tell(flags) => serve::tell(&flags),
         Invocation::Copy => Ok(children::copy()?),
+        Invocation::Hold => Ok(stdio::hold()?),
     };
     done.map(|()| 0)
 }

@@ -351,6 +351,9 @@ impl Shim {
     fn run(mut self, signals: &SignalFd, lock: fs::File) -> Result<(), Box<dyn Error>> {
         self.lock = Some(lock);
         let result = self.serve(signals);
+        if result.is_ok() {
+            self.stdio.end_all_holders();
+        }
         // Intentional ends are announced: a descriptor that somebody else keeps must not hide
         // them.
         for socket in self.sockets.values() {
@@ -401,6 +404,7 @@ impl Shim {
             let mut worked = count > 0;
             if self.stdio.deadline().is_some_and(|at| at <= now) {
                 self.stdio.tick(now);
+                self.hold_outputs();
                 worked = true;
             }
             if self.state.deadline().is_some_and(|at| at <= now) {
@@ -533,6 +537,7 @@ impl Shim {
             }
             self.let_go();
         }
+        self.hold_outputs();
         self.tell_supervisor();
         failpoint!("serve.answer.before");
         self.flush();

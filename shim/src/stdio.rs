@@ -11,18 +11,21 @@
 //! | terminal, `file://` or a file | a pty's slave | its master, spliced to a pipe of a copier |
 //! | any, stdin | a pipe of ours | its write end, and the client's fifo spliced to it |
 //!
+//! What a client reads and only we write to is held by a holder too, lest our death be its end.
+//!
 //! *Read-write*: the writer is its own reader, so neither a dead client nor a dead shim can raise
 //! SIGPIPE; when nobody reads, it waits.
 
 mod adopted;
 mod console;
+mod holder;
 mod logger;
 mod pipes;
 mod relay;
 mod target;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     fs::{self, File},
     io,
     os::{
@@ -49,6 +52,8 @@ use crate::{
 };
 pub use adopted::Living;
 use console::{Console, Progress};
+use holder::Holder;
+pub use holder::{end as end_holder, hold};
 use logger::{start_copier, start_logger};
 use pipes::{
     Hold, has_ended, is_done, is_pipe, last_words, open_fifo, own, reopen, set_nonblocking,
@@ -64,6 +69,9 @@ const FIFO_SIZE: u64 = 1 << 20;
 /// How often a fifo with last words is looked at, whether they are read, milliseconds: at first (a
 /// client that waits for their end is at it), at most.
 const LOOK_MS: (u64, u64) = (2, 1_000);
+/// The last words of one output may keep the end of another this long from a client, milliseconds:
+/// mostly they are read by then, and no other holder is needed for what remains.
+const SHRINK_MS: u64 = 64;
 /// A logger that was asked to end has this long, as with the stock shim.
 const LOGGER_END_MS: u64 = 12_000;
 /// Of a logger that is not killed, or was.
@@ -124,7 +132,7 @@ pub enum Heard {
     Warning(String),
 }
 
-/// A logger process; one without `argv` is a copier of ours, which writes to a file.
+/// A logger process; one without `argv` is of ours: a copier, which writes to a file, or a holder.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Logger {
     /// Its pid.
@@ -137,16 +145,20 @@ pub struct Logger {
 }
 
 impl Logger {
-    /// One that we have adopted is not our child, and its number may be somebody else's by now.
-    fn signal(&self, signal: libc::c_int) {
+    fn signal(&self, number: libc::c_int) {
         let process = Process {
             pid: u32::try_from(self.pid.as_raw()).unwrap_or(0),
             start_time: self.start_time,
         };
-        if let Ok(pidfd) = witness::open(&Proc::new("/proc"), process) {
-            // It may have ended meanwhile: that is what is wanted.
-            let _ = sys::pidfd_signal(pidfd.as_fd(), signal);
-        }
+        signal(process, number);
+    }
+}
+
+/// One that we have adopted is not our child, and its number may be somebody else's by now.
+fn signal(process: Process, number: libc::c_int) {
+    if let Ok(pidfd) = witness::open(&Proc::new("/proc"), process) {
+        // It may have ended meanwhile: that is what is wanted.
+        let _ = sys::pidfd_signal(pidfd.as_fd(), number);
     }
 }
 
@@ -167,6 +179,15 @@ struct Held {
     /// Read ends of the logger's pipes.
     #[serde(with = "carry::fds")]
     logged: Vec<OwnedFd>,
+    /// Holds what its client reads.
+    #[serde(default)]
+    holder: Option<Holder>,
+    /// Earlier ones, which end when the one that came after them is on record.
+    #[serde(default)]
+    relieved: Vec<Process>,
+    /// When another one is due, which holds less.
+    #[serde(default)]
+    shrink_at: Option<u64>,
     /// The process has exited.
     finishing: bool,
     told: bool,
@@ -182,6 +203,9 @@ pub struct Stdio {
     /// Loggers whose task has gone, and when they are killed.
     dismissed: Vec<(Logger, u64)>,
     look_at: Option<(u64, u64)>,
+    /// Whose outputs have begun or ended since [`Stdio::hold`].
+    #[serde(default)]
+    unheld: BTreeSet<Key>,
     /// What a supervisor is to be told, before the next answer.
     #[serde(skip)]
     tell: Vec<Tell>,
@@ -207,12 +231,15 @@ impl Stdio {
             last: TOKEN,
             dismissed: Vec::new(),
             look_at: None,
+            unheld: BTreeSet::new(),
             tell: Vec::new(),
         }
     }
 
     /// Watches what it holds: it comes from another image of this process.
     pub fn watch(&mut self, epoll: &Epoll) -> io::Result<()> {
+        // One that knew no holders may have had none.
+        self.unheld.extend(self.held.keys().cloned());
         for (number, relay) in &mut self.relays {
             let end = relay.watched.take();
             let held = self.held.get(&relay.key);
@@ -330,6 +357,8 @@ impl Stdio {
             self.relay(&key, from, to, kind, epoll)
                 .map_err(|e| format!("watch stdio: {e}"))?;
         }
+        self.hold_of(&key, wanted.namespace, 0)
+            .map_err(|e| format!("hold output: {e}"))?;
         if wanted.stdin_closed {
             // Nothing more will wake it; a client ends stdin after its last write is taken, so
             // what there is, is in the fifo. Nobody can have exited yet: nothing is heard.
@@ -354,6 +383,7 @@ impl Stdio {
         let number = self.next();
         let from = from.into();
         self.tell_ends(key, from.as_ref(), to.as_ref(), kind);
+        self.unheld.insert(key.clone());
         let mut relay = Relay {
             key: key.clone(),
             from,
@@ -373,9 +403,9 @@ impl Stdio {
         Ok(())
     }
 
-    /// What only we hold of a relay: the client's fifos, whose other end would see us die, the write
-    /// end of a stdin, and the read end of an output, whose writer may leave bytes in it and end
-    /// while we are dead. Not the pipe of a logger or copier: it gets a new one.
+    /// What only we hold of a relay: the client's stdin, whose other end would see us die, the write
+    /// end of that of the process, and the read end of an output, whose writer may leave bytes in it
+    /// and end while we are dead. Not the pipe of a logger or copier: it gets a new one.
     fn tell_ends(
         &mut self,
         key: &Key,
@@ -401,11 +431,10 @@ impl Stdio {
                 }
             }
             RelayKind::Output => {
-                if let Some(to) = to.filter(|to| is_named_fifo(to)) {
-                    keep(output_name("output-fifo", &key, to), to);
-                    if let Some(from) = from.filter(|from| is_pipe(from)) {
-                        keep(output_name("output", &key, from), from);
-                    }
+                if to.is_some_and(is_named_fifo)
+                    && let Some(from) = from.filter(|from| is_pipe(from))
+                {
+                    keep(output_name(&key, from), from);
                 }
             }
         }
@@ -415,12 +444,8 @@ impl Stdio {
         let key = handoff_key(&relay.key);
         match relay.kind {
             RelayKind::Output => {
-                if let Some(to) = &relay.to {
-                    let from = relay.from.as_ref().map(|from| ("output", from));
-                    let ends = [("output-fifo", to)].into_iter().chain(from);
-                    let names = ends.map(|(what, fd)| output_name(what, &key, fd));
-                    self.tell.extend(names.map(Tell::Drop));
-                }
+                let name = relay.from.as_ref().map(|from| output_name(&key, from));
+                self.tell.extend(name.map(Tell::Drop));
             }
             RelayKind::Input(_) => {
                 let ends = ["stdin", "stdin-fifo"].map(|what| format!("{what}:{key}"));
@@ -542,6 +567,7 @@ impl Stdio {
         let master = held.and_then(|held| held.master.as_ref());
         let _ = relay.watch(None, number, epoll, master);
         self.tell_end_of(&relay);
+        self.unheld.insert(relay.key.clone());
         let Some(held) = self.held.get_mut(&relay.key) else {
             return;
         };
@@ -583,6 +609,7 @@ impl Stdio {
                 held.holds.extend(last_words(hold.fifo));
             }
         }
+        self.unheld.insert(key.clone());
         let relays = held.relays.clone();
         for number in relays {
             let input = self
@@ -649,17 +676,14 @@ impl Stdio {
 
     /// Closes everything of a process. Its logger is asked to end.
     pub fn close(&mut self, key: &Key, now: u64) {
-        let Some(held) = self.held.remove(key) else {
+        let Some(mut held) = self.held.remove(key) else {
             return;
         };
         let name = handoff_key(key);
         if held.master.is_some() {
             self.tell.push(Tell::Drop(format!("master:{name}")));
         }
-        for hold in held.holds.iter().filter(|hold| hold.last_words) {
-            let name = output_name("output-fifo", &name, &hold.fifo);
-            self.tell.push(Tell::Drop(name));
-        }
+        self.end_holders(&mut held);
         for number in held.relays {
             // Closing a descriptor that nobody else holds takes it out of epoll; the terminal's
             // master has gone with `held`.
@@ -697,18 +721,24 @@ impl Stdio {
         relays.filter_map(Relay::carries).collect()
     }
 
-    /// Every logger that runs, those of deleted tasks too.
+    /// Every logger and holder that runs, those of deleted tasks too.
     pub fn loggers(&self) -> impl Iterator<Item = Pid> {
         let held = self.held.values().filter_map(|held| held.logger.as_ref());
+        let holders = self.held.values().filter_map(|held| held.holder.as_ref());
         let dismissed = self.dismissed.iter().map(|(logger, _)| logger.pid);
-        held.map(|logger| logger.pid).chain(dismissed)
+        held.map(|logger| logger.pid)
+            .chain(holders.map(Holder::pid))
+            .chain(dismissed)
     }
 
-    /// A child has exited; true if it was a logger.
+    /// A child has exited; true if it was a logger or a holder.
     pub fn logger_exited(&mut self, pid: Pid, epoll: &Epoll, heard: &mut Vec<Heard>) -> bool {
         let mut dismissed = self.dismissed.iter();
         if let Some(at) = dismissed.position(|(other, _)| other.pid == pid) {
             self.dismissed.remove(at);
+            return true;
+        }
+        if self.holder_exited(pid, heard) {
             return true;
         }
         let found = self.held.iter_mut().find_map(|(key, held)| {
@@ -739,12 +769,19 @@ impl Stdio {
     /// When [`Stdio::tick`] is due.
     pub fn deadline(&self) -> Option<u64> {
         let kills = self.dismissed.iter().map(|(_, at)| *at);
-        let due = kills.chain(self.look_at.map(|(at, _)| at));
+        let shrinks = self.held.values().filter_map(|held| held.shrink_at);
+        let due = kills.chain(self.look_at.map(|(at, _)| at)).chain(shrinks);
         due.filter(|at| *at != NEVER).min()
     }
 
-    /// Looks whether last words are read, and ends loggers that did not end.
+    /// Looks whether last words are read, and ends loggers that did not end. [`Stdio::hold`] is due
+    /// after it.
     pub fn tick(&mut self, now: u64) {
+        let shrinks = self.held.iter().filter(|(_, held)| {
+            let at = held.shrink_at;
+            at.is_some_and(|at| at <= now)
+        });
+        self.unheld.extend(shrinks.map(|(key, _)| key.clone()));
         for (logger, at) in &mut self.dismissed {
             if *at <= now {
                 logger.signal(libc::SIGKILL);
@@ -758,15 +795,12 @@ impl Stdio {
             return;
         }
         for (key, held) in &mut self.held {
-            held.holds.retain(|hold| {
-                let over = hold.last_words && is_done(&hold.fifo);
-                if over {
-                    // Caught up with meanwhile, by looking.
-                    let name = output_name("output-fifo", &handoff_key(key), &hold.fifo);
-                    self.tell.push(Tell::Drop(name));
-                }
-                !over
-            });
+            let before = held.holds.len();
+            held.holds
+                .retain(|hold| !(hold.last_words && is_done(&hold.fifo)));
+            if held.holds.len() < before {
+                self.unheld.insert(key.clone());
+            }
         }
         self.look_soon();
         if let Some((at, next)) = &mut self.look_at {
@@ -782,9 +816,12 @@ fn handoff_key(key: &Key) -> String {
 }
 
 /// The two outputs of a process end each by itself.
-fn output_name(what: &str, key: &str, fd: &OwnedFd) -> String {
-    let inode = nix::sys::stat::fstat(fd).map_or(0, |stat| stat.st_ino);
-    format!("{what}:{key}@{inode}")
+fn output_name(key: &str, pipe: &OwnedFd) -> String {
+    format!("output:{key}@{}", inode_of(pipe))
+}
+
+fn inode_of(fd: &OwnedFd) -> u64 {
+    nix::sys::stat::fstat(fd).map_or(0, |stat| stat.st_ino)
 }
 
 /// A fifo that a client knows by its name, and no pipe.

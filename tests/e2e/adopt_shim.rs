@@ -9,7 +9,7 @@ use recoverd_common::pb::task::Status;
 use recoverd_common::record::{self, Record};
 use recoverd_common::timestamp::Timestamp;
 use recoverd_tests::{
-    Container, Containerd, Node, Reader, Release, ShimUnderTest, Task, Traces, numbers,
+    Container, Containerd, Node, Process, Reader, Release, ShimUnderTest, Task, Traces, numbers,
 };
 
 recoverd_tests::tests! {
@@ -83,6 +83,7 @@ fn stock_record(containerd: &Containerd, task: &Task, terminal: bool) -> Record 
                 stdin_closed: false,
                 logger: None,
                 carried: Vec::new(),
+                holders: Vec::new(),
             },
             terminal,
             created_at: Timestamp::now(),
@@ -150,6 +151,15 @@ fn adopt_as(
     adopted
 }
 
+/// The process that holds what a client may read of an exec; there is one.
+#[track_caller]
+fn holder(node: &Node) -> Process {
+    let verb = |process: &Process| process.argv.last().is_some_and(|word| word == "hold");
+    let mut found: Vec<Process> = node.processes().into_iter().filter(verb).collect();
+    assert_eq!(found.len(), 1, "{found:?}");
+    found.remove(0)
+}
+
 fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
@@ -177,7 +187,10 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
     for round in 0..2 {
         containerd.kill();
         init_stream.away();
+        let holder = holder(&node);
         node.kill(&task.shim);
+        // Nobody reads what the exec writes: there is nothing to hold.
+        node.wait_gone(&holder);
         let adopted = adopt(&containerd, &mut task, false);
         for member in &mut members {
             member.shim = task.shim.clone();
@@ -209,6 +222,16 @@ fn tasks_of_a_dead_shim_outlive_the_start_of_containerd(release: &Release) {
     // The exec's bytes go through its shim: from now on through this one.
     let exec_stream = Reader::open(&node.stdout_of("session"));
     node.tell("exec-go");
+    exec_stream.wait_advance();
+    // Without any supervisor: a reader that stays meets no end between the two.
+    containerd.kill();
+    node.kill(&task.shim);
+    let adopted = adopt(&containerd, &mut task, false);
+    for member in &mut members {
+        member.shim = task.shim.clone();
+    }
+    assert_eq!(adopted.tasks.len(), 3);
+    containerd.start();
     exec_stream.wait_advance();
     node.tell("stop");
     let counts = [node.count_in("init.count"), node.count_in("exec.count")];

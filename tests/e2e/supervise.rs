@@ -22,6 +22,7 @@ recoverd_tests::tests! {
         an_exit_that_only_the_supervisor_saw_is_told_truly,
         writers_and_terminals_of_a_stock_shim_outlive_it,
         intended_ends_are_not_hidden_and_nothing_is_kept,
+        a_hung_supervisor_holds_back_no_end_of_an_output,
     ],
     once: [
         a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand,
@@ -301,6 +302,58 @@ fn ends_are_not_held_back_by_a_supervisor_that_came_later_or_a_shim_that_died(re
     nothing_is_kept(&supervisor);
 }
 
+/// It has nothing that could: no write end of a fifo that somebody reads.
+fn a_hung_supervisor_holds_back_no_end_of_an_output(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let supervisor = node.supervise();
+    let (task, mut client) = containerd.run_attached(&ours("blocked").shares(&node).command([
+        "sh",
+        "-c",
+        &counting("/mnt/stop", 23),
+    ]));
+    let (mut typed, stdin) = Typed::new(&node, "typed");
+    let (terminal, mut shown) =
+        containerd.run_typed(&ours("terminal").terminal().command(["sh"]), stdin);
+    let mut exec = containerd.exec_attached(
+        &task,
+        "session",
+        &["sh", "-c", &counting("/mnt/exec-stop", 7), "session"],
+    );
+    supervisor.wait_watching("ours", 2);
+    // Once more: what it has not been told it finds by looking.
+    for task in [&task, &terminal] {
+        kill_and_await(&node, &supervisor, task);
+    }
+    type_and_see(&mut typed, &shown, "after");
+    wait_for("the exec's pipe to be kept", || {
+        (supervisor.kept("output") >= 1.0).then_some(())
+    });
+    let pid = supervisor.process().pid;
+    let table = node.run("ls", ["-l", &format!("/proc/{pid}/fd")]);
+    assert!(table.contains("ptmx"), "{table}");
+    for line in table.lines() {
+        let line = line.trim_end();
+        assert!(
+            !line.ends_with("-stdout") && !line.ends_with("-stderr"),
+            "{table}"
+        );
+    }
+
+    node.signal(supervisor.process(), "STOP");
+    node.tell("exec-stop");
+    assert_eq!(exec.wait().code(), Some(7), "{}", exec.text());
+    node.tell("stop");
+    assert_eq!(client.wait().code(), Some(23), "{}", client.text());
+    typed.line("exit 5");
+    assert_eq!(shown.wait().code(), Some(5), "{}", shown.text());
+    node.signal(supervisor.process(), "CONT");
+    for (stream, least) in [(&exec, 100), (&client, 100)] {
+        assert!(assert_numbered(&stream.text()) > least);
+    }
+    nothing_is_kept(&supervisor);
+}
+
 fn writer(node: &Node, id: &str) -> Container {
     let [go, stop, count] = ["go", "stop", "count"].map(|word| format!("/mnt/{id}.{word}"));
     let line = numbers(&go, &stop, &count);
@@ -508,10 +561,7 @@ fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
     wait_for("its pipes and its terminal to be kept", || {
         (supervisor.kept("output") >= 2.0 && supervisor.kept("master") == 1.0).then_some(())
     });
-    assert_eq!(
-        supervisor.kept("stdin") + supervisor.kept("output-fifo"),
-        0.0
-    );
+    assert_eq!(supervisor.kept("stdin"), 0.0);
     containerd.kill();
     for task in [&writer, &terminal, &ends] {
         node.kill(&task.shim);

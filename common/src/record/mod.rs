@@ -141,6 +141,9 @@ pub struct Stdio {
     /// Pipes of the shim whose bytes it carries on: the inode of each, and of the fifo that they
     /// go to. Whoever has kept a pipe's read end can carry on what its writer has left.
     pub carried: Vec<(u64, u64)>,
+    /// Processes of ours that hold the client's fifos open, whatever becomes of the shim: whoever
+    /// comes after it ends them.
+    pub holders: Vec<Process>,
 }
 
 /// A logger of `binary://`.
@@ -295,6 +298,7 @@ pub(crate) mod tests {
                 argv: vec!["/bin/log".into(), "a".into(), "b".into()],
             }),
             carried: Vec::new(),
+            holders: Vec::new(),
         };
         Record {
             written_at: at(1_795_449_900),

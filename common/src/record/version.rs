@@ -123,6 +123,18 @@ impl<T, P: Plain<T>> Plain<Option<T>> for Option<P> {
 #[serde(transparent)]
 pub(crate) struct List<P>(Vec<P>);
 
+impl<P> Default for List<P> {
+    fn default() -> Self {
+        List(Vec::new())
+    }
+}
+
+impl<P> List<P> {
+    fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
 impl<T, P: Plain<T>> Plain<Vec<T>> for List<P> {
     fn of(from: &Vec<T>) -> Self {
         List(from.iter().map(P::of).collect())
@@ -224,6 +236,8 @@ persisted!(Stdio {
     logger: Option<Logger>,
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     carried: Vec<(u64, u64)>,
+    #[serde(default, skip_serializing_if = "List::is_empty")]
+    holders: List<Process>,
 });
 
 persisted!(Task {

@@ -89,8 +89,9 @@ fn parse_shim_line(arguments: &[String]) -> Option<ShimLine> {
                 }
             })
     };
-    // Sends a dead shim's last events, or writes a log file: serves nobody.
-    if matches!(arguments.last().map(String::as_str), Some("tell" | "copy")) {
+    // Sends a dead shim's last events, writes a log file, or holds a client's fifos: serves nobody.
+    let verb = arguments.last().map(String::as_str);
+    if matches!(verb, Some("tell" | "copy" | "hold")) {
         return None;
     }
     let line = ShimLine {

@@ -16,6 +16,16 @@ use recoverd_common::sys;
 pub const LISTENER: &str = "listener";
 /// One that it has accepted.
 pub const CONNECTION: &str = "connection";
+/// What is kept; a name from outside is no label of a metric. No write end of an output is among
+/// them: its reader would wait for us too.
+pub const KINDS: [&str; 6] = [
+    LISTENER,
+    CONNECTION,
+    "master",
+    "stdin",
+    "stdin-fifo",
+    "output",
+];
 /// More than a shim of ours has of any pod, and as many as a successor takes.
 const MAX_OF_ONE: usize = 4096;
 
@@ -84,6 +94,10 @@ impl Bag {
 
     /// Keeps one.
     pub fn keep(&mut self, socket: &Path, name: &str, fd: OwnedFd) -> io::Result<Change> {
+        let what = what(name);
+        if !KINDS.contains(&what) {
+            return Err(io::Error::other(format!("{what:?} is not kept")));
+        }
         let file = file_of(&fd)?;
         let all = self.kept.entry(socket.to_owned()).or_default();
         let mut change = Change {
@@ -214,7 +228,7 @@ mod tests {
         for (name, of, whose) in [
             ("listener", "listener", ""),
             ("stdin:a/e", "stdin", "a/e"),
-            ("output-fifo:a/@77", "output-fifo", "a/"),
+            ("output:a/@77", "output", "a/"),
         ] {
             assert_eq!((what(name), member(name)), (of, whose));
         }

@@ -1,7 +1,7 @@
 //! What a living shim has that should outlive it: found in its table of descriptors, taken by
 //! duplicating, told by what the kernel says of each. For what it did not tell us itself, and for
-//! stock shims, which tell nothing. Takes no write end of a stock shim: it could never ask us to
-//! let it go.
+//! stock shims, which tell nothing. Takes no write end of an output: its reader would wait for us
+//! too. Of a stock shim none of an input either: it could never ask us to let it go.
 
 use std::{
     collections::BTreeMap,
@@ -41,8 +41,6 @@ pub struct Of {
     pub process: Process,
     /// As was asked for.
     pub stdio: Stdio,
-    /// It has a terminal.
-    pub terminal: bool,
 }
 
 /// The living members of a record.
@@ -50,12 +48,11 @@ pub fn members(record: &Record) -> Vec<Of> {
     let mut all = Vec::new();
     for task in &record.tasks {
         let init = (String::new(), task.init, &task.exit, &task.stdio);
-        let execs = task.execs.iter().map(|exec| {
-            let of = (exec.id.clone(), exec.process, &exec.exit, &exec.stdio);
-            (exec.terminal, of)
-        });
-        let all_of_it = std::iter::once((task.terminal, init)).chain(execs);
-        for (terminal, (exec_id, process, exit, stdio)) in all_of_it {
+        let execs = task
+            .execs
+            .iter()
+            .map(|exec| (exec.id.clone(), exec.process, &exec.exit, &exec.stdio));
+        for (exec_id, process, exit, stdio) in std::iter::once(init).chain(execs) {
             let Some(process) = process.filter(|_| exit.is_none()) else {
                 continue;
             };
@@ -66,7 +63,6 @@ pub fn members(record: &Record) -> Vec<Of> {
                 },
                 process,
                 stdio: stdio.clone(),
-                terminal,
             });
         }
     }
@@ -80,7 +76,7 @@ struct Ends {
     pipes: BTreeMap<(u64, u64), (String, u32)>,
     /// By file system and number.
     terminals: BTreeMap<(u64, u64), String>,
-    /// Clients' fifos by path: the name that they are kept under.
+    /// Clients' fifos that are somebody's stdin, by path: the name that they are kept under.
     fifos: BTreeMap<PathBuf, String>,
     /// Pipes that their shim carries on, by inode: the key of the member.
     carried: BTreeMap<u64, String>,
@@ -111,25 +107,12 @@ impl Ends {
             if kind == Kind::Stock {
                 continue;
             }
-            let mut fifo = |path: &str, name: String| {
-                if path.starts_with('/') {
-                    ends.fifos.insert(path.into(), name);
-                }
-            };
             for (pipe, _) in &of.stdio.carried {
                 ends.carried.insert(*pipe, key.clone());
             }
-            if !of.stdio.stdin_closed {
-                fifo(&of.stdio.stdin, format!("stdin-fifo:{key}"));
-            }
-            for path in [&of.stdio.stdout, &of.stdio.stderr] {
-                let inode = fs::metadata(path).map_or(0, |meta| meta.ino());
-                // Of an init that has it itself, its shim is no writer whose end somebody would
-                // see: ours would be one whose end nobody sees.
-                let carried = of.stdio.carried.iter().any(|(_, fifo)| *fifo == inode);
-                if of.terminal || carried {
-                    fifo(path, format!("output-fifo:{key}@{inode}"));
-                }
+            let stdin = &of.stdio.stdin;
+            if !of.stdio.stdin_closed && stdin.starts_with('/') {
+                ends.fifos.insert(stdin.into(), format!("stdin-fifo:{key}"));
             }
         }
         ends
@@ -274,7 +257,6 @@ mod tests {
                 start_time: stat.id.start_time,
             },
             stdio: Stdio::default(),
-            terminal: false,
         }
     }
 

@@ -12,7 +12,10 @@ use prometheus_client::{
     registry::{Registry, Unit},
 };
 
-use super::decide::{Count, Follows, Kind};
+use super::{
+    bag::KINDS,
+    decide::{Count, Follows, Kind},
+};
 
 #[derive(Debug, Clone, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct OfKind {
@@ -34,17 +37,6 @@ struct OfResult {
 struct OfWhat {
     what: &'static str,
 }
-
-/// What can be kept, as metrics say it; a name from outside is no label.
-const WHATS: [&str; 7] = [
-    "listener",
-    "connection",
-    "master",
-    "stdin",
-    "stdin-fifo",
-    "output-fifo",
-    "output",
-];
 
 /// All numbers.
 #[derive(Debug)]
@@ -191,11 +183,11 @@ impl Metrics {
             given_up += number(count.given_up);
         }
         self.given_up.set(given_up);
-        for what in WHATS {
+        for what in KINDS {
             self.kept.get_or_create(&OfWhat { what }).set(0);
         }
         for name in kept {
-            if let Some(what) = WHATS.into_iter().find(|what| *what == name) {
+            if let Some(what) = KINDS.into_iter().find(|what| *what == name) {
                 self.kept.get_or_create(&OfWhat { what }).inc();
             }
         }

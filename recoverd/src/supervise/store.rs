@@ -138,13 +138,7 @@ mod tests {
             let twice = [first.clone(), first.clone()];
             assert_eq!(restored_name(&twice, &stored), None);
         }
-        for name in [
-            "stdin:a/",
-            "stdin-fifo:a/",
-            "output-fifo:a/@7",
-            "output:a/@7",
-            "",
-        ] {
+        for name in ["stdin:a/", "stdin-fifo:a/", "output:a/@7", ""] {
             assert_eq!(stored_name(first, name), None, "{name}");
         }
         let longest = format!("master:{}/{}", "a".repeat(76), "b".repeat(76));

@@ -48,6 +48,8 @@ pub struct Look {
     pub members: BTreeMap<Key, (Process, Result<OwnedFd, String>)>,
     /// Loggers that live.
     pub loggers: BTreeMap<Key, (Process, OwnedFd)>,
+    /// Holders of what clients read, that live.
+    pub holders: Vec<(Key, Process)>,
     /// Who tells how they ended, or will.
     pub teller: Teller,
     /// Runtime commands that are at work.
@@ -108,6 +110,10 @@ pub fn look(
             {
                 look.loggers.insert(key.clone(), (process, pidfd));
             }
+            let holders = stdio.holders.iter().map(|holder| super::process(*holder));
+            let living = holders.filter(|holder| open(*holder, &[]).is_ok());
+            look.holders
+                .extend(living.map(|holder| (key.clone(), holder)));
             if let Some(process) = recorded.filter(|_| unended).map(super::process) {
                 let found = open(process, &task.cgroup);
                 look.members.insert(key, (process, found));

@@ -236,6 +236,9 @@ impl Shim {
             draining.extend(keys);
             said.insert(adoptee.id.clone(), lines);
         }
+        for (key, holder) in std::mem::take(&mut look.holders) {
+            self.stdio.relieve(&key, holder);
+        }
         let members = std::mem::take(&mut look.members);
         let pids: Vec<u32> = members.values().map(|(process, _)| process.pid).collect();
         look.teller.narrow(&pids);

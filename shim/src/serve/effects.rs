@@ -261,8 +261,22 @@ impl Shim {
         })
     }
 
+    /// Has what a client reads held over our death, and let go where it has ended.
+    pub(super) fn hold_outputs(&mut self) {
+        let mut heard = Vec::new();
+        let now = super::now().mono_ms;
+        if self.stdio.hold(&self.namespace, now, &mut heard) {
+            failpoint!("stdio.held.before");
+            self.write_record();
+            self.let_go();
+            failpoint!("stdio.held.after");
+        }
+        self.hear(heard);
+    }
+
     /// The children that were started are on record: they begin.
     pub(super) fn let_go(&mut self) {
+        self.stdio.let_go();
         let waiting = self.children.values_mut();
         for gate in waiting.filter_map(|child| child.gate.take()) {
             failpoint!("serve.gate.before");

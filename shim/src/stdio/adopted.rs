@@ -258,20 +258,21 @@ impl Stdio {
         let member = super::handoff_key(key);
         let kept = ["stdin", "stdin-fifo", "master"];
         let mut names = Vec::from(kept.map(|what| format!("{what}:{member}")));
-        for (pipe, fifo) in carried {
-            names.push(format!("output:{member}@{pipe}"));
-            names.push(format!("output-fifo:{member}@{fifo}"));
-        }
+        names.extend(
+            carried
+                .iter()
+                .map(|(pipe, _)| format!("output:{member}@{pipe}")),
+        );
         let mut held = Held::default();
         let wishes = [&wanted.wish.stdout, &wanted.wish.stderr];
         for path in wishes.into_iter().filter_map(|wish| super::path_of(wish)) {
             if let Ok(fifo) = open_fifo(path, wanted.owner) {
-                names.push(super::output_name("output-fifo", &member, &fifo));
                 held.holds.extend(super::last_words(fifo));
             }
         }
         if !held.holds.is_empty() {
             self.held.insert(key.clone(), held);
+            self.unheld.insert(key.clone());
             self.look_soon();
         }
         self.tell.extend(names.into_iter().map(Tell::Drop));

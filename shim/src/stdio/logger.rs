@@ -87,18 +87,8 @@ pub(super) fn start_copier(
         folder: "/".into(),
         steps: Vec::new(),
         to_the_end: false,
-        // A program of its own: without its shim, a mere fork would look like one. This very
-        // image, whatever has been installed since.
-        argv: [
-            "/proc/self/exe",
-            "-namespace",
-            wanted.namespace,
-            "-id",
-            &wanted.key.id,
-            "copy",
-        ]
-        .map(str::to_owned)
-        .into(),
+        // A program of its own: without its shim, a mere fork would look like one.
+        argv: children::ourselves(wanted.namespace, &wanted.key.id, "copy"),
         env: None,
         extra_env: None,
     };

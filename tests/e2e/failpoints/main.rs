@@ -99,7 +99,7 @@ fn also(step: &str) -> Vec<Scenario> {
         ];
     }
     match step.split('.').next().unwrap_or_default() {
-        "record" | "events" | "requests" | "serve" => {
+        "record" | "events" | "requests" | "serve" | "stdio" => {
             vec![supervised::play_shim, supervised::play_next_image]
         }
         "upgrade" => vec![supervised::play_upgraded],

@@ -275,6 +275,7 @@ fn recorded_task() -> record::Task {
             stdin_closed: false,
             logger: None,
             carried: Vec::new(),
+            holders: Vec::new(),
         },
         terminal: false,
         created_at: Timestamp {

@@ -41,7 +41,6 @@ impl Daemon {
                     member: member.clone(),
                     process: *process,
                     stdio: Default::default(),
-                    terminal: false,
                 })
                 .collect(),
         };

@@ -1,0 +1,338 @@
+//! A process of ours that has the write ends of a client's fifos, beside us, and does nothing else:
+//! a client sees the end of its output the moment the last of them is closed, so somebody has to
+//! have one while a dead shim has no successor yet. Not the supervisor: it would have to be asked
+//! for each end, and could hang. This one is ended with SIGKILL when the output has ended.
+//!
+//! An init that is no terminal needs none: it has its fifo itself. While we live it only waits for
+//! our death; after that it goes as soon as nobody reads, so that nobody has to find it.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    os::fd::{AsFd, OwnedFd},
+};
+
+use nix::{
+    errno::Errno,
+    fcntl::OFlag,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    unistd::Pid,
+};
+use recoverd_common::failpoint;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    Heard, Held, Logger, NEVER, RelayKind, SHRINK_MS, Stdio, inode_of, is_named_fifo,
+    pipes::reopen, signal,
+};
+use crate::{
+    carry,
+    children::{self, ChildFile, Gate, Plan, Spawned},
+    reaper,
+    service::Key,
+    sys,
+    tasks::Process,
+};
+
+/// The process, and what it holds.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Holder {
+    #[serde(with = "carry::pid")]
+    pid: Pid,
+    start_time: u64,
+    /// Inodes.
+    fifos: Vec<u64>,
+    /// Until its pid is on record.
+    #[serde(skip)]
+    gate: Option<Gate>,
+}
+
+/// Fifos that a client reads, by inode.
+type Fifos<'a> = BTreeMap<u64, &'a OwnedFd>;
+
+/// Which holder a process needs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    /// The one that it has, if any.
+    Same,
+    /// The one that it has, for a moment: it holds more than is to be held.
+    Fewer,
+    /// A new one.
+    Another,
+    /// None any more.
+    None,
+}
+
+/// What is held, what is to be held, and whether one that holds more has stayed its moment.
+fn need<T>(holds: &[u64], fifos: &BTreeMap<u64, T>, due: bool) -> Need {
+    let all = fifos.keys().all(|inode| holds.contains(inode));
+    match (all, holds.len() > fifos.len()) {
+        (true, false) => Need::Same,
+        (true, true) if fifos.is_empty() => Need::None,
+        (true, true) if !due => Need::Fewer,
+        (true, true) | (false, _) => Need::Another,
+    }
+}
+
+impl Holder {
+    /// Starts one for these fifos of a process. It goes on only when it is [let go](Self::let_go).
+    fn start(key: &Key, namespace: &str, fifos: &Fifos<'_>) -> io::Result<Self> {
+        failpoint!("stdio.hold.before");
+        let mut files = vec![ChildFile::Null, ChildFile::Null, ChildFile::Null];
+        files.push(ChildFile::Fd(sys::pidfd_open(Pid::this().as_raw())?));
+        for fifo in fifos.values() {
+            // One that could be read from would be a reader that does not read.
+            let writer = match reopen(fifo, false, true, OFlag::O_NONBLOCK) {
+                Ok(writer) => writer,
+                // Without a reader, ours is write-only already.
+                Err(e) if e.raw_os_error() == Some(libc::ENXIO) => fifo.try_clone()?,
+                Err(e) => return Err(e),
+            };
+            files.push(ChildFile::Fd(writer));
+        }
+        let plan = Plan {
+            files,
+            folder: "/".into(),
+            steps: Vec::new(),
+            to_the_end: false,
+            // As a copier: a program of its own, of this very image.
+            argv: children::ourselves(namespace, &key.id, "hold"),
+            env: None,
+            extra_env: None,
+        };
+        // Its words would be of a failure to execute, and its exit tells that too.
+        let Spawned { pid, gate, .. } = children::spawn(plan)?;
+        failpoint!("stdio.hold.after");
+        Ok(Self {
+            pid,
+            start_time: reaper::start_time(pid),
+            fifos: fifos.keys().copied().collect(),
+            gate: Some(gate),
+        })
+    }
+
+    /// It is on record.
+    fn let_go(&mut self) {
+        if let Some(gate) = self.gate.take() {
+            gate.open();
+        }
+    }
+
+    pub(super) fn pid(&self) -> Pid {
+        self.pid
+    }
+
+    fn process(&self) -> Process {
+        Process {
+            pid: u32::try_from(self.pid.as_raw()).unwrap_or(0),
+            start_time: self.start_time,
+        }
+    }
+
+    /// Who has to be waited for when it ends.
+    fn dismissed(self) -> Logger {
+        Logger {
+            pid: self.pid,
+            start_time: self.start_time,
+            argv: Vec::new(),
+        }
+    }
+}
+
+impl Stdio {
+    /// Has the outputs held that have begun, and those no longer that have ended. True: the record
+    /// has to say so, and then [`Stdio::let_go`].
+    pub fn hold(&mut self, namespace: &str, now: u64, heard: &mut Vec<Heard>) -> bool {
+        let mut changed = false;
+        for key in std::mem::take(&mut self.unheld) {
+            if let Err(e) = self.hold_of(&key, namespace, now) {
+                // All else goes on; what is lost is lost with our death only.
+                let text = format!("hold output of {} {}: {e}", key.id, key.exec_id);
+                heard.push(Heard::Warning(text));
+            }
+            let held = self.held.get(&key);
+            changed |= held.is_some_and(|held| {
+                let begins = held.holder.as_ref().is_some_and(|h| h.gate.is_some());
+                begins || !held.relieved.is_empty()
+            });
+        }
+        changed
+    }
+
+    /// The same for one process.
+    pub(super) fn hold_of(&mut self, key: &Key, namespace: &str, now: u64) -> io::Result<()> {
+        self.unheld.remove(key);
+        let Some(held) = self.held.get(key) else {
+            return Ok(());
+        };
+        let fifos = self.read_by_client(held);
+        let holds = held.holder.as_ref().map(|holder| holder.fifos.as_slice());
+        let due = held.shrink_at.is_some_and(|at| at <= now);
+        let need = need(holds.unwrap_or_default(), &fifos, due);
+        let next = match need {
+            Need::Another => Some(Holder::start(key, namespace, &fifos)?),
+            Need::Same | Need::Fewer | Need::None => None,
+        };
+        let Some(held) = self.held.get_mut(key) else {
+            return Ok(());
+        };
+        held.shrink_at = match need {
+            Need::Fewer => held.shrink_at.or(Some(now.saturating_add(SHRINK_MS))),
+            Need::Same | Need::Another | Need::None => None,
+        };
+        if matches!(need, Need::Same | Need::Fewer) {
+            return Ok(());
+        }
+        if let Some(old) = std::mem::replace(&mut held.holder, next) {
+            match held.holder {
+                Some(_) => held.relieved.push(old.process()),
+                None => end(old.process()),
+            }
+            self.dismissed.push((old.dismissed(), NEVER));
+        }
+        Ok(())
+    }
+
+    /// The fifos that nobody would write to any more, were we dead.
+    fn read_by_client<'a>(&'a self, held: &'a Held) -> Fifos<'a> {
+        let relays = held.relays.iter().filter_map(|at| self.relays.get(at));
+        let outputs = relays.filter(|relay| relay.kind == RelayKind::Output);
+        let last_words = held.holds.iter().filter(|hold| hold.last_words);
+        outputs
+            .filter_map(|relay| relay.to.as_ref())
+            .chain(&held.output)
+            .chain(last_words.map(|hold| &hold.fifo))
+            .filter(|fd| is_named_fifo(fd))
+            .map(|fd| (inode_of(fd), fd))
+            .collect()
+    }
+
+    /// What [`Stdio::hold`] has done is on record.
+    pub fn let_go(&mut self) {
+        for held in self.held.values_mut() {
+            if let Some(holder) = &mut held.holder {
+                holder.let_go();
+            }
+            for process in held.relieved.drain(..) {
+                end(process);
+            }
+        }
+    }
+
+    /// A predecessor's holder, which ends when one of ours has taken its place.
+    pub fn relieve(&mut self, key: &Key, process: Process) {
+        match self.held.get_mut(key) {
+            Some(held) => {
+                held.relieved.push(process);
+                self.unheld.insert(key.clone());
+            }
+            // The output has ended.
+            None => end(process),
+        }
+    }
+
+    /// Those of a process, for the record.
+    pub fn holders(&self, key: &Key) -> Vec<Process> {
+        let held = self.held.get(key);
+        let own = held.and_then(|held| held.holder.as_ref());
+        let relieved = held.into_iter().flat_map(|held| &held.relieved).copied();
+        own.map(Holder::process)
+            .into_iter()
+            .chain(relieved)
+            .collect()
+    }
+
+    /// We end as is meant: so do the outputs.
+    pub fn end_all_holders(&mut self) {
+        for mut held in std::mem::take(&mut self.held).into_values() {
+            self.end_holders(&mut held);
+        }
+    }
+
+    pub(super) fn end_holders(&mut self, held: &mut Held) {
+        held.relieved.drain(..).for_each(end);
+        if let Some(holder) = held.holder.take() {
+            end(holder.process());
+            self.dismissed.push((holder.dismissed(), NEVER));
+        }
+    }
+
+    /// True if it was one that still held something.
+    pub(super) fn holder_exited(&mut self, pid: Pid, heard: &mut Vec<Heard>) -> bool {
+        let found = self.held.iter_mut().find_map(|(key, held)| {
+            held.holder.take_if(|holder| holder.pid == pid)?;
+            Some(key)
+        });
+        // Whoever ends it again and again would have us start others all the time.
+        if let Some(key) = found {
+            let text = format!(
+                "the holder of the output of {} {} has ended",
+                key.id, key.exec_id
+            );
+            heard.push(Heard::Warning(text));
+        }
+        found.is_some()
+    }
+}
+
+/// Ends one; it is gone if it is not this very process.
+pub fn end(process: Process) {
+    failpoint!("stdio.let_go.before");
+    signal(process, libc::SIGKILL);
+    failpoint!("stdio.let_go.after");
+}
+
+/// What it does: waits for the end of the process whose pidfd is at 3, then for the readers of the
+/// fifos from 4 on to be gone.
+pub fn hold() -> io::Result<()> {
+    let shim = sys::inherited(3).ok_or(io::ErrorKind::NotFound)?;
+    let mut fifos: Vec<OwnedFd> = (4..).map_while(sys::inherited).collect();
+    wait(&[&shim], PollFlags::POLLIN)?;
+    while !fifos.is_empty() {
+        let all: Vec<&OwnedFd> = fifos.iter().collect();
+        let unread = wait(&all, PollFlags::empty())?;
+        let mut unread = unread.into_iter();
+        fifos.retain(|_| unread.next() == Some(false));
+    }
+    Ok(())
+}
+
+/// Until one of them is as asked for, or has no other end; says of each whether it is.
+fn wait(files: &[&OwnedFd], flags: PollFlags) -> io::Result<Vec<bool>> {
+    let mut entries: Vec<PollFd<'_>> = files
+        .iter()
+        .map(|file| PollFd::new(file.as_fd(), flags))
+        .collect();
+    loop {
+        match poll(&mut entries, PollTimeout::NONE) {
+            Ok(0) | Err(Errno::EINTR) => {}
+            Ok(_) => break,
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let seen = entries.iter().map(|entry| entry.any().unwrap_or(true));
+    Ok(seen.collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_to_be_held_is_held_and_what_has_ended_only_for_a_moment() {
+        let fifos = |inodes: &[u64]| inodes.iter().map(|inode| (*inode, ())).collect();
+        for (holds, wanted, due, expected) in [
+            (&[][..], &[][..], false, Need::Same),
+            (&[1, 2], &[1, 2], true, Need::Same),
+            (&[], &[1], false, Need::Another),
+            (&[1], &[2], false, Need::Another),
+            (&[1], &[1, 2], false, Need::Another),
+            (&[1, 2], &[2], false, Need::Fewer),
+            (&[1, 2], &[2], true, Need::Another),
+            (&[1, 2], &[], false, Need::None),
+        ] {
+            let need = need(holds, &fifos(wanted), due);
+            assert_eq!(need, expected, "{holds:?} {wanted:?} {due}");
+        }
+    }
+}

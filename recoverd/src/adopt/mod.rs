@@ -4,13 +4,14 @@
 //!
 //! ```text
 //! look + cases ──decide::select──▶ groups ──clues::observe──▶ clues
-//!                                    └──────decide::order◀──────┘ ──▶ Order ──run──▶ Outcome
+//!                                    └─────orders::orders◀──────┘ ──▶ Order ──run──▶ Outcome
 //! ```
 //!
 //! A group is what one shim serves: all tasks whose bundles name one socket. It is adopted whole.
 
 pub mod clues;
 pub mod decide;
+pub mod orders;
 pub mod run;
 
 use std::path::PathBuf;
@@ -74,7 +75,7 @@ impl Order {
 pub fn decide(roots: &Roots, look: &Look, cases: &Cases<'_>, wish: &Wish<'_>) -> Decision {
     let selection = decide::select(look, cases, wish);
     let clues = clues::observe(roots, look, &selection.groups, wish.unit);
-    decide::orders(look, selection, &clues)
+    orders::orders(look, selection, &clues)
 }
 
 #[cfg(test)]

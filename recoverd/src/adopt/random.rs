@@ -8,7 +8,8 @@ use recoverd_common::{proc::ProcessId, record, seen::Seen};
 use super::{
     Order,
     clues::Clues,
-    decide::{Decision, Stillness, Wish, orders, select, stillness, unreachable},
+    decide::{Decision, Stillness, Wish, select, stillness, unreachable},
+    orders::orders,
 };
 use crate::{
     classify::tests::random::{Broken, broken},

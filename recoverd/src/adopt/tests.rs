@@ -10,7 +10,8 @@ use recoverd_common::{
 
 use super::{
     clues::{Clues, ExecClue, TaskClues},
-    decide::{Decision, Stillness, Wish, orders, select, stillness},
+    decide::{Decision, Stillness, Wish, select, stillness},
+    orders::orders,
 };
 use crate::{
     correlate::correlate,

@@ -146,7 +146,8 @@ mod tests {
         adopt::{
             Order,
             clues::Clues,
-            decide::{Wish, orders, select},
+            decide::{Wish, select},
+            orders::orders,
         },
         classify::tests::random::{Broken, broken},
         correlate::{Cases, Init, correlate},

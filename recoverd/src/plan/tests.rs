@@ -6,7 +6,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::{
-    adopt::{clues::Clues, decide},
+    adopt::{clues::Clues, decide, orders},
     classify::{
         self,
         tests::{SETTINGS, random::broken},
@@ -60,7 +60,7 @@ fn planned_on(look: &Look, grounds: &Grounds, policy: &Policy) -> Plan {
         unit: None,
     };
     let selection = decide::select(look, &cases, &wish);
-    let adoption = decide::orders(look, selection, &Clues::default());
+    let adoption = orders::orders(look, selection, &Clues::default());
     let input = Input {
         look,
         cases: &cases,

@@ -9,15 +9,12 @@
 //! no entry. Behind the last one there may be room for more.
 
 use std::{
-    fs::{self, File},
-    io::{self, BufReader, Read},
-    os::unix::fs::OpenOptionsExt,
+    fs::File,
+    io::{BufReader, Read},
     path::Path,
 };
 
-use nix::fcntl::OFlag;
-
-use crate::{read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
+use crate::{own_file, read::absent_or_unknown, seen::Seen, ttrpc::MAX_PAYLOAD};
 
 /// What it begins with.
 pub const MAGIC: &[u8; 8] = b"rcvd-ev1";
@@ -50,7 +47,7 @@ pub fn holds_any(path: &Path) -> Seen<bool> {
 }
 
 fn begin(path: &Path) -> Seen<BufReader<File>> {
-    let file = match open(File::options().read(true), path) {
+    let file = match own_file::open(File::options().read(true), path) {
         Ok(file) => file,
         Err(error) => return absent_or_unknown(&error),
     };
@@ -68,18 +65,6 @@ fn unacknowledged(reader: &mut impl Read) -> Option<Kept> {
         if flags & ACKNOWLEDGED == 0 {
             return Some((number, flags & ECHO != 0, payload));
         }
-    }
-}
-
-/// Opens a log; never through a symlink, never a fifo that somebody put there.
-pub fn open(options: &mut fs::OpenOptions, path: &Path) -> io::Result<File> {
-    let file = options
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-        .open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
-    } else {
-        Err(io::Error::other("is not a regular file"))
     }
 }
 

@@ -10,6 +10,7 @@ pub mod failpoint;
 pub mod handoff;
 pub mod ids;
 pub mod mounts;
+pub mod own_file;
 pub mod paths;
 pub mod pb;
 pub mod proc;

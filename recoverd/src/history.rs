@@ -10,14 +10,14 @@
 use std::{
     fs::{self, File, OpenOptions},
     io::{self, Write},
-    os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt},
+    os::unix::fs::{FileExt, MetadataExt},
     path::{Path, PathBuf},
     time::Duration,
 };
 
 use nix::fcntl::{Flock, FlockArg};
 use recoverd_common::{
-    failpoint,
+    failpoint, own_file,
     read::{MAX_FILE, read_file},
     seen::Seen,
     timestamp::Timestamp,
@@ -200,17 +200,10 @@ impl History {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    let file = OpenOptions::new()
-        .read(true)
-        .append(true)
-        .create(true)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("is not a regular file"));
-    }
-    Ok(file)
+    own_file::open(
+        OpenOptions::new().read(true).append(true).create(true),
+        path,
+    )
 }
 
 fn numbered(path: &Path, number: u32) -> PathBuf {

@@ -7,7 +7,6 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, Read, Write},
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use nix::{
     errno::Errno,
     fcntl::{Flock, FlockArg},
 };
-use recoverd_common::timestamp::Timestamp;
+use recoverd_common::{own_file, timestamp::Timestamp};
 
 use crate::{facts::one_line, own_dir};
 
@@ -65,18 +64,9 @@ pub fn take_named(run_dir: &Path, name: &str, who: &str) -> Result<Lock, Refused
         move |error| Refused::Failed { path, error }
     };
     own_dir::open(run_dir).map_err(failed(run_dir))?;
-    let file = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(&path)
-        .map_err(failed(&path))?;
-    if !file.metadata().map_err(failed(&path))?.is_file() {
-        return Err(failed(&path)(io::Error::other("is not a regular file")));
-    }
+    let mut options = OpenOptions::new();
+    let options = options.read(true).write(true).create(true).truncate(false);
+    let file = own_file::open(options, &path).map_err(failed(&path))?;
     match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
         Ok(mut file) => {
             // Only for people: a full file system must not stop a repair of just that.

@@ -10,14 +10,14 @@ use std::{
     collections::BTreeMap,
     fs::{self, File},
     io,
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 pub use recoverd_common::event_log::{Kept, read};
 use recoverd_common::{
-    event_log::{ACKNOWLEDGED, ECHO, HEAD, MAGIC, open, sum},
-    failpoint,
+    event_log::{ACKNOWLEDGED, ECHO, HEAD, MAGIC, sum},
+    failpoint, own_file,
     seen::Seen,
 };
 
@@ -50,7 +50,7 @@ pub struct EventLog {
 /// Whether the log at `path` holds events that are worth keeping: somebody is at work on them, or
 /// `unsent` ones count too and there are some.
 pub fn is_wanted(path: &Path, unsent: bool) -> bool {
-    let Ok(file) = open(File::options().read(true), path) else {
+    let Ok(file) = own_file::open(File::options().read(true), path) else {
         return false;
     };
     // Released with the file. An error is no reason to remove what may be wanted.
@@ -99,8 +99,8 @@ impl EventLog {
     fn file(&mut self) -> io::Result<&File> {
         if self.file.is_none() {
             let mut options = File::options();
-            options.write(true).create(true).truncate(false).mode(0o600);
-            let file = open(&mut options, &self.path)?;
+            options.write(true).create(true).truncate(false);
+            let file = own_file::open(&mut options, &self.path)?;
             failpoint!("events.open.before");
             // The end of an empty log before its head: never a head over old entries.
             file.write_all_at(&[0; 8], MAGIC.len() as u64)?;

@@ -13,6 +13,7 @@ use std::{
 };
 
 use nix::fcntl::OFlag;
+use recoverd_common::own_file;
 
 use crate::sys::{self, Hold};
 
@@ -69,17 +70,9 @@ fn attempt_as(path: &Path, hold: Hold) -> io::Result<Attempt> {
     // Whoever removes the files of a group holds the lock meanwhile, so a lock on a file that is
     // no longer at its path is worth nothing: again. A few times are plenty.
     for _ in 0..10 {
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .mode(0o600)
-            .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-            .open(path)?;
-        if !file.metadata()?.is_file() {
-            return Err(io::Error::other("is not a regular file"));
-        }
+        let mut options = OpenOptions::new();
+        let options = options.read(true).write(true).create(true).truncate(false);
+        let file = own_file::open(options, path)?;
         if !sys::try_lock(&file, hold)? {
             return Ok(Attempt::Held);
         }

@@ -21,14 +21,13 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{File, OpenOptions},
+    fs::File,
     io::{self, Read},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
-use nix::fcntl::OFlag;
-use recoverd_common::failpoint;
+use recoverd_common::{failpoint, own_file};
 
 use crate::{
     connections::{Caller, Note},
@@ -81,18 +80,6 @@ pub struct Requests {
     places: BTreeMap<Caller, usize>,
 }
 
-fn open(options: &mut OpenOptions, path: &Path) -> io::Result<File> {
-    let file = options
-        .mode(0o600)
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-        .open(path)?;
-    if file.metadata()?.is_file() {
-        Ok(file)
-    } else {
-        Err(io::Error::other("is not a regular file"))
-    }
-}
-
 impl Requests {
     /// A writer for `path`; nothing is touched yet.
     pub fn new(path: &Path) -> Self {
@@ -108,7 +95,7 @@ impl Requests {
     pub fn begin(&mut self) -> io::Result<()> {
         let mut options = File::options();
         options.write(true).create(true).truncate(false);
-        let file = open(&mut options, &self.path)?;
+        let file = own_file::open(&mut options, &self.path)?;
         file.set_len(0)?;
         let mut page = vec![0; 8 * SLOT];
         page.splice(..MAGIC.len(), *MAGIC);
@@ -123,7 +110,7 @@ impl Requests {
     /// Goes on with what a predecessor has left; gives it. An unreadable file is begun anew.
     pub fn take_over(&mut self) -> io::Result<Vec<Left>> {
         let mut options = File::options();
-        let file = match open(options.read(true).write(true), &self.path) {
+        let file = match own_file::open(options.read(true).write(true), &self.path) {
             Ok(file) => file,
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return self.begin().map(|()| Vec::new());

@@ -9,18 +9,18 @@
 use std::{
     fs::{self, File},
     io::{self, Write},
-    os::unix::fs::{FileExt, OpenOptionsExt},
+    os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
 
 use nix::{
     errno::Errno,
-    fcntl::{AT_FDCWD, OFlag, RenameFlags, renameat2},
+    fcntl::{AT_FDCWD, RenameFlags, renameat2},
 };
 
 use super::{Record, version};
 use crate::{
-    failpoint,
+    failpoint, own_file,
     read::{MAX_FILE, read_file},
     seen::Seen,
 };
@@ -154,19 +154,12 @@ fn remove(path: &Path) -> io::Result<()> {
     }
 }
 
-/// Opens for writing in place; never through a symlink, never a fifo that somebody put there.
+/// Opens for writing in place.
 fn open(path: &Path) -> io::Result<File> {
-    let file = File::options()
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600)
-        .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
-        .open(path)?;
-    if !file.metadata()?.is_file() {
-        return Err(io::Error::other("is not a regular file"));
-    }
-    Ok(file)
+    own_file::open(
+        File::options().write(true).create(true).truncate(false),
+        path,
+    )
 }
 
 #[cfg(test)]

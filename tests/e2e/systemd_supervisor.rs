@@ -209,7 +209,13 @@ fn restarts_of_the_service_lose_nothing() {
     scene.goes_on("restarted");
 
     // PID 1 starts itself anew, and gives back what it kept before.
-    host.shell("systemctl daemon-reexec");
+    // It may go before it has answered whoever asked.
+    host.output(["systemctl", "daemon-reexec"]);
+    wait_for("systemd to be there again", || {
+        let said = host.output(["journalctl", "--quiet", "--grep", "Reexecuting"]);
+        let ready = host.output(["systemctl", "show", "--property", "Version"]);
+        (said.status.success() && ready.status.success()).then_some(())
+    });
     let old = supervisor(&host);
     host.signal(&old, "KILL");
     wait_restarted(&host, &old);

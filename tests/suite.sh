@@ -1,6 +1,10 @@
 # shellcheck shell=bash
-# Sourced by tests/setup and tests/systemd-box: packages of another Debian suite come from where
-# this machine's own come from.
+# Sourced by tests/setup, tests/systemd-box and tests/acceptance: packages of another Debian suite come
+# from where this machine's own come from; images are made here.
+
+# Debian's suites and the containerd that each of them has.
+# shellcheck disable=SC2034 # for those that source this
+releases=(bookworm:1.6 trixie:1.7 forky:2.1)
 
 # Prints the path of a file, $2 with an ending, that holds the machine's own source of packages with
 # its suite replaced by $1; deb822 or one-line, as the machine has it.
@@ -30,4 +34,24 @@ source_of_suite() {
         [ -s "$2.list" ] && { echo "$2.list"; return 0; }
     done
     return 1
+}
+
+# make_image NAME CONFIG ARCHIVE FOLDER...: makes an image of which each folder is a layer; CONFIG is
+# members of a JSON object.
+make_image() {
+    local name=$1 config=$2 archive=$3 folder work layer layers='' digests=''
+    shift 3
+    work=$(mktemp -d "$archive.XXXXXX")
+    for folder; do
+        tar -C "$folder" --numeric-owner -cf "$work/layer" .
+        layer=$(sha256sum "$work/layer" | cut -d' ' -f1)
+        mv "$work/layer" "$work/$layer.tar"
+        layers+=${layers:+,}\"$layer.tar\" digests+=${digests:+,}\"sha256:$layer\"
+    done
+    printf '{"architecture":"%s","os":"linux","config":{%s},"rootfs":{"type":"layers","diff_ids":[%s]}}' \
+        "$(dpkg --print-architecture)" "$config" "$digests" >"$work/config.json"
+    printf '[{"Config":"config.json","RepoTags":["%s"],"Layers":[%s]}]' "$name" "$layers" >"$work/manifest.json"
+    (cd "$work" && tar -cf "$archive.new" -- *)
+    mv "$archive.new" "$archive"
+    rm -rf "$work"
 }

@@ -22,13 +22,15 @@ use nix::{
         eventfd::{EfdFlags, EventFd},
         inotify::{AddWatchFlags, InitFlags, Inotify},
     },
-    time::{ClockId, clock_gettime},
 };
 use recoverd_common::{
     cgroup::{Cgroup, MAX_FILE, parse_pairs},
     read::read_text,
     seen::Seen,
+    timestamp::Timestamp,
 };
+
+use kernel_log::Clocks;
 
 /// Why a task's memory cgroup cannot be watched.
 #[derive(Debug, thiserror::Error)]
@@ -83,7 +85,7 @@ impl OomWatch {
             source,
             counter,
             seen,
-            began: (seen, clock_us()),
+            began: (seen, Clocks::now().log()),
         })
     }
 
@@ -108,16 +110,12 @@ impl OomWatch {
 
     /// What the counter of a group that is gone was at least, as the kernel's log tells.
     fn logged(&self) -> Option<u64> {
-        let folder = self.counter.parent()?;
-        if folder.exists() {
-            return None;
-        }
         let root = match self.source {
-            Source::V1(_) => "/sys/fs/cgroup/memory",
-            Source::V2(_) => "/sys/fs/cgroup",
+            Source::V1(_) => ROOT_V1,
+            Source::V2(_) => ROOT_V2,
         };
         let (before, since) = self.began;
-        let kills = kernel_log::kills_since(folder, root.as_ref(), since);
+        let kills = logged(self.counter.parent()?, root, since)?;
         Some(before.saturating_add(kills))
     }
 
@@ -173,14 +171,24 @@ fn kills(counter: &Path) -> Option<u64> {
     }
 }
 
-/// The clock of the kernel's log, microseconds, or a little earlier: they do not begin at once.
-fn clock_us() -> u64 {
-    const APART_US: u64 = 1_000_000;
-    let time = clock_gettime(ClockId::CLOCK_MONOTONIC_RAW).map_or(0, |time| {
-        let us = time.tv_sec().saturating_mul(1_000_000) + time.tv_nsec() / 1_000;
-        u64::try_from(us).unwrap_or(0)
-    });
-    time.saturating_sub(APART_US)
+/// Where hierarchies with a memory controller are mounted.
+const ROOT_V1: &str = "/sys/fs/cgroup/memory";
+const ROOT_V2: &str = "/sys/fs/cgroup";
+
+/// How often the kernel's log tells of kills in a group since then; none of one that is there.
+fn logged(folder: &Path, root: &str, since_us: u64) -> Option<u64> {
+    (!folder.exists()).then(|| kernel_log::kills_since(folder, root.as_ref(), since_us))
+}
+
+/// How often the kernel has killed in `cgroup`, which is gone with its counter, since a record was
+/// written that names an init of this boot; none of one that is there.
+pub fn kills_after(cgroup: &Cgroup, written_at: Timestamp, init_start: u64) -> Option<u64> {
+    let root = match cgroup {
+        Cgroup::V1(_) => ROOT_V1,
+        Cgroup::V2(_) => ROOT_V2,
+    };
+    let since = Clocks::now().since(written_at, init_start);
+    logged(cgroup.folder("memory")?, root, since)
 }
 
 fn failed(verb: &'static str, path: &Path) -> impl FnOnce(io::Error) -> WatchError {
@@ -279,6 +287,8 @@ mod tests {
         let limited = fs::write(folder.join("memory.limit_in_bytes"), "8388608");
         let cgroup = Cgroup::V1(vec![("memory".into(), folder.clone())]);
         let mut watch = OomWatch::new(&cgroup, None).unwrap();
+        let written_at = Timestamp::now();
+        let there = kills_after(&cgroup, written_at, 0);
         // A shell that joins the group and doubles a string until it is killed.
         let hungry = "echo $$ > \"$0/cgroup.procs\"; x=x; while :; do x=$x$x; done";
         let killed = std::process::Command::new("sh")
@@ -296,5 +306,14 @@ mod tests {
         assert_eq!((first, second), (1, 0));
         // The kernel wakes for the removal as well.
         assert_eq!(after, (true, 0));
+        if File::open("/dev/kmsg").is_err() {
+            eprintln!("SKIPPED: the rest of this test has to read the kernel's log");
+            return;
+        }
+        // Whoever comes now learns of it from the log; of a process that is younger it is no news.
+        let clocks = Clocks::now();
+        assert_eq!(there, None, "while the group is there, it has the word");
+        assert_eq!(kills_after(&cgroup, written_at, 0), Some(1), "{clocks:?}");
+        assert_eq!(kills_after(&cgroup, written_at, u64::MAX), Some(0));
     }
 }

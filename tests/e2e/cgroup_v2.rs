@@ -52,6 +52,29 @@ const SYSTEMD: &str = r#"
     systemctl is-active recoverd-sd.scope || echo no scope
 "#;
 
+/// The same once more, of a container whose shim is dead then: its scope, with the kernel's counter,
+/// has gone before a successor comes.
+const LATE: &str = r#"
+    eats='while [ ! -e /tmp/late ]; do usleep 20000; done; exec tail /dev/zero'
+    ctr run -d --runc-systemd-cgroup --cgroup system.slice:recoverd:late --memory-limit 16777216 \
+        --rootfs /usr/share/box/rootfs late /bin/sh -c "$eats"
+    systemctl stop containerd
+    kill -KILL $(pgrep --full -- '-id [l]ate ')
+    touch /usr/share/box/rootfs/tmp/late
+    for try in $(seq 600); do
+        test -e /sys/fs/cgroup/system.slice/recoverd-late.scope || break
+        sleep 0.2
+    done
+    /e2e/recoverd --address /run/containerd/containerd.sock pre-start
+    systemctl start containerd
+    ctr events >/tmp/late-events &
+    for try in $(seq 300); do
+        if grep -q /tasks/exit /tmp/late-events; then break; fi
+        sleep 0.2
+    done
+    echo "late: $(grep -oE '/tasks/(oom|exit)' /tmp/late-events | tr '\n' ' ')"
+"#;
+
 /// Pods in systemd's cgroups by every release, each configured as the README says. The image of
 /// sandboxes is none of the README's affair: whichever the release asks for is there.
 const PODS: &str = r#"
@@ -137,7 +160,8 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
          /e2e/deps/shim_stats --exact stats_are_the_stock_shims_field_by_field::{suffix}
          /e2e/deps/cri_survival --exact an_oom_kill_is_told_in_a_downtime_and_without_one
          {PODS}
-         {SYSTEMD}",
+         {SYSTEMD}
+         {LATE}",
         cache = inside.display()
     );
     let InVm { code, text } = run_in_vm(&files, 1100, &line);
@@ -160,6 +184,7 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
         "/tasks/oom",
         "\"exit_status\":137",
         "no scope\n",
+        "late: /tasks/oom /tasks/exit ",
     ] {
         assert!(said.contains(words), "no {words:?} in {text}");
     }

@@ -56,6 +56,8 @@ pub struct Look {
     running: Vec<OwnedFd>,
     /// What a supervisor has seen of those that nobody can say of any more.
     observed: Vec<(Process, u32)>,
+    /// The machine has booted since.
+    booted: bool,
 }
 
 /// Takes hold of every process of `record`. To be done before its shim is ended: an exit is told
@@ -92,6 +94,7 @@ pub fn look(
     let mut look = Look {
         teller,
         observed: observed.iter().map(seen).collect(),
+        booted,
         ..Look::default()
     };
     for task in &record.tasks {
@@ -253,11 +256,23 @@ impl Look {
             container: container(&options.root(namespace).join(&task.id)),
             private_pids: config.as_ref().is_some_and(Config::private_pids),
             memory_limit: config.as_ref().and_then(Config::memory_limit),
-            oom_kills: cgroup.as_ref().and_then(oom::kills_of),
+            oom_kills: cgroup.as_ref().and_then(|cgroup| {
+                oom::kills_of(cgroup).or_else(|| self.logged(cgroup, record, task))
+            }),
             cgroup,
             restored,
             options,
         }
+    }
+
+    /// The counter of a cgroup that has gone since its last look, as the kernel's log tells.
+    fn logged(&self, cgroup: &Cgroup, record: &Record, task: &record::Task) -> Option<u64> {
+        let (then, init) = (task.oom_kills?, task.init?);
+        if self.booted || init.start_time == 0 {
+            return None;
+        }
+        let new = oom::kills_after(cgroup, record.written_at, init.start_time)?;
+        Some(then.saturating_add(new))
     }
 
     /// The init that a predecessor's `runc restore` has made, if it has come so far.

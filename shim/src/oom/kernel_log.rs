@@ -6,8 +6,9 @@
 //! ```
 //!
 //! The third number is microseconds of the kernel's own clock (`Documentation/ABI/testing/dev-kmsg`),
-//! which nobody corrects, as CLOCK_MONOTONIC_RAW, and which began with it, about. The path is the cgroup's, from the root of the
-//! hierarchy: in a cgroup namespace, where paths are others, nothing is found.
+//! which nobody corrects, as CLOCK_MONOTONIC_RAW, and which began with it, about. The path is the
+//! cgroup's, from the root of the hierarchy: in a cgroup namespace, where paths are others, nothing
+//! is found.
 
 use std::{
     fs::{File, OpenOptions},
@@ -16,13 +17,72 @@ use std::{
     path::Path,
 };
 
-use nix::fcntl::OFlag;
+use nix::{
+    fcntl::OFlag,
+    time::{ClockId, clock_gettime},
+};
+use recoverd_common::timestamp::Timestamp;
 
 const LOG: &str = "/dev/kmsg";
 /// A record is never longer, bytes (the kernel's `PRINTK_MESSAGE_MAX` and its escapes).
 const MAX_RECORD: usize = 8 << 10;
 /// The largest log has some 100,000; no more is read of one that grows meanwhile.
 const MAX_RECORDS: usize = 200_000;
+
+/// The log's clock and ours do not begin at once, nor in an order, microseconds.
+const APART_US: u64 = 1_000_000;
+/// Of a process's start time (USER_HZ is 100 on every architecture of ours), microseconds.
+const TICK_US: u64 = 10_000;
+
+/// What the clocks show at one moment, microseconds.
+#[derive(Debug, Clone, Copy)]
+pub struct Clocks {
+    /// The log's, about.
+    log: u64,
+    /// That of the start times of processes.
+    boot: u64,
+    /// The wall's.
+    wall: i128,
+}
+
+impl Clocks {
+    /// Now.
+    pub fn now() -> Self {
+        let us = |clock| {
+            let time = clock_gettime(clock).map_or(0, |time| {
+                time.tv_sec().saturating_mul(1_000_000) + time.tv_nsec() / 1_000
+            });
+            u64::try_from(time).unwrap_or(0)
+        };
+        Self {
+            log: us(ClockId::CLOCK_MONOTONIC_RAW),
+            boot: us(ClockId::CLOCK_BOOTTIME),
+            wall: wall_us(Timestamp::now()),
+        }
+    }
+
+    /// By the log's clock, or a little earlier.
+    pub fn log(&self) -> u64 {
+        self.log.saturating_sub(APART_US)
+    }
+
+    /// When something was written, by the log's clock or a little earlier, but later than the start,
+    /// at tick `start` of this boot, of a process: what a container of the same name has died of
+    /// before is not its death. The wall's clock may have been set meanwhile: then something older
+    /// may be taken for new, back to that start, or something new not be found.
+    pub fn since(&self, written_at: Timestamp, start: u64) -> u64 {
+        let age = self.wall.saturating_sub(wall_us(written_at));
+        let age = u64::try_from(age.max(0)).unwrap_or(u64::MAX);
+        let written = self.log().saturating_sub(age);
+        let lived = self.boot.saturating_sub(start.saturating_mul(TICK_US));
+        let started = self.log.saturating_sub(lived).saturating_add(APART_US);
+        written.max(started)
+    }
+}
+
+fn wall_us(at: Timestamp) -> i128 {
+    i128::from(at.seconds) * 1_000_000 + i128::from(at.nanos / 1_000)
+}
 
 /// How many OOM kills the kernel tells of in the cgroup at `folder`, or below, since `since_us` of
 /// its clock. `root` is where the hierarchy is mounted. 0 where it tells nothing, or not us.
@@ -74,6 +134,30 @@ fn killed_in(record: &str) -> Option<(u64, &str)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_moment_of_the_wall_is_found_on_the_logs_clock_within_the_processs_life() {
+        let second = 1_000_000;
+        let clocks = Clocks {
+            log: 100 * second,
+            // The machine has slept for half an hour.
+            boot: 1_900 * second,
+            wall: 5_000 * 1_000_000,
+        };
+        let at = |seconds| Timestamp { seconds, nanos: 0 };
+        let since = |written, start| clocks.since(at(written), start);
+        // Ten seconds ago, and a second for the clocks; of a process that is older.
+        assert_eq!(since(4_990, 1_000 * 100), 89 * second);
+        assert_eq!(since(4_990, 0), 89 * second);
+        // Of one that is younger: not before it.
+        assert_eq!(since(4_000, 1_895 * 100), 96 * second);
+        // The clock of the wall was set back, or far ahead; the process is of another boot.
+        assert_eq!(since(6_000, 1_000 * 100), 99 * second);
+        assert_eq!(since(0, 1_880 * 100), 81 * second);
+        assert_eq!(since(4_990, u64::MAX), 101 * second);
+        assert_eq!(since(i64::MIN, 0), second);
+        assert_eq!(since(i64::MAX, 0), 99 * second);
+    }
 
     const RECORD: &str = "6,37,5000,-;oom-kill:constraint=CONSTRAINT_MEMCG,nodemask=(null),\
         cpuset=/,mems_allowed=0,oom_memcg=/pods.slice,task_memcg=/pods.slice/c.scope,task=tail,\

@@ -8,6 +8,7 @@
 //!           Drop {names, number}              answered: Dropped {number}, when it holds none of them
 //! recoverd  Fetch {socket}                    answered: Kept {names, more} + descriptors, until no more
 //!           Leave {socket, process}           answered: Noted; this shim's end will be meant
+//! successor How {process}                     answered: Ended {status, soon}
 //! ```
 //!
 //! A shim says what it has before others can rely on it: a connection before the first answer on
@@ -45,6 +46,8 @@ pub const MAX_FILES: usize = 64;
 const KERNEL_MAX_FILES: usize = 253;
 /// For an answer.
 pub const PATIENCE: Duration = Duration::from_millis(100);
+/// Between two questions for the same end.
+const ASKED_AGAIN: Duration = Duration::from_millis(20);
 
 /// Where the supervisor listens.
 pub fn path(run_dir: &Path) -> PathBuf {
@@ -103,6 +106,11 @@ pub enum Word {
         /// It.
         process: Named,
     },
+    /// How has this init or exec ended?
+    How {
+        /// It, which has.
+        process: Named,
+    },
 }
 
 /// From the supervisor.
@@ -123,6 +131,13 @@ pub enum Answer {
     },
     /// To Leave.
     Noted,
+    /// To How.
+    Ended {
+        /// Exit code, or 128 + signal; none when the kernel has not said.
+        status: Option<u32>,
+        /// It may say so yet: to be asked again.
+        soon: bool,
+    },
 }
 
 /// One side of a connection.
@@ -289,6 +304,23 @@ pub fn announce_end(run_dir: &Path, socket: &Path, process: Process) {
     let _ = say();
 }
 
+/// How `process`, which has ended, did it, as the supervisor below `run_dir` has witnessed; it is
+/// asked until `until`, as the kernel tells of an end some moments later.
+pub fn how_ended(run_dir: &Path, process: Process, until: Instant) -> Option<u32> {
+    let link = Link::connect(&path(run_dir)).ok()?;
+    let process = Named(process);
+    loop {
+        link.send(&Word::How { process }, &[]).ok()?;
+        match link.answer(until).ok()?.0 {
+            Answer::Ended { soon: true, .. } if Instant::now() < until => {
+                std::thread::sleep(ASKED_AGAIN);
+            }
+            Answer::Ended { status, .. } => return status,
+            Answer::Dropped { .. } | Answer::Kept { .. } | Answer::Noted => return None,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -329,6 +361,9 @@ mod tests {
             },
             Word::Leave {
                 socket: "/s/0".into(),
+                process: Named(SHIM),
+            },
+            Word::How {
                 process: Named(SHIM),
             },
         ];
@@ -373,6 +408,46 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         assert!(fetch(folder.path(), Path::new("/s/0"), PATIENCE).is_empty());
         announce_end(folder.path(), Path::new("/s/0"), SHIM);
+    }
+
+    /// A supervisor below `folder` that answers each word of one connection with the next of these.
+    fn answers(folder: &Path, answers: Vec<Answer>) -> std::thread::JoinHandle<()> {
+        let flags = SockFlag::SOCK_CLOEXEC;
+        let listener = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None).unwrap();
+        bind(listener.as_raw_fd(), &UnixAddr::new(&path(folder)).unwrap()).unwrap();
+        listen(&listener, Backlog::new(4).unwrap()).unwrap();
+        std::thread::spawn(move || {
+            let number = accept4(listener.as_raw_fd(), SockFlag::SOCK_CLOEXEC).unwrap();
+            let link = Link::of(sys::received(&[number]).pop().unwrap()).unwrap();
+            for answer in answers {
+                let mut wait = [PollFd::new(link.as_fd(), PollFlags::POLLIN)];
+                poll(&mut wait, PollTimeout::NONE).unwrap();
+                link.receive().unwrap().unwrap();
+                link.send(&answer, &[]).unwrap();
+            }
+        })
+    }
+
+    #[test]
+    fn an_end_that_is_not_told_yet_is_asked_for_again() {
+        let ended = |status, soon| Answer::Ended { status, soon };
+        let rows = [
+            (vec![ended(None, true), ended(Some(7), false)], Some(7)),
+            (vec![ended(None, false)], None),
+            (vec![Answer::Noted], None),
+        ];
+        for (said, expected) in rows {
+            let folder = tempfile::tempdir().unwrap();
+            let until = Instant::now() + Duration::from_secs(30);
+            assert_eq!(
+                how_ended(folder.path(), SHIM, until),
+                None,
+                "nobody is there"
+            );
+            let supervisor = answers(folder.path(), said);
+            assert_eq!(how_ended(folder.path(), SHIM, until), expected);
+            supervisor.join().unwrap();
+        }
     }
 
     #[test]

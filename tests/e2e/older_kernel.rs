@@ -173,7 +173,13 @@ fn assert_the_supervisor_saw(out: &Out) {
     let seen: serde_json::Value =
         serde_json::from_str(&text).unwrap_or_else(|e| panic!("{e}: {text}"));
     let all = |list: &str| seen[list].as_array().cloned().unwrap_or_default();
-    for (id, exec_id, status) in [("late", "", 41), ("late", "session", 42), ("gone", "", 43)] {
+    let expected = [
+        ("late", "", 41),
+        ("late", "session", 42),
+        ("gone", "", 43),
+        ("window", "", 44),
+    ];
+    for (id, exec_id, status) in expected {
         let exits: Vec<serde_json::Value> = all("exits")
             .into_iter()
             .filter(|exit| exit["id"] == id && exit["exec_id"] == exec_id)
@@ -183,7 +189,8 @@ fn assert_the_supervisor_saw(out: &Out) {
             "{id} {exec_id}: {exits:?}"
         );
     }
-    for group in ["late", "gone"] {
+    let groups = ["late", "gone", "window"];
+    for group in groups {
         let deaths: Vec<serde_json::Value> = all("deaths")
             .into_iter()
             .filter(|death| death["group"] == group)
@@ -196,7 +203,7 @@ fn assert_the_supervisor_saw(out: &Out) {
     let records = out.records("seen/records");
     let tasks = records.iter().flat_map(|record| &record.tasks);
     let mut found = BTreeMap::new();
-    for task in tasks.filter(|task| ["late", "gone"].contains(&task.id.as_str())) {
+    for task in tasks.filter(|task| groups.contains(&task.id.as_str())) {
         let execs = task.execs.iter().map(|exec| (exec.id.as_str(), &exec.exit));
         for (exec_id, exit) in execs.chain([("", &task.exit)]) {
             let status = match exit {
@@ -206,7 +213,6 @@ fn assert_the_supervisor_saw(out: &Out) {
             found.insert((task.id.clone(), exec_id.to_owned()), status);
         }
     }
-    let expected = [("late", "", 41), ("late", "session", 42), ("gone", "", 43)];
     let expected = expected.map(|(id, exec, status)| ((id.into(), exec.into()), Ok(status)));
     assert_eq!(found, BTreeMap::from(expected));
 }

@@ -91,6 +91,11 @@ mkdir $out/seen
 cat >/root/late-shim <<'SCRIPT'
 #!/bin/sh
 [ -e /root/share/now ] || exit 1
+# What the supervisor has ordered by now is written: an end that it sees after that.
+if [ -e /root/share/between ]; then
+    kill -TERM "$(cat /root/share/between)"
+    while kill -0 "$(cat /root/share/between)"; do sleep 0.1; done
+fi
 exec /usr/local/bin/containerd-shim-recoverd-v1 "$@"
 SCRIPT
 chmod 755 /root/late-shim
@@ -121,4 +126,14 @@ systemctl start containerd
 recorded() { cat /run/containerd/s/*.record | grep -qE "\"status\": ?$1\b"; }
 for status in 41 42 43; do within 200 recorded $status; done
 mkdir $out/seen/records
+cp /run/containerd/s/*.record $out/seen/records/
+
+# An end between the supervisor's order and the successor's look.
+run window io.containerd.recoverd.v1 "$(exits_with 44)"
+window=$(init_of window)
+within 60 watched "$window"
+echo "$window" >share/between
+kill -KILL "$(pgrep --full -- '-id [w]indow ')"
+within 120 recorded 44
+cp /run/recoverd/witnessed.json $out/seen/
 cp /run/containerd/s/*.record $out/seen/records/

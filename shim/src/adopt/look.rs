@@ -17,6 +17,7 @@ use recoverd_common::{
     read::read_text,
     record::{self, Phase, Record},
     seen::Seen,
+    supervision,
 };
 
 use super::{Container, ExecFacts, Facts, Life, Restored};
@@ -35,6 +36,8 @@ use crate::{
 const RUNTIME_ENDS: Duration = Duration::from_millis(3_000);
 /// And so long after SIGKILL.
 const KILLED_ENDS: Duration = Duration::from_millis(500);
+/// The supervisor is asked so long: the kernel tells it of an end within 100 ms.
+const WITNESS_TELLS: Duration = Duration::from_millis(500);
 /// Longest `/proc/<pid>/cgroup` that is read, bytes.
 const MAX_CGROUP: u64 = 64 << 10;
 /// Why a status is not to be had, mostly.
@@ -58,6 +61,8 @@ pub struct Look {
     observed: Vec<(Process, u32)>,
     /// The machine has booted since.
     booted: bool,
+    /// Until when the supervisor is asked what it has seen since.
+    asks_until: Option<Instant>,
 }
 
 /// Takes hold of every process of `record`. To be done before its shim is ended: an exit is told
@@ -205,12 +210,32 @@ impl Look {
                 Answer::NotYet => Life::Gone(UNSEEN.to_owned()),
             },
         };
-        let mut observed = self.observed.iter();
-        let observed = observed.find(|(other, _)| other == process);
-        Some(match (life, observed) {
-            (Life::Gone(_), Some((_, status))) => Life::Ended(*status),
-            (life, _) => life,
+        let process = *process;
+        Some(match life {
+            Life::Gone(why) => self.witnessed(process).map_or(Life::Gone(why), Life::Ended),
+            life => life,
         })
+    }
+
+    /// How a process ended, of which this is all that is left, as a supervisor saw it: before it had
+    /// us started, or since.
+    fn witnessed(&mut self, process: Process) -> Option<u32> {
+        let mut observed = self.observed.iter();
+        if let Some((_, status)) = observed.find(|(other, _)| *other == process) {
+            return Some(*status);
+        }
+        if self.booted || process.start_time == 0 {
+            return None;
+        }
+        // For all of them: who does not answer answers nothing.
+        let until = *self
+            .asks_until
+            .get_or_insert_with(|| Instant::now() + WITNESS_TELLS);
+        let process = record::Process {
+            pid: process.pid,
+            start_time: process.start_time,
+        };
+        supervision::how_ended(Path::new(supervision::RUN_DIR), process, until)
     }
 
     /// What there is to decide on `task`, a task of `record`. What an exec has become that was

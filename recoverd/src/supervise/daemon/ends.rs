@@ -14,6 +14,7 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 use recoverd_common::{
     failpoint,
     record::Process,
+    supervision,
     timestamp::Timestamp,
     witness::{self, Answer, Teller},
 };
@@ -161,6 +162,16 @@ impl Daemon {
                 Answer::NotYet | Answer::Unknown(_) => self.shim_ended(ended.watch, None),
             }
         }
+    }
+
+    /// For a successor that has come too late to see it, and whose order was written before.
+    pub(super) fn how_ended(&self, process: Process) -> supervision::Answer {
+        let named = (process.pid, process.start_time);
+        let status = self.witnessed.exit_of(named).and_then(|exit| exit.status);
+        let waits = |ended: &Ended| ended.watch.process == process;
+        let is_watched = self.tokens.contains_key(&(named.0, named.1, false));
+        let soon = is_watched || self.unanswered.iter().any(waits);
+        supervision::Answer::Ended { status, soon }
     }
 
     fn member_ended(&mut self, ended: Ended, status: Option<u32>) {

@@ -129,6 +129,12 @@ impl Daemon {
                 failpoint!("supervise.leave.after");
                 self.answer(token, &Answer::Noted, &[]);
             }
+            Word::How {
+                process: Named(process),
+            } => {
+                let answer = self.how_ended(process);
+                self.answer(token, &answer, &[]);
+            }
         }
         Ok(())
     }

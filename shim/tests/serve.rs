@@ -11,7 +11,7 @@ use std::{
     },
     path::Path,
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use prost::Message;
@@ -108,10 +108,9 @@ fn a_runtime_that_hangs_holds_up_nobody_else() {
     thread::scope(|scope| {
         let hanging = scope.spawn(|| daemon.create("h", "", Path::new("")));
         until("it hangs", || daemon.recorded().running.len() == 1);
-        let before = Instant::now();
         let state = daemon.client().state("c").unwrap();
         assert_eq!(state.status, task::Status::Created as i32);
-        assert!(before.elapsed() < Duration::from_millis(500));
+        assert!(!hanging.is_finished());
         let child = daemon.recorded().running[0].process.unwrap();
         let pid = nix::unistd::Pid::from_raw(i32::try_from(child.pid).unwrap());
         nix::sys::signal::killpg(pid, nix::sys::signal::Signal::SIGKILL).unwrap();

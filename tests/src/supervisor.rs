@@ -82,7 +82,8 @@ impl Supervisor {
     /// Its metrics.
     #[track_caller]
     pub fn metrics(&self) -> String {
-        metrics(&self.node.path(METRICS)).unwrap_or_else(|error| panic!("read metrics: {error}"))
+        // It gives up on who asks when it has itself been kept waiting for long.
+        wait_for("metrics", || metrics(&self.node.path(METRICS)).ok())
     }
 
     /// The value of one metric, its labels as printed; 0 when it is not there.

@@ -2,10 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::node::Node;
-use crate::wait::BETWEEN_LOOKS;
+use crate::wait::{BETWEEN_LOOKS, USUAL};
 
 /// Everything on a node that a task may leave there.
 ///
@@ -22,9 +22,6 @@ const FILES: &str = "
     done
     find /run -type p ! -path '/run/containerd/fifo/*' ! -path '/run/containerd-*/fifo/*'
     find /sys/fs/cgroup -mindepth 3 -type d";
-
-/// How long removals may take that nobody waits for: generous, two busy cores run two tests.
-const LIMIT: Duration = Duration::from_secs(60);
 
 impl Traces {
     /// What is there now.
@@ -83,7 +80,7 @@ impl Traces {
                 return;
             }
             assert!(
-                began.elapsed() < LIMIT,
+                began.elapsed() < USUAL,
                 "left behind:\n  {}",
                 new.join("\n  ")
             );

@@ -6,10 +6,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 /// Generous: two busy cores may run two tests and a build.
-const USUAL: Duration = Duration::from_secs(60);
+pub(crate) const USUAL: Duration = Duration::from_secs(120);
 pub(crate) const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
-/// Looks until `look` finds something; panics with `what` when it does not within a minute.
+/// Looks until `look` finds something; panics with `what` when it does not within two minutes.
 #[track_caller]
 pub fn wait_for<T>(what: &str, look: impl FnMut() -> Option<T>) -> T {
     wait_within(USUAL, what, look)

@@ -73,7 +73,7 @@ pub struct Daemon {
 }
 
 pub fn patience() -> Instant {
-    Instant::now() + Duration::from_secs(20)
+    Instant::now() + Duration::from_secs(60)
 }
 
 pub fn until(what: &str, holds: impl Fn() -> bool) {

@@ -97,7 +97,7 @@ impl Process {
             && self.state != 'Z'
             && !matches!(
                 self.argv.last().map(String::as_str),
-                Some("start" | "delete" | "adopt" | "tell")
+                Some("start" | "delete" | "adopt" | "tell" | "copy" | "hold")
             )
     }
 }

@@ -114,9 +114,10 @@ fn relay(client: UnixStream, service: UnixStream, sent: &Arc<Mutex<Vec<Sent>>>) 
         frames(service_too, client_too, |header, payload| {
             let answer = Response::decode(payload);
             let fine = answer.is_ok_and(|answer| answer.status.is_none_or(|s| s.code == 0));
+            // In the order of the other direction, or each would wait for the other.
+            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
             let waiting = waiting.lock().unwrap_or_else(PoisonError::into_inner);
             let asked = waiting.iter().find(|(stream, _)| *stream == header.stream);
-            let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(event) = asked.and_then(|(_, at)| all.get_mut(*at)) {
                 event.acknowledged |= fine;
             }

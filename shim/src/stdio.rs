@@ -238,8 +238,7 @@ impl Stdio {
 
     /// Watches what it holds: it comes from another image of this process.
     pub fn watch(&mut self, epoll: &Epoll) -> io::Result<()> {
-        // One that knew no holders may have had none.
-        self.unheld.extend(self.held.keys().cloned());
+        self.renew_holders();
         for (number, relay) in &mut self.relays {
             let end = relay.watched.take();
             let held = self.held.get(&relay.key);

@@ -154,8 +154,7 @@ fn adopt_as(
 /// The process that holds what a client may read of an exec; there is one.
 #[track_caller]
 fn holder(node: &Node) -> Process {
-    let verb = |process: &Process| process.argv.last().is_some_and(|word| word == "hold");
-    let mut found: Vec<Process> = node.processes().into_iter().filter(verb).collect();
+    let mut found = node.holders();
     assert_eq!(found.len(), 1, "{found:?}");
     found.remove(0)
 }

@@ -217,6 +217,8 @@ fn shims_become_newer_and_older_under_load_and_nobody_notices(release: &Release)
         assert!(text.contains("e2e/pod e2e/second e2e/third"), "{text}");
     }
     assert_eq!(scene.versions(), [VERSION; 3]);
+    let holders = scene.node.holders();
+    assert_eq!(holders.len(), 2, "of a session and a terminal: {holders:?}");
     let (code, text) = scene.upgrade(&["e2e/blocked"]);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(scene.versions(), [VERSION, OTHER, VERSION]);
@@ -248,6 +250,11 @@ fn shims_become_newer_and_older_under_load_and_nobody_notices(release: &Release)
     );
     assert!(rounds > 0);
     scene.goes_on("after");
+    wait_for("holders of the new image", || {
+        let now = scene.node.holders();
+        let old = holders.iter().any(|holder| scene.node.alive(holder));
+        (now.len() == 2 && !old).then_some(())
+    });
     let (code, text) = scene.upgrade(&["--all"]);
     assert_eq!(code, Some(0), "{text}");
     assert_eq!(text.matches("current ").count(), 3, "{text}");

@@ -135,6 +135,12 @@ impl Node {
         });
     }
 
+    /// Every process that holds a client's fifos beside a shim of ours.
+    pub fn holders(&self) -> Vec<Process> {
+        let holds = |process: &Process| process.argv.last().is_some_and(|verb| verb == "hold");
+        self.processes().into_iter().filter(holds).collect()
+    }
+
     /// Sends a signal (`KILL`, `STOP`, `CONT`, …) to a process of the node; SIGTERM when it is ready
     /// for that.
     #[track_caller]

@@ -47,6 +47,9 @@ pub(super) struct Holder {
     gate: Option<Gate>,
 }
 
+/// The inode of no file: a holder that has it holds more than is to be held.
+const NO_FIFO: u64 = 0;
+
 /// Fifos that a client reads, by inode.
 type Fifos<'a> = BTreeMap<u64, &'a OwnedFd>;
 
@@ -205,6 +208,19 @@ impl Stdio {
             .filter(|fd| is_named_fifo(fd))
             .map(|fd| (inode_of(fd), fd))
             .collect()
+    }
+
+    /// Another image has come: its own are to take the places of the holders that there are, if the
+    /// one before it had any. Not at once: it has to answer first.
+    pub(super) fn renew_holders(&mut self) {
+        for (key, held) in &mut self.held {
+            if let Some(holder) = &mut held.holder
+                && !holder.fifos.contains(&NO_FIFO)
+            {
+                holder.fifos.push(NO_FIFO);
+            }
+            self.unheld.insert(key.clone());
+        }
     }
 
     /// What [`Stdio::hold`] has done is on record.

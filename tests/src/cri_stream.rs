@@ -21,6 +21,9 @@ const STDERR: u8 = 2;
 const STATUS: u8 = 3;
 const RESIZE: u8 = 4;
 const LIMIT: Duration = Duration::from_secs(60);
+const PROBED_AGAIN: Duration = Duration::from_millis(500);
+/// What [`Session::wait_attached`] types.
+const PROBE: &str = "?\n";
 
 /// A session. Dropping it closes the connection, as a client does that goes away.
 pub struct Session {
@@ -80,6 +83,32 @@ impl Session {
             .unwrap_or_else(|error| panic!("send {text:?}: {error}"));
     }
 
+    /// Types a line that the other side answers, until an answer comes here: containerd
+    /// hands on what is typed a moment before it hands back what is said.
+    #[track_caller]
+    pub fn wait_attached(&mut self) {
+        let began = Instant::now();
+        self.limit(PROBED_AGAIN);
+        while self.stdout.is_empty() {
+            self.send(STDIN, PROBE);
+            let goes_on = self.read_if_any();
+            assert!(
+                goes_on && began.elapsed() < LIMIT,
+                "no answer; {:?} {:?}",
+                self.stderr,
+                self.status
+            );
+        }
+        self.limit(LIMIT);
+    }
+
+    fn limit(&self, limit: Duration) {
+        let stream = self.socket.get_ref();
+        stream
+            .set_read_timeout(Some(limit))
+            .unwrap_or_else(|error| panic!("set a timeout: {error}"));
+    }
+
     /// Reads until stdout has this in it.
     #[track_caller]
     pub fn wait_for(&mut self, text: &str) {
@@ -112,7 +141,26 @@ impl Session {
     /// One message; false at the end.
     #[track_caller]
     fn read(&mut self) -> bool {
-        let message = match self.socket.read() {
+        let message = self.socket.read();
+        self.take(message)
+    }
+
+    /// The same, if one comes in time.
+    #[track_caller]
+    fn read_if_any(&mut self) -> bool {
+        match self.socket.read() {
+            Err(Error::Io(error))
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) =>
+            {
+                true
+            }
+            message => self.take(message),
+        }
+    }
+
+    #[track_caller]
+    fn take(&mut self, message: Result<Message, Error>) -> bool {
+        let message = match message {
             Ok(message) => message,
             Err(Error::ConnectionClosed | Error::AlreadyClosed | Error::Protocol(_)) => {
                 return false;

@@ -128,7 +128,7 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
     let cache = release.folder.parent().unwrap_or(Path::new("/nonexistent"));
     let inside = Path::new("/root/.cache/recoverd");
     let mut files = vec![
-        format!("{0}:{0}", node.display()),
+        format!("{}:/e2e/node", node.display()),
         "/usr/bin/tini:/usr/bin/tini".to_owned(),
     ];
     for name in ["containerd-shim-recoverd-v1", "recoverd", "pods-of-systemd"] {
@@ -157,12 +157,15 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
     let line = format!(
         "export RECOVERD_CACHE={cache}; test -e /sys/fs/cgroup/cgroup.controllers
          systemctl stop containerd
+         # Where it was built; below /tmp there is another file system than was copied to.
+         mkdir -p {place}; cp /e2e/node {place}/
          /e2e/deps/shim_stats --exact stats_are_the_stock_shims_field_by_field::{suffix}
          /e2e/deps/cri_survival --exact an_oom_kill_is_told_in_a_downtime_and_without_one
          {PODS}
          {SYSTEMD}
          {LATE}",
-        cache = inside.display()
+        cache = inside.display(),
+        place = env!("CARGO_MANIFEST_DIR"),
     );
     let InVm { code, text } = run_in_vm(&files, 1100, &line);
     assert_eq!(code, Some(0), "{text}");

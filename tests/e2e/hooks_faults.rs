@@ -425,14 +425,15 @@ fn everything_killed_at_once_under_load(release: &Release) {
     node.output("kill", words);
     node.tell("over");
     containerd.gone();
-    for process in shims
-        .iter()
-        .chain(load.iter().map(|running| &running.process))
-    {
+    for process in &shims {
         node.wait_gone(process);
     }
     let all: Vec<&Task> = steady.iter().collect();
     let hook = containerd.pre_start();
+    // Whoever reads the output of an exec sees its end with the adoption at the latest.
+    for running in &load {
+        node.wait_gone(&running.process);
+    }
     // Of what was half made, some may have nobody to tell how it ended.
     for task in &all {
         task.assert_init_alive();

@@ -225,12 +225,13 @@ impl Stdio {
 
     /// What [`Stdio::hold`] has done is on record.
     pub fn let_go(&mut self) {
-        for held in self.held.values_mut() {
+        for (key, held) in &mut self.held {
             if let Some(holder) = &mut held.holder {
                 holder.let_go();
             }
-            for process in held.relieved.drain(..) {
-                end(process);
+            // Whoever is to take its place has not been started yet.
+            if !self.unheld.contains(key) {
+                held.relieved.drain(..).for_each(end);
             }
         }
     }

@@ -53,6 +53,12 @@ fn ours(id: &str) -> Container {
     Container::new(id).shim(ShimUnderTest::Recoverd)
 }
 
+/// Counts until `/mnt/stop` exists, then exits with 23.
+fn counter(node: &Node, id: &str) -> Container {
+    let line = counting("/mnt/stop", 23);
+    ours(id).shares(node).command(["sh", "-c", &line])
+}
+
 /// SIGKILLs whoever serves the task and waits for the successor, and until the supervisor has it for
 /// one; which that is.
 #[track_caller]
@@ -113,11 +119,7 @@ fn a_killed_shim_is_nobodys_end(release: &Release) {
     let supervisor = node.supervise();
     let events = Events::of(&containerd);
 
-    let (blocked, mut client) = containerd.run_attached(&ours("blocked").shares(&node).command([
-        "sh",
-        "-c",
-        &counting("/mnt/stop", 23),
-    ]));
+    let (blocked, mut client) = containerd.run_attached(&counter(&node, "blocked"));
     let (mut typed, stdin) = Typed::new(&node, "typed");
     let (terminal, mut shown) =
         containerd.run_typed(&ours("terminal").terminal().command(["sh"]), stdin);
@@ -222,11 +224,7 @@ fn clients_go_on_when_shim_and_supervisor_die_in_turns(release: &Release) {
     let node = Node::start();
     let containerd = node.containerd(release);
     // No supervisor yet: nothing was pushed to anybody.
-    let (blocked, mut client) = containerd.run_attached(&ours("blocked").shares(&node).command([
-        "sh",
-        "-c",
-        &counting("/mnt/stop", 23),
-    ]));
+    let (blocked, mut client) = containerd.run_attached(&counter(&node, "blocked"));
     let (mut typed, stdin) = Typed::new(&node, "typed");
     let (terminal, mut shown) =
         containerd.run_typed(&ours("terminal").terminal().command(["sh"]), stdin);
@@ -307,11 +305,7 @@ fn a_hung_supervisor_holds_back_no_end_of_an_output(release: &Release) {
     let node = Node::start();
     let containerd = node.containerd(release);
     let supervisor = node.supervise();
-    let (task, mut client) = containerd.run_attached(&ours("blocked").shares(&node).command([
-        "sh",
-        "-c",
-        &counting("/mnt/stop", 23),
-    ]));
+    let (task, mut client) = containerd.run_attached(&counter(&node, "blocked"));
     let (mut typed, stdin) = Typed::new(&node, "typed");
     let (terminal, mut shown) =
         containerd.run_typed(&ours("terminal").terminal().command(["sh"]), stdin);
@@ -625,11 +619,7 @@ fn a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand(relea
     let node = Node::start();
     let containerd = node.containerd(release);
     let supervisor = node.supervise();
-    let (task, mut client) = containerd.run_attached(&ours("dies").shares(&node).command([
-        "sh",
-        "-c",
-        &counting("/mnt/stop", 23),
-    ]));
+    let (task, mut client) = containerd.run_attached(&counter(&node, "dies"));
     supervisor.wait_watching("ours", 1);
     for _ in 0..5 {
         // As soon as its end would be seen, whatever else is still to be done about it.

@@ -879,11 +879,13 @@ fn nothing_stays_open(release: &Release, shim: ShimUnderTest) {
     };
     round(0);
     // The last logger of a round may still be ending.
-    let mut before = open();
+    let (mut before, mut since) = (open(), Instant::now());
     wait_for("a round to be over", || {
-        let last = std::mem::replace(&mut before, open());
-        std::thread::sleep(Duration::from_millis(200));
-        (last == before && before == open()).then_some(())
+        let now = open();
+        if now != before {
+            (before, since) = (now, Instant::now());
+        }
+        (since.elapsed() >= Duration::from_millis(300)).then_some(())
     });
     for number in 1..4 {
         round(number);

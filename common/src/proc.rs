@@ -9,6 +9,10 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+pub use self::threads::Stop;
+
+mod threads;
+
 use crate::{
     read::{absent_or_unknown, read_file, read_text},
     seen::Seen,

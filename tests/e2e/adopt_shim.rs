@@ -16,7 +16,7 @@ recoverd_tests::tests! {
     on_every_release: [
         tasks_of_a_dead_shim_outlive_the_start_of_containerd,
         a_stopped_shim_is_replaced_and_its_terminal_lives,
-        a_stock_shims_task_becomes_ours_dead_or_stopped,
+        a_stock_shims_task_becomes_ours_dead_stopped_or_at_work,
         a_stock_shims_terminal_lives_when_it_was_only_stopped,
     ],
 }
@@ -290,10 +290,11 @@ fn a_stopped_shim_is_replaced_and_its_terminal_lives(release: &Release) {
     node.wait_gone(&task.shim);
 }
 
-fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
+fn a_stock_shims_task_becomes_ours_dead_stopped_or_at_work(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    for (id, stopped) in [("dead", false), ("stopped", true)] {
+    for id in ["dead", "stopped", "at-work"] {
+        let lives = id != "dead";
         let writer = numbers(
             &format!("/mnt/{id}-go"),
             &format!("/mnt/{id}-stop"),
@@ -307,7 +308,7 @@ fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
         let mut task = containerd.run(&container);
         let stream = Reader::open(&node.stdout_of(id));
         let go = format!("{id}-go");
-        if stopped {
+        if lives {
             // Robbed before it is ended: no write of the init ever fails.
             node.tell(&go);
             stream.wait_advance();
@@ -315,11 +316,14 @@ fn a_stock_shims_task_becomes_ours_dead_or_stopped(release: &Release) {
         let record = stock_record(&containerd, &task, false);
         containerd.kill();
         stream.away();
-        match stopped {
-            true => node.freeze(&task.shim),
-            false => node.kill(&task.shim),
+        match id {
+            "dead" => node.kill(&task.shim),
+            "stopped" => node.freeze(&task.shim),
+            // It is met between two things that it does.
+            _ => {}
         }
-        let adopted = adopt_as(&containerd, &mut task, stopped, Some(record));
+        let adopted = adopt_as(&containerd, &mut task, lives, Some(record));
+        assert_eq!(adopted.remarks, [""; 0]);
         assert_eq!(adopted.tasks[0].remarks, [""; 0]);
         stream.back();
         node.tell(&go);

@@ -8,6 +8,9 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use recoverd_common::proc::{Proc, Stop};
+use recoverd_common::seen::Seen;
+
 use crate::containerd::Containerd;
 use crate::process::{self, Process};
 use crate::releases::{Release, built};
@@ -162,12 +165,24 @@ impl Node {
         self.wait_gone(process);
     }
 
-    /// SIGSTOPs a process and waits until every thread has stopped.
+    /// SIGSTOPs a process and waits until every thread has stopped; a shim between two things that
+    /// it does, for what a stock one had read and not yet written would be nobody's.
     #[track_caller]
     pub fn freeze(&self, process: &Process) {
-        self.signal(process, "STOP");
-        wait_for("a stopped process", || {
-            (self.process(process.pid)?.state == 'T').then_some(())
+        let proc = Proc::new(self.path("/proc"));
+        let pid = i32::try_from(process.pid).unwrap_or_else(|e| panic!("{process:?}: {e}"));
+        wait_for("a stop between two things", || {
+            self.signal(process, "STOP");
+            let met = wait_for("a stopped process", || match proc.stop(pid) {
+                Seen::Present(Stop::Pending) => None,
+                Seen::Present(met) => Some(met),
+                other => panic!("{process:?}: {other:?}"),
+            });
+            let again = met == Stop::Midway && process.is_shim();
+            if again {
+                self.signal(process, "CONT");
+            }
+            (!again).then_some(())
         });
     }
 

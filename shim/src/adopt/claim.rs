@@ -17,7 +17,7 @@ use std::{
 use recoverd_common::{
     failpoint,
     paths::Beside,
-    proc::{FileId, Proc},
+    proc::{FileId, Proc, Stop},
     seen::Seen,
     shim_client::{CallError, ShimClient},
 };
@@ -36,6 +36,8 @@ const ANSWERS: Duration = Duration::from_millis(500);
 const HOLDER: Duration = Duration::from_millis(2_000);
 /// For a predecessor to be stopped, or to be gone.
 const ENDS: Duration = Duration::from_millis(2_000);
+/// For an instant at which it is not in the middle of something.
+const RESTS: Duration = Duration::from_millis(100);
 
 /// What claiming the tasks brought.
 #[derive(Debug)]
@@ -181,8 +183,9 @@ impl Claim {
 
     /// Ends the predecessor, if there is one; gives what only it had, and the lock, which is in
     /// its place now.
-    pub fn enforce(self) -> Result<(File, Loot, Vec<String>), String> {
-        match self.end_predecessor() {
+    /// A predecessor that `copies` output has it in its own memory for a moment: a stock shim.
+    pub fn enforce(self, copies: bool) -> Result<(File, Loot, Vec<String>), String> {
+        match self.end_predecessor(copies) {
             Ok((loot, remarks)) => Ok((self.lock, loot, remarks)),
             Err(why) => {
                 self.give_up();
@@ -191,15 +194,18 @@ impl Claim {
         }
     }
 
-    fn end_predecessor(&self) -> Result<(Loot, Vec<String>), String> {
+    fn end_predecessor(&self, copies: bool) -> Result<(Loot, Vec<String>), String> {
         let mut loot = Loot::default();
         let mut remarks = Vec::new();
         if let Some((pid, pidfd)) = &self.predecessor {
             let failed = |what: &str, e: io::Error| format!("{what} shim {pid}: {e}");
-            failpoint!("adopt.stop.before");
-            sys::pidfd_signal(pidfd.as_fd(), libc::SIGSTOP).map_err(|e| failed("stop", e))?;
-            failpoint!("adopt.stop.after");
-            await_stop(*pid);
+            let met = stop(*pid, pidfd).map_err(|e| failed("stop", e))?;
+            if copies && met == Seen::Present(Stop::Midway) {
+                remarks.push(format!(
+                    "shim {pid} was stopped at work: what it had read of its containers' output \
+                     and not yet written, 32 KiB of each at most, is lost"
+                ));
+            }
             loot = loot::take(Path::new("/proc"), *pid, pidfd);
             failpoint!("adopt.kill.before");
             sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL).map_err(|e| failed("end", e))?;
@@ -219,15 +225,34 @@ impl Claim {
     }
 }
 
-/// A stop takes effect when the process comes to it, which one that waits for a device does not.
-fn await_stop(pid: i32) {
-    let until = Instant::now() + ANSWERS;
+/// Stops the predecessor, at rest if it can be met there; where it was met.
+fn stop(pid: i32, pidfd: &OwnedFd) -> io::Result<Seen<Stop>> {
     let proc = Proc::new("/proc");
-    while Instant::now() < until {
-        match proc.stat(pid) {
-            Seen::Present(stat) if !matches!(stat.state, 'T' | 't') => {}
-            Seen::Present(_) | Seen::Absent | Seen::Unknown(_) => return,
+    // Somebody else's stop is not undone: it would do now what it was asked for long ago.
+    let stopped = matches!(proc.stat(pid), Seen::Present(stat) if matches!(stat.state, 'T' | 't'));
+    let until = Instant::now() + RESTS;
+    loop {
+        failpoint!("adopt.stop.before");
+        sys::pidfd_signal(pidfd.as_fd(), libc::SIGSTOP)?;
+        failpoint!("adopt.stop.after");
+        let met = await_stop(&proc, pid);
+        if stopped || met != Seen::Present(Stop::Midway) || Instant::now() >= until {
+            return Ok(met);
         }
-        thread::sleep(Duration::from_millis(2));
+        sys::pidfd_signal(pidfd.as_fd(), libc::SIGCONT)?;
+        thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// A stop takes effect when each thread comes to it, which one that waits for a device does not.
+fn await_stop(proc: &Proc, pid: i32) -> Seen<Stop> {
+    let until = Instant::now() + ANSWERS;
+    loop {
+        match proc.stop(pid) {
+            Seen::Present(Stop::Pending) if Instant::now() < until => {
+                thread::sleep(Duration::from_millis(2));
+            }
+            met => return met,
+        }
     }
 }

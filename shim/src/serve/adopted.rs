@@ -113,6 +113,8 @@ fn take_over(
             return Ok(());
         }
     };
+    // A stock shim has no record of its own.
+    let copies = adoption.record.is_some();
     // Read under the lock: it does not change any more, but for what its stopped writer does.
     let record = match adopt::record_of(&adoption, flags) {
         Ok(record) => record,
@@ -134,7 +136,7 @@ fn take_over(
         &adoption.observed,
         std::mem::take(&mut kept.pidfds),
     );
-    let (lock, loot, mut remarks) = claim.enforce()?;
+    let (lock, loot, mut remarks) = claim.enforce(copies)?;
     kept.loot.append(loot);
     failpoint!("adopt.running.before");
     look.await_running();

@@ -91,7 +91,7 @@ fn healthy_tasks_of_every_kind_have_no_finding(release: &Release) {
     });
     let terminal = containerd.run(&Container::new("terminal").terminal());
     let paused = containerd.run(&Container::new("paused"));
-    containerd.ctr_ok("e2e", ["tasks", "pause", "paused"]);
+    containerd.pause(&paused);
     let member = |id: &str, name: Option<&str>| {
         let container = Container::new(id)
             .namespaced("k8s.io")
@@ -154,7 +154,7 @@ fn healthy_tasks_have_no_finding_while_containerd_is_down(release: &Release) {
     let one = containerd.run(&Container::new("one"));
     let two = containerd.run(&Container::new("two").group("one"));
     let paused = containerd.run(&Container::new("paused"));
-    containerd.ctr_ok("e2e", ["tasks", "pause", "paused"]);
+    containerd.pause(&paused);
     for stop in [Containerd::kill, Containerd::stop] {
         stop(&mut containerd);
         for scan in [containerd.scan(), node.scan(), node.scan_of_any_age()] {

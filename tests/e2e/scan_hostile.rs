@@ -395,8 +395,9 @@ fn a_scan_only_reads(release: &Release) {
                 // The program itself.
                 "execve" => call.contains("/recoverd\""),
                 // Anything else would be a change, a signal or a hold; resumed lines are the rest
-                // of calls that were judged where they began, detached ones never were any.
-                _ => ["<...", "+++", "---", "???( <detached"]
+                // of calls that were judged where they began. Of a thread that ends where its call
+                // began strace does not know which one that was.
+                _ => ["<...", "+++", "---", "???"]
                     .iter()
                     .any(|s| call.starts_with(s)),
             };

@@ -296,6 +296,10 @@ impl Bench {
         let node = Node::start();
         let containerd = node.containerd(release);
         let host = containerd.run(&ours("host"));
+        wait_for("what its shell starts", || {
+            let mut all = node.processes().into_iter();
+            all.find(|p| p.parent == host.init.pid && p.argv == ["sleep", "1000"])
+        });
         let before = Traces::of(&node);
         Bench {
             node,
@@ -444,7 +448,9 @@ fn create_refuses_what_it_cannot_do(release: &Release) {
     let inside = bundle.join("config.json").display().to_string();
     node.shell(&format!("rm {inside} && mkfifo {inside}"));
     let with_fifo = Traces::of(node);
-    assert_eq!(bench.before.new_since(node), [format!("file {inside}")]);
+    wait_for("nothing to be new but that", || {
+        (bench.before.new_since(node) == [format!("file {inside}")]).then_some(())
+    });
     let (_, text) = bench.create(&good);
     assert!(text.contains("config.json"), "{text}");
     with_fifo.wait_restored(node);

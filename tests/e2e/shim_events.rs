@@ -348,7 +348,12 @@ fn sequences_of_ours_and_of_the_stock_shim_are_equal(release: &Release) {
                 .position(|line| line.starts_with("/tasks/exit"));
             expected.insert(exit.unwrap_or(at), oom);
         }
-        let seen = normalised(&told(&events, &ours), &ours);
+        let mut seen = normalised(&told(&events, &ours), &ours);
+        // Nor does it send it at all when the cgroup is gone before its watcher has woken.
+        let is_oom = |line: &String| line.starts_with("/tasks/oom");
+        if seen.iter().any(is_oom) && !expected.iter().any(is_oom) && name == "out of memory" {
+            seen.retain(|line| !is_oom(line));
+        }
         let equal = match (expected.as_slice(), seen.as_slice()) {
             (expected, seen) if expected == seen => true,
             (expected, [all @ .., last]) => {

@@ -98,7 +98,9 @@ fn two_runs_at_once_for_one_group_share_one_shim(release: &Release) {
             fs::read_to_string(&path).unwrap_or_else(|e| panic!("read {}: {e}", path.display()))
         });
         assert_eq!(addresses[0], addresses[1]);
-        assert_eq!(node.shims().len(), round + 1);
+        wait_for("one shim more", || {
+            (node.shims().len() == round + 1).then_some(())
+        });
     }
     for row in containerd.tasks("e2e") {
         assert_eq!(row.status, "RUNNING");
@@ -141,11 +143,11 @@ fn start_line(node: &Node, bundle: &Path, id: &str, input: &Path) -> String {
 /// The only shim, which names the first of its tasks: one of these.
 #[track_caller]
 fn only_shim(node: &Node, ids: &[&str]) -> Process {
-    let shims = node.shims();
-    match shims.as_slice() {
-        [shim] if ids.iter().any(|id| shim.flag("-id") == Some(id)) => shim.clone(),
-        _ => panic!("shims: {shims:?}"),
-    }
+    // One that has left its place to this one may need a moment to be gone.
+    wait_for("one shim", || match node.shims().as_slice() {
+        [shim] if ids.iter().any(|id| shim.flag("-id") == Some(id)) => Some(shim.clone()),
+        _ => None,
+    })
 }
 
 /// Asks an empty shim to leave, as containerd does, and waits until it has.

@@ -565,6 +565,7 @@ fn users_other_than_root_own_their_stdio(release: &Release, shim: ShimUnderTest)
         assert_eq!(exec_stdout.wait_end(), "out\nin\n1001\n");
         assert_eq!(exec_stderr.wait_end(), "err\n");
         api.delete(id, "other").expect("delete an exec");
+        stdout.wait_text("in\n");
         api.end(id);
         assert_eq!(stdout.wait_end(), "out\nin\n");
     }

@@ -518,9 +518,15 @@ impl Containerd {
     /// Pauses a task (see [`crate::Api::pause`]).
     #[track_caller]
     pub fn pause(&self, task: &Task) {
+        self.ctr_freezing(task.namespace(), &["tasks", "pause", task.id()]);
+    }
+
+    /// Runs a command of `ctr` that pauses a task, which the kernel may be too busy for at first.
+    #[track_caller]
+    pub fn ctr_freezing(&self, namespace: &str, args: &[&str]) {
         wait_for("the freezer", || {
             let output = self
-                .ctr(task.namespace(), ["tasks", "pause", task.id()])
+                .ctr(namespace, args)
                 .output()
                 .unwrap_or_else(|error| panic!("start ctr: {error}"));
             let text = String::from_utf8_lossy(&output.stderr);

@@ -41,8 +41,12 @@ impl Ground {
         let node = Node::start();
         let containerd = node.containerd_with(release, programs);
         // Everything counts as old, and nothing as in transition.
-        fs::write(config(&node), "[scan]\nsettle = \"0s\"\n")
-            .unwrap_or_else(|error| panic!("write configuration: {error}"));
+        let config = config(&node);
+        fs::write(
+            config,
+            "[scan]\nsettle = \"0s\"\n[pre-start]\ndeadline = \"120s\"\n",
+        )
+        .unwrap_or_else(|error| panic!("write configuration: {error}"));
         let events = EventRelay::of(&containerd);
         let before = Traces::of(&node);
         Ground {

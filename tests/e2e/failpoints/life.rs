@@ -18,7 +18,7 @@ use serde_json::json;
 use crate::ground::{Ground, NAMESPACE};
 
 /// For the last events to come.
-const EVENTS: Duration = Duration::from_secs(30);
+const EVENTS: Duration = Duration::from_secs(120);
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Somebody has died at the armed point.

@@ -658,8 +658,9 @@ fn a_verb_of_a_containerd_that_is_gone_ends_no_workload(release: &Release) {
         bundle = task.bundle().display(),
     );
     // Its parent has gone before it looks.
+    let orphan = "until grep -q \"^PPid:.1$\" /proc/$$/status; do sleep 0.02; done";
     node.shell(&format!(
-        "sh -c 'sleep 0.5; exec {verb}' >/dev/null 2>{} </dev/null &",
+        "sh -c '{orphan}; exec {verb}' >/dev/null 2>{} </dev/null &",
         said.display()
     ));
     wait_for("the verb's word", || {

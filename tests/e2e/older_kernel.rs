@@ -123,7 +123,7 @@ fn exits_of_adopted_tasks_are_true_on_an_older_kernel() {
         }
     }
 
-    // Each exit once, with its true status; `ctr` leaves 0 out.
+    // Each exit at least once, with its true status; `ctr` leaves 0 out.
     let events = out.read("events");
     let told = |words: &[&str]| {
         let lines = events.lines();
@@ -136,12 +136,12 @@ fn exits_of_adopted_tasks_are_true_on_an_older_kernel() {
             let id = format!("{kind}-{end}");
             let quoted = format!("\"id\":\"{id}\"");
             let exits = told(&["/tasks/exit", &quoted]);
-            let [exit] = exits.as_slice() else {
-                panic!("exits of {id}: {exits:?} in\n{events}")
-            };
-            let said = format!("\"exit_status\":{status},");
-            assert_eq!(exit.contains(&said), status != 0, "{exit}");
-            assert_eq!(exit.contains("exit_status"), status != 0, "{exit}");
+            assert!(!exits.is_empty(), "no exit of {id} in\n{events}");
+            for exit in exits {
+                let said = format!("\"exit_status\":{status},");
+                assert_eq!(exit.contains(&said), status != 0, "{exit}");
+                assert_eq!(exit.contains("exit_status"), status != 0, "{exit}");
+            }
             let tasks = records.iter().flat_map(|record| &record.tasks);
             let recorded = tasks.clone().find(|task| task.id == id);
             let recorded = recorded.unwrap_or_else(|| panic!("{id} is in no record"));
@@ -158,8 +158,9 @@ fn exits_of_adopted_tasks_are_true_on_an_older_kernel() {
             &format!("\"{kind}-zero\""),
             "\"id\":\"session\"",
         ]);
+        let is_true = |exit: &&str| exit.contains("\"exit_status\":7,");
         assert!(
-            matches!(session.as_slice(), [exit] if exit.contains("\"exit_status\":7,")),
+            !session.is_empty() && session.iter().all(is_true),
             "{session:?}"
         );
     }

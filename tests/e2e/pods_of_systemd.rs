@@ -54,15 +54,6 @@ fn eat(folder: &Path, round: usize) {
     fs::write(&path, "").unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
 }
 
-fn killed_for_memory(cri: &Cri, eater: &str) {
-    wait_for("an OOM kill", || {
-        let (code, why) = cri.exited(eater);
-        assert_eq!(code, 137);
-        // It is an event of its own, and follows.
-        (why == "OOMKilled").then_some(())
-    });
-}
-
 fn main() {
     let sandbox = std::env::args().nth(1).unwrap_or_default();
     let folder = Path::new("/root/pods");
@@ -110,7 +101,7 @@ fn main() {
     );
 
     eat(folder, 1);
-    killed_for_memory(&cri, &eaters[0]);
+    cri.wait_oom_killed(&eaters[0]);
     // systemd removes the scope, and the kernel's count with it, the moment it is empty: it may come
     // before any shim that looks.
     eaters.push(run_eater(2));
@@ -120,7 +111,7 @@ fn main() {
         (!scope(&eaters[1]).exists()).then_some(())
     });
     signal(&shim, "CONT");
-    killed_for_memory(&cri, &eaters[1]);
+    cri.wait_oom_killed(&eaters[1]);
     cri.stop(&app, 30);
     assert_eq!(cri.exited(&app), (23, "Error".into()));
     for id in eaters.iter().chain([&app]) {

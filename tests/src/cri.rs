@@ -511,6 +511,16 @@ impl Cri {
         pid.unwrap_or_else(|| panic!("no pid in {info}"))
     }
 
+    /// Waits until an OOM kill of it is told: an event of its own, in no order with its exit.
+    #[track_caller]
+    pub fn wait_oom_killed(&self, id: &str) {
+        wait_for(&format!("an OOM kill of {id}"), || {
+            let (code, why) = self.exited(id);
+            assert_eq!(code, 137, "{id}");
+            (why == "OOMKilled").then_some(())
+        });
+    }
+
     /// Waits until it has exited: its exit code and the reason.
     #[track_caller]
     pub fn exited(&self, id: &str) -> (i32, String) {

@@ -1,6 +1,8 @@
 //! The hooks around containerd's start, as its unit runs them, and a client's view of what they
 //! saved.
 
+use std::fs;
+
 use serde::Deserialize;
 
 use crate::container::Task;
@@ -76,13 +78,19 @@ impl Containerd {
     #[track_caller]
     pub fn pre_start_of(&self, release: &Release) -> PreStart {
         let program = release.folder.join("containerd").display().to_string();
+        // Its first start reads all of it from a disk that may be busy.
+        self.node().run(&program, ["--version"]);
         self.pre_start_with(&["--containerd", &program])
     }
 
     #[track_caller]
     fn pre_start_with(&self, words: &[&str]) -> PreStart {
-        let mut args = self.flags();
         // What is proven here is what it does; how long it takes is the benchmarks' to say.
+        let config = self.node().folder().join("hook.toml");
+        fs::write(&config, "[adopt]\ndeadline = \"60s\"\n")
+            .unwrap_or_else(|error| panic!("write {}: {error}", config.display()));
+        let mut args = vec!["--config".to_owned(), config.display().to_string()];
+        args.extend(self.flags());
         let hook = ["pre-start", "--strict", "--deadline", "120s"];
         args.extend(hook.map(str::to_owned));
         args.extend(words.iter().map(|word| (*word).to_owned()));

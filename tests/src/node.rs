@@ -144,6 +144,12 @@ impl Node {
         self.processes().into_iter().filter(holds).collect()
     }
 
+    /// Waits until a process is ready for SIGTERM.
+    #[track_caller]
+    pub fn wait_trap(&self, process: &Process) {
+        process.wait_trap(&self.path("/proc"));
+    }
+
     /// Sends a signal (`KILL`, `STOP`, `CONT`, …) to a process of the node; SIGTERM when it is ready
     /// for that.
     #[track_caller]
@@ -153,7 +159,7 @@ impl Node {
             "{process:?} is gone before SIG{signal}"
         );
         if signal == "TERM" {
-            process.wait_trap(&self.path("/proc"));
+            self.wait_trap(process);
         }
         self.run("kill", ["-s", signal, &process.pid.to_string()]);
     }

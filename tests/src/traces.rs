@@ -14,14 +14,14 @@ use crate::wait::{BETWEEN_LOOKS, USUAL};
 pub struct Traces(BTreeSet<String>);
 
 /// Socket folder, bundles, work folders, runc's state, and what is mounted there. A client's fifos
-/// are its own; everybody else's are looked for everywhere.
+/// are its own; everybody else's are looked for everywhere. Folders vanish while they are read.
 const FILES: &str = "
     for folder in /run/containerd/s /run/containerd*/io.containerd.runtime.v2.task/* \
         /var/lib/containerd*/io.containerd.runtime.v2.task/* /run/containerd/runc/* /run/runc; do
-        if [ -d $folder ]; then find $folder -mindepth 1 -maxdepth 1; fi
+        if [ -d $folder ]; then find $folder -mindepth 1 -maxdepth 1 2>/dev/null || :; fi
     done
-    find /run -type p ! -path '/run/containerd/fifo/*' ! -path '/run/containerd-*/fifo/*'
-    find /sys/fs/cgroup -mindepth 3 -type d";
+    find /run -type p ! -path '/run/containerd/fifo/*' ! -path '/run/containerd-*/fifo/*' 2>/dev/null || :
+    find /sys/fs/cgroup -mindepth 3 -type d 2>/dev/null || :";
 
 impl Traces {
     /// What is there now.

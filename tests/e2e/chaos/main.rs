@@ -101,7 +101,10 @@ fn run(release: &Release, seed: u64, faults: u64, log: &mut Vec<String>) {
     let installed = Installed::on(&node);
     // A successor, too, is what is installed.
     let config = node.folder().join("recoverd.toml");
-    let text = format!("[adopt]\nbinary = {:?}\n", installed.path());
+    let text = format!(
+        "[adopt]\nbinary = {:?}\ndeadline = \"60s\"\n",
+        installed.path()
+    );
     std::fs::write(&config, text).unwrap_or_else(|e| panic!("write {}: {e}", config.display()));
     let mut world = World {
         told: Told::new(&containerd),

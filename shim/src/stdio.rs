@@ -188,6 +188,9 @@ struct Held {
     /// When another one is due, which holds less.
     #[serde(default)]
     shrink_at: Option<u64>,
+    /// When the start of another one is tried again. Another image tries at once.
+    #[serde(skip)]
+    retry_at: Option<u64>,
     /// The process has exited.
     finishing: bool,
     told: bool,
@@ -731,13 +734,19 @@ impl Stdio {
     }
 
     /// A child has exited; true if it was a logger or a holder.
-    pub fn logger_exited(&mut self, pid: Pid, epoll: &Epoll, heard: &mut Vec<Heard>) -> bool {
+    pub fn logger_exited(
+        &mut self,
+        pid: Pid,
+        now: u64,
+        epoll: &Epoll,
+        heard: &mut Vec<Heard>,
+    ) -> bool {
         let mut dismissed = self.dismissed.iter();
         if let Some(at) = dismissed.position(|(other, _)| other.pid == pid) {
             self.dismissed.remove(at);
             return true;
         }
-        if self.holder_exited(pid, heard) {
+        if self.holder_exited(pid, now, heard) {
             return true;
         }
         let found = self.held.iter_mut().find_map(|(key, held)| {
@@ -768,19 +777,19 @@ impl Stdio {
     /// When [`Stdio::tick`] is due.
     pub fn deadline(&self) -> Option<u64> {
         let kills = self.dismissed.iter().map(|(_, at)| *at);
-        let shrinks = self.held.values().filter_map(|held| held.shrink_at);
-        let due = kills.chain(self.look_at.map(|(at, _)| at)).chain(shrinks);
+        let holders = self.held.values().filter_map(Held::holder_due_at);
+        let due = kills.chain(self.look_at.map(|(at, _)| at)).chain(holders);
         due.filter(|at| *at != NEVER).min()
     }
 
     /// Looks whether last words are read, and ends loggers that did not end. [`Stdio::hold`] is due
     /// after it.
     pub fn tick(&mut self, now: u64) {
-        let shrinks = self.held.iter().filter(|(_, held)| {
-            let at = held.shrink_at;
+        let due = self.held.iter().filter(|(_, held)| {
+            let at = held.holder_due_at();
             at.is_some_and(|at| at <= now)
         });
-        self.unheld.extend(shrinks.map(|(key, _)| key.clone()));
+        self.unheld.extend(due.map(|(key, _)| key.clone()));
         for (logger, at) in &mut self.dismissed {
             if *at <= now {
                 logger.signal(libc::SIGKILL);

@@ -428,7 +428,8 @@ impl Shim {
             Whose::Logger => {
                 self.witnesses.remove(&token);
                 let mut heard = Vec::new();
-                self.stdio.logger_exited(pid, &self.epoll, &mut heard);
+                let at = super::now().mono_ms;
+                self.stdio.logger_exited(pid, at, &self.epoll, &mut heard);
                 self.hear(heard);
                 self.work_off();
             }

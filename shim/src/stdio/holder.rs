@@ -47,6 +47,12 @@ pub(super) struct Holder {
     gate: Option<Gate>,
 }
 
+/// One that cannot be started, for want of memory, descriptors or pids, is tried again after this
+/// long, milliseconds.
+const RETRY_MS: u64 = 1_000;
+/// One that has ended, and was not to, is started again after this long, milliseconds: whoever ends
+/// it again and again would have us start others all the time.
+const AGAIN_MS: u64 = 10_000;
 /// The inode of no file: a holder that has it holds more than is to be held.
 const NO_FIFO: u64 = 0;
 
@@ -142,22 +148,40 @@ impl Holder {
     }
 }
 
+impl Held {
+    /// Earlier holders have one that took their place.
+    fn may_relieve(&self) -> bool {
+        !self.relieved.is_empty() && self.retry_at.is_none()
+    }
+
+    /// Another holder may be due, for one reason or the other.
+    pub(super) fn holder_due_at(&self) -> Option<u64> {
+        self.shrink_at.into_iter().chain(self.retry_at).min()
+    }
+}
+
 impl Stdio {
     /// Has the outputs held that have begun, and those no longer that have ended. True: the record
     /// has to say so, and then [`Stdio::let_go`].
     pub fn hold(&mut self, namespace: &str, now: u64, heard: &mut Vec<Heard>) -> bool {
         let mut changed = false;
         for key in std::mem::take(&mut self.unheld) {
-            if let Err(e) = self.hold_of(&key, namespace, now) {
+            let result = self.hold_of(&key, namespace, now);
+            let Some(held) = self.held.get_mut(&key) else {
+                continue;
+            };
+            let tried = std::mem::take(&mut held.retry_at).is_some();
+            if let Err(e) = result {
                 // All else goes on; what is lost is lost with our death only.
-                let text = format!("hold output of {} {}: {e}", key.id, key.exec_id);
-                heard.push(Heard::Warning(text));
+                held.shrink_at = None;
+                held.retry_at = Some(now.saturating_add(RETRY_MS));
+                if !tried {
+                    let text = format!("hold output of {} {}: {e}", key.id, key.exec_id);
+                    heard.push(Heard::Warning(text));
+                }
             }
-            let held = self.held.get(&key);
-            changed |= held.is_some_and(|held| {
-                let begins = held.holder.as_ref().is_some_and(|h| h.gate.is_some());
-                begins || !held.relieved.is_empty()
-            });
+            let begins = held.holder.as_ref().is_some_and(|h| h.gate.is_some());
+            changed |= begins || held.may_relieve();
         }
         changed
     }
@@ -229,8 +253,8 @@ impl Stdio {
             if let Some(holder) = &mut held.holder {
                 holder.let_go();
             }
-            // Whoever is to take its place has not been started yet.
-            if !self.unheld.contains(key) {
+            // Whoever is to take its place may not have been started yet.
+            if !self.unheld.contains(key) && held.may_relieve() {
                 held.relieved.drain(..).for_each(end);
             }
         }
@@ -275,12 +299,12 @@ impl Stdio {
     }
 
     /// True if it was one that still held something.
-    pub(super) fn holder_exited(&mut self, pid: Pid, heard: &mut Vec<Heard>) -> bool {
+    pub(super) fn holder_exited(&mut self, pid: Pid, now: u64, heard: &mut Vec<Heard>) -> bool {
         let found = self.held.iter_mut().find_map(|(key, held)| {
             held.holder.take_if(|holder| holder.pid == pid)?;
+            held.retry_at = Some(now.saturating_add(AGAIN_MS));
             Some(key)
         });
-        // Whoever ends it again and again would have us start others all the time.
         if let Some(key) = found {
             let text = format!(
                 "the holder of the output of {} {} has ended",
@@ -334,6 +358,104 @@ fn wait(files: &[&OwnedFd], flags: PollFlags) -> io::Result<Vec<bool>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use nix::sys::{
+        resource::{Resource, getrlimit, setrlimit},
+        signal::{Signal, kill},
+        wait::waitpid,
+    };
+    use std::process::{Child, Command};
+
+    fn key() -> Key {
+        Key {
+            id: "c".into(),
+            exec_id: "e".into(),
+        }
+    }
+
+    /// Of a process whose client reads the fifo at `path`, which a predecessor's holder holds.
+    fn stdio(path: &std::path::Path, earlier: &Child) -> Stdio {
+        nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+        let mut stdio = Stdio::new();
+        let held = Held {
+            output: Some(super::super::open_fifo(path, (0, 0)).unwrap()),
+            ..Held::default()
+        };
+        stdio.held.insert(key(), held);
+        let pid = i32::try_from(earlier.id()).unwrap();
+        let earlier = Process {
+            pid: earlier.id(),
+            start_time: reaper::start_time(Pid::from_raw(pid)),
+        };
+        stdio.relieve(&key(), earlier);
+        stdio
+    }
+
+    fn sleeper() -> Child {
+        Command::new("sleep").arg("60").spawn().unwrap()
+    }
+
+    /// While no descriptor is to be had.
+    fn without_descriptors<T>(act: impl FnOnce() -> T) -> T {
+        let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, 0, hard).unwrap();
+        let done = act();
+        setrlimit(Resource::RLIMIT_NOFILE, soft, hard).unwrap();
+        done
+    }
+
+    #[test]
+    fn one_that_cannot_be_started_is_tried_again_later_and_its_predecessor_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut earlier = sleeper();
+        let mut stdio = stdio(&dir.path().join("fifo"), &earlier);
+        let mut heard = Vec::new();
+        for now in [7, 7 + RETRY_MS] {
+            assert!(stdio.unheld.contains(&key()));
+            let before = heard.len();
+            assert!(!without_descriptors(|| stdio.hold("ns", now, &mut heard)));
+            stdio.let_go();
+            assert_eq!(heard.len() - before, usize::from(now == 7), "{heard:?}");
+            let due = now + RETRY_MS;
+            assert_eq!(stdio.deadline(), Some(due), "not at once");
+            stdio.tick(due - 1);
+            assert!(stdio.unheld.is_empty());
+            stdio.tick(due);
+        }
+        assert!(earlier.try_wait().unwrap().is_none());
+        assert!(stdio.hold("ns", 9_000, &mut heard));
+        assert_eq!(stdio.deadline(), None);
+        assert_eq!(stdio.holders(&key()).len(), 2);
+        stdio.let_go();
+        assert_eq!(stdio.holders(&key()).len(), 1);
+        earlier.wait().unwrap();
+        stdio.close(&key(), 0);
+    }
+
+    #[test]
+    fn one_that_somebody_has_ended_is_started_again_and_not_at_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut earlier = sleeper();
+        let mut stdio = stdio(&dir.path().join("fifo"), &earlier);
+        let mut heard = Vec::new();
+        assert!(stdio.hold("ns", 0, &mut heard));
+        let first = stdio.held[&key()].holder.as_ref().unwrap().pid();
+        kill(first, Signal::SIGKILL).unwrap();
+        waitpid(first, None).unwrap();
+        assert!(stdio.holder_exited(first, 5, &mut heard));
+        assert_eq!(heard.len(), 1);
+        stdio.let_go();
+        assert!(earlier.try_wait().unwrap().is_none(), "nobody is there yet");
+        assert!(!stdio.hold("ns", 6, &mut heard));
+        assert_eq!(stdio.deadline(), Some(5 + AGAIN_MS));
+        stdio.tick(5 + AGAIN_MS);
+        assert!(stdio.hold("ns", 5 + AGAIN_MS, &mut heard));
+        stdio.let_go();
+        let second = stdio.held[&key()].holder.as_ref().unwrap().pid();
+        assert_ne!(first, second);
+        assert_eq!(heard.len(), 1);
+        earlier.wait().unwrap();
+        stdio.close(&key(), 0);
+    }
 
     #[test]
     fn what_is_to_be_held_is_held_and_what_has_ended_only_for_a_moment() {

@@ -401,6 +401,7 @@ mod tests {
             running: Vec::new(),
             descriptors: Vec::new(),
             unanswered: Vec::new(),
+            strays: Vec::new(),
         }
     }
 

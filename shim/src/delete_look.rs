@@ -141,7 +141,7 @@ impl Observed {
         record.is_some_and(|record| find(record, &self.name).is_some())
     }
 
-    /// What still holds the fifos of its clients.
+    /// What still holds the fifos of its clients, and those of what has been deleted before.
     pub fn holders(&self) -> Vec<Process> {
         let record = self.record.present();
         let task = record.and_then(|record| find(record, &self.name));
@@ -149,7 +149,9 @@ impl Observed {
             let execs = task.execs.iter().map(|exec| &exec.stdio);
             std::iter::once(&task.stdio).chain(execs)
         });
+        let strays = record.into_iter().flat_map(|record| &record.strays);
         all.flat_map(|stdio| &stdio.holders)
+            .chain(strays)
             .map(|holder| Process {
                 pid: holder.pid,
                 start_time: holder.start_time,

@@ -117,6 +117,11 @@ impl Journal {
             // handoff only, which carries them itself.
             descriptors: Vec::new(),
             unanswered: of_jobs.chain(adding).collect(),
+            // The outputs of what has been deleted are ended once that is on record.
+            strays: stdio
+                .holders_but(|key| state.tasks.is_member(key))
+                .map(process)
+                .collect(),
         }
     }
 }

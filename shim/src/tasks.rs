@@ -121,6 +121,12 @@ impl Tasks {
         self.tasks.get(id)
     }
 
+    /// True if there is this task, or exec of a task.
+    pub fn is_member(&self, key: &Key) -> bool {
+        self.get(&key.id)
+            .is_some_and(|task| key.is_init() || task.execs.contains_key(&key.exec_id))
+    }
+
     /// All tasks by id.
     pub fn iter(&self) -> impl Iterator<Item = (&String, &Task)> {
         self.tasks.iter()

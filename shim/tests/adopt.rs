@@ -458,6 +458,31 @@ fn last_words_of_an_adopted_task_wait_for_a_reader() {
 }
 
 #[test]
+fn what_holds_the_output_of_a_deleted_exec_is_ended() {
+    let mut daemon = Daemon::new();
+    daemon
+        .create("c", "exec sleep 1000", Path::new(NONE))
+        .unwrap();
+    daemon.start("c", "");
+    die(&mut daemon);
+    let sleeper = || Command::new("sleep").arg("1000").spawn().unwrap();
+    let (mut stray, mut stranger) = (sleeper(), sleeper());
+    let process = |pid: u32, other: u64| Process {
+        pid,
+        start_time: start_time(pid) + other,
+    };
+    rewrite(&daemon, |record| {
+        record.strays = vec![process(stranger.id(), 1), process(stray.id(), 0)];
+    });
+    let _successor = adopt(&daemon);
+    stray.wait().unwrap();
+    assert_eq!(daemon.recorded().strays, []);
+    assert!(stranger.try_wait().unwrap().is_none());
+    stranger.kill().unwrap();
+    stranger.wait().unwrap();
+}
+
+#[test]
 fn whoever_answers_is_left_alone() {
     let daemon = Daemon::new();
     let init = daemon

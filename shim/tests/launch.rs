@@ -320,6 +320,7 @@ fn write_record(socket: &Path, tasks: Vec<Task>) {
         running: vec![],
         descriptors: vec![],
         unanswered: vec![],
+        strays: vec![],
     };
     record::store::Store::new(&Beside::of(socket).record)
         .write(&record)
@@ -637,7 +638,7 @@ impl Drop for Daemon {
 }
 
 #[track_caller]
-fn until(holds: impl Fn() -> bool) {
+fn until(mut holds: impl FnMut() -> bool) {
     let deadline = Instant::now() + Duration::from_secs(60);
     while !holds() {
         assert!(Instant::now() < deadline, "it never came to that");
@@ -1005,6 +1006,31 @@ fn delete_ends_a_living_init_and_never_the_owner_of_a_reused_pid() {
         assert_eq!((response.pid, response.exit_status), (init.pid, 137));
         assert_eq!(victim.ended(), !reused, "{id}");
     }
+    assert_eq!(node.leftovers(), [""; 0]);
+}
+
+#[test]
+fn delete_ends_what_holds_an_output_of_its_task_or_of_what_was_deleted_before() {
+    let node = Node::new();
+    let (mut own, of_task) = Victim::new();
+    let (mut stray, of_exec) = Victim::new();
+    let (mut stranger, mut reused) = Victim::new();
+    reused.start_time += 1;
+    let socket = node.socket("c");
+    node.deserted("c", "c", DELETES);
+    let mut task = recorded("c", None, None);
+    task.stdio.holders = vec![of_task];
+    write_record(&socket, vec![task]);
+    let Seen::Present(mut record) = record::read(&Beside::of(&socket).record) else {
+        panic!("{:?}", node.leftovers());
+    };
+    record.strays = vec![reused, of_exec];
+    record::store::Store::new(&Beside::of(&socket).record)
+        .write(&record)
+        .unwrap();
+    deleted(&node.delete("c"));
+    until(|| own.ended() && stray.ended());
+    assert!(!stranger.ended());
     assert_eq!(node.leftovers(), [""; 0]);
 }
 

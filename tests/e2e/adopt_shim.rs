@@ -100,6 +100,7 @@ fn stock_record(containerd: &Containerd, task: &Task, terminal: bool) -> Record 
         running: Vec::new(),
         descriptors: Vec::new(),
         unanswered: Vec::new(),
+        strays: Vec::new(),
     }
 }
 

@@ -32,6 +32,9 @@ pub struct Record {
     pub descriptors: Vec<Descriptor>,
     /// Requests that change something and have not been answered.
     pub unanswered: Vec<Unanswered>,
+    /// Processes of ours that hold fifos of tasks and execs that are no longer named here: whoever
+    /// comes after the shim ends them, as it would have done itself at once.
+    pub strays: Vec<Process>,
 }
 
 /// A process, proof against a reused pid.
@@ -298,7 +301,7 @@ pub(crate) mod tests {
                 argv: vec!["/bin/log".into(), "a".into(), "b".into()],
             }),
             carried: Vec::new(),
-            holders: Vec::new(),
+            holders: vec![process(12)],
         };
         Record {
             written_at: at(1_795_449_900),
@@ -350,6 +353,7 @@ pub(crate) mod tests {
                     process: Some(process(10)),
                     stdio: Stdio {
                         carried: vec![(70, 71)],
+                        holders: vec![process(13), process(14)],
                         ..Stdio::default()
                     },
                     terminal: true,
@@ -383,6 +387,7 @@ pub(crate) mod tests {
                 id: "c".into(),
                 exec_id: String::new(),
             }],
+            strays: vec![process(15)],
         }
     }
 }

@@ -144,6 +144,7 @@ fn record_of(
         running: Vec::new(),
         descriptors: Vec::new(),
         unanswered: Vec::new(),
+        strays: Vec::new(),
     })
 }
 

@@ -53,6 +53,8 @@ pub struct Look {
     pub loggers: BTreeMap<Key, (Process, OwnedFd)>,
     /// Holders of what clients read, that live.
     pub holders: Vec<(Key, Process)>,
+    /// Holders of what is not there any more, that live.
+    pub strays: Vec<Process>,
     /// Who tells how they ended, or will.
     pub teller: Teller,
     /// Runtime commands that are at work.
@@ -128,6 +130,8 @@ pub fn look(
             }
         }
     }
+    let strays = record.strays.iter().map(|stray| super::process(*stray));
+    look.strays = strays.filter(|stray| open(*stray, &[]).is_ok()).collect();
     let children = record.running.iter().filter_map(|job| job.process);
     look.running = children
         .filter_map(|child| open(super::process(child), &[]).ok())

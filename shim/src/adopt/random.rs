@@ -155,6 +155,7 @@ fn case() -> impl Strategy<Value = (Task, Record, Facts)> {
                 .collect(),
             descriptors: Vec::new(),
             unanswered: Vec::new(),
+            strays: Vec::new(),
         };
         let facts = Facts {
             // What is not recorded was not looked at.

@@ -38,7 +38,7 @@ use crate::{
     service::Key,
     socket,
     state::Input,
-    stdio::{Living, Logger, Wanted},
+    stdio::{Living, Logger, Wanted, end_holder},
     sys,
     tasks::{Adoptee, Event, ExecPhase, Phase, Process},
     witness::{self, Answer, Teller},
@@ -241,6 +241,7 @@ impl Shim {
         for (key, holder) in std::mem::take(&mut look.holders) {
             self.stdio.relieve(&key, holder);
         }
+        look.strays.drain(..).for_each(end_holder);
         let members = std::mem::take(&mut look.members);
         let pids: Vec<u32> = members.values().map(|(process, _)| process.pid).collect();
         look.teller.narrow(&pids);

@@ -283,6 +283,12 @@ impl Stdio {
             .collect()
     }
 
+    /// Those of processes that are not `known` any more, for the record.
+    pub fn holders_but(&self, known: impl Fn(&Key) -> bool) -> impl Iterator<Item = Process> {
+        let others = self.held.keys().filter(move |key| !known(key));
+        others.flat_map(|key| self.holders(key))
+    }
+
     /// We end as is meant: so do the outputs.
     pub fn end_all_holders(&mut self) {
         for mut held in std::mem::take(&mut self.held).into_values() {

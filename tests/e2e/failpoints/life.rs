@@ -2,6 +2,8 @@
 //! true after whoever served it has died, at whatever instant. It goes on from there to its end.
 
 use std::fs::File;
+use std::io::Read;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
@@ -19,6 +21,10 @@ use crate::ground::{Ground, NAMESPACE};
 
 /// For the last events to come.
 const EVENTS: Duration = Duration::from_secs(120);
+/// `O_NONBLOCK`.
+const NONBLOCK: i32 = 0o4000;
+/// Of the exec that ends by itself.
+const WORDS: &str = "last-words";
 const BETWEEN_LOOKS: Duration = Duration::from_millis(20);
 
 /// Somebody has died at the armed point.
@@ -61,6 +67,14 @@ struct Member {
     /// Its shim died of deleting it: containerd has cleaned up, and tells of that itself.
     cleaned: bool,
     stream: Option<Stream>,
+    words: Option<Words>,
+}
+
+/// A line on a fifo that a client has open and does not read: it may be lost with whoever was to
+/// carry it on, but it is to end with its writer.
+struct Words {
+    path: PathBuf,
+    unread: File,
 }
 
 /// Numbered lines on a fifo of which the client keeps an end, as containerd's do.
@@ -146,6 +160,20 @@ fn writer(go: &str, stop: &str, count: &str) -> String {
     )
 }
 
+impl Words {
+    #[track_caller]
+    fn assert_end(mut self) {
+        let mut bytes = Vec::new();
+        wait_for("the end of what nobody read", || {
+            // Of each try, what came before there was no more for now stays.
+            let ended = self.unread.read_to_end(&mut bytes);
+            ended.is_ok().then_some(())
+        });
+        let text = String::from_utf8_lossy(&bytes);
+        assert!(text.is_empty() || text == format!("{WORDS}\n"), "{text:?}");
+    }
+}
+
 impl Life {
     /// Nothing is made yet.
     #[track_caller]
@@ -163,6 +191,7 @@ impl Life {
             unknown: false,
             cleaned: false,
             stream: None,
+            words: None,
         };
         let told = |name: &str, status: u32| {
             let end = format!("{round}-{name}-end");
@@ -173,7 +202,13 @@ impl Life {
         let mut members = vec![
             member(&first, "", init, init_ends, 23),
             member(&first, "session", session, session_ends, 7),
-            member(&first, "short", "exit 5".into(), Ends::ByItself, 5),
+            member(
+                &first,
+                "short",
+                format!("echo {WORDS}; exit 5"),
+                Ends::ByItself,
+                5,
+            ),
             member(
                 &format!("{round}-second"),
                 "",
@@ -193,6 +228,13 @@ impl Life {
                 kept,
             });
         }
+        let path = make_fifo(&ground.node, &format!("{round}-short-stdout"));
+        let unread = File::options()
+            .read(true)
+            .custom_flags(NONBLOCK)
+            .open(&path);
+        let unread = unread.unwrap_or_else(|error| panic!("open {}: {error}", path.display()));
+        members[Who::Short as usize].words = Some(Words { path, unread });
         Life {
             round,
             members,
@@ -505,9 +547,11 @@ impl Life {
     }
 
     fn stdio(&self, who: Who) -> Stdio {
-        let stream = self.members[who as usize].stream.as_ref();
+        let member = &self.members[who as usize];
+        let stream = member.stream.as_ref().map(|stream| &stream.path);
+        let path = stream.or(member.words.as_ref().map(|words| &words.path));
         Stdio {
-            stdout: stream.map_or_else(String::new, |stream| stream.path.display().to_string()),
+            stdout: path.map_or_else(String::new, |path| path.display().to_string()),
             ..Stdio::default()
         }
     }
@@ -731,6 +775,9 @@ impl Life {
                 let count = ground.node.count_in(&stream.count);
                 drop(stream.kept);
                 stream.reader.finish(count);
+            }
+            if let Some(words) = member.words.take() {
+                words.assert_end();
             }
         }
     }

@@ -181,6 +181,7 @@ pub(super) fn record(boot_id: &str) -> Record {
         running: Vec::new(),
         descriptors: Vec::new(),
         unanswered: Vec::new(),
+        strays: Vec::new(),
     }
 }
 

@@ -274,9 +274,12 @@ impl Shim {
         self.hear(heard);
     }
 
-    /// The children that were started are on record: they begin.
+    /// The children that were started are on record: they begin. If it cannot be written, those
+    /// begin whose work cannot wait; what holds an output over our death would never be found.
     pub(super) fn let_go(&mut self) {
-        self.stdio.let_go();
+        if !self.journal_broken {
+            self.stdio.let_go();
+        }
         let waiting = self.children.values_mut();
         for gate in waiting.filter_map(|child| child.gate.take()) {
             failpoint!("serve.gate.before");

@@ -16,9 +16,12 @@ use recoverd_common::{mounts, seen::Seen};
 
 use crate::service::Mount;
 
+mod helper;
 mod idmap;
+mod loop_device;
 
 use idmap::IdMap;
+use loop_device::LoopDevice;
 
 /// The kernel takes one page of options; some room is left for what it adds, as containerd does.
 const MAX_OPTIONS: usize = 4096 - 512;
@@ -31,12 +34,15 @@ struct Parsed {
     flags: MsFlags,
     data: Vec<String>,
     ids: Option<IdMap>,
+    /// The source is a file to be mounted as a disk.
+    looped: bool,
 }
 
 fn parse(options: &[String]) -> Result<Parsed, String> {
     let mut flags = MsFlags::empty();
     let mut data = Vec::new();
     let (mut uids, mut gids) = (None, None);
+    let mut looped = false;
     for word in options {
         let (set, flag) = match word.as_str() {
             "async" => (false, MsFlags::MS_SYNCHRONOUS),
@@ -72,7 +78,10 @@ fn parse(options: &[String]) -> Result<Parsed, String> {
             "suid" => (false, MsFlags::MS_NOSUID),
             "sync" => (true, MsFlags::MS_SYNCHRONOUS),
             "unbindable" => (true, MsFlags::MS_UNBINDABLE),
-            "loop" => return Err("mount option loop is not supported".to_owned()),
+            "loop" => {
+                looped = true;
+                continue;
+            }
             // For containerd's own mount code.
             word if word.starts_with("X-containerd.") => continue,
             word => {
@@ -93,7 +102,12 @@ fn parse(options: &[String]) -> Result<Parsed, String> {
         (None, None) => None,
         _ => return Err("only uids and gids together can be mapped".to_owned()),
     };
-    Ok(Parsed { flags, data, ids })
+    Ok(Parsed {
+        flags,
+        data,
+        ids,
+        looped,
+    })
 }
 
 /// Overlays of many layers have options longer than a page: names the lower folders relative to
@@ -134,9 +148,6 @@ pub fn apply(wanted: &Mount, rootfs: &Path) -> Result<(), String> {
             wanted.target
         ));
     }
-    if wanted.kind.starts_with("fuse") {
-        return Err(format!("mount type {} is not supported", wanted.kind));
-    }
     let target = if wanted.target.is_empty() {
         rootfs.to_path_buf()
     } else {
@@ -150,7 +161,21 @@ pub fn apply(wanted: &Mount, rootfs: &Path) -> Result<(), String> {
             target.display()
         )
     };
+    if let Some(mounted) = helper::mount(wanted, &target) {
+        return mounted.map_err(|e| at(&e));
+    }
     let mut parsed = parse(&wanted.options).map_err(|e| at(&e))?;
+    let device = if parsed.looped {
+        let read_only = parsed.flags.contains(MsFlags::MS_RDONLY);
+        let image = Path::new(&wanted.source);
+        Some(LoopDevice::of(image, read_only).map_err(|e| at(&e))?)
+    } else {
+        None
+    };
+    let source = match &device {
+        Some(device) => device.path(),
+        None => Path::new(&wanted.source),
+    };
     let ids = parsed.ids.take();
     // Absolute, whatever is made of the words below.
     let lower = parsed
@@ -164,7 +189,7 @@ pub fn apply(wanted: &Mount, rootfs: &Path) -> Result<(), String> {
         std::env::set_current_dir(&shared).map_err(|e| at(&e))?;
         parsed.data = short;
     }
-    let make = || mount_with(wanted, &target, &parsed);
+    let make = || mount_with(&wanted.kind, source, &target, &parsed);
     match (ids, lower) {
         (Some(ids), Some(lower)) if wanted.kind == "overlay" => {
             let lower: Vec<&Path> = lower.split(':').map(Path::new).collect();
@@ -179,20 +204,14 @@ pub fn apply(wanted: &Mount, rootfs: &Path) -> Result<(), String> {
 }
 
 /// The three calls that one `mount` may need, in containerd's order.
-fn mount_with(wanted: &Mount, target: &Path, parsed: &Parsed) -> Result<(), Errno> {
+fn mount_with(kind: &str, source: &Path, target: &Path, parsed: &Parsed) -> Result<(), Errno> {
     let kinds =
         MsFlags::MS_SHARED | MsFlags::MS_PRIVATE | MsFlags::MS_SLAVE | MsFlags::MS_UNBINDABLE;
     let data = parsed.data.join(",");
     let plain = parsed.flags.difference(kinds);
-    let none: Option<&str> = None;
+    let none: Option<&Path> = None;
     if !plain.contains(MsFlags::MS_REMOUNT) || !data.is_empty() {
-        mount(
-            Some(wanted.source.as_str()),
-            target,
-            Some(wanted.kind.as_str()),
-            plain,
-            Some(data.as_str()),
-        )?;
+        mount(Some(source), target, Some(kind), plain, Some(data.as_str()))?;
     }
     if parsed.flags.intersects(kinds) {
         let propagation = parsed.flags & (kinds | MsFlags::MS_REC | MsFlags::MS_SILENT);
@@ -270,7 +289,7 @@ mod tests {
             MsFlags::MS_BIND | MsFlags::MS_REC | MsFlags::MS_NOSUID
         );
         assert_eq!(parsed.data, words(&["lowerdir=/a:/b"]));
-        assert!(parse(&words(&["loop"])).is_err());
+        assert!(!parsed.looped && parse(&words(&["loop"])).unwrap().looped);
     }
 
     #[test]

@@ -367,4 +367,63 @@ pub fn attach_mount(mount: BorrowedFd<'_>, place: BorrowedFd<'_>) -> io::Result<
     Ok(())
 }
 
+/// The number of a loop device that nobody uses just now, by `/dev/loop-control`.
+pub fn free_loop_device(control: BorrowedFd<'_>) -> io::Result<u32> {
+    const LOOP_CTL_GET_FREE: libc::Ioctl = 0x4C82;
+    // SAFETY: LOOP_CTL_GET_FREE takes no argument and touches no memory.
+    let number = unsafe { libc::ioctl(control.as_raw_fd(), LOOP_CTL_GET_FREE) };
+    u32::try_from(number).map_err(|_| io::Error::last_os_error())
+}
+
+/// What LOOP_CONFIGURE reads: `struct loop_config` of linux/loop.h, what we leave zero in a lump.
+#[repr(C)]
+struct LoopConfig {
+    image: u32,
+    block_size: u32,
+    /// Device, inode, offset and limit.
+    place: [u64; 5],
+    /// Number and encryption.
+    kind: [u32; 3],
+    flags: u32,
+    name: [u8; 64],
+    encryption: [u8; 96],
+    unused: [u64; 10],
+}
+
+const _: () = assert!(size_of::<LoopConfig>() == 304);
+
+/// Has a free loop device show `image`, for as long as somebody has it open or mounted. EBUSY:
+/// somebody else was first. Whoever lists devices sees (the beginning of) `name`.
+pub fn set_loop_device(
+    device: BorrowedFd<'_>,
+    image: BorrowedFd<'_>,
+    name: &Path,
+    read_only: bool,
+) -> io::Result<()> {
+    const LOOP_CONFIGURE: libc::Ioctl = 0x4C0A;
+    const READ_ONLY: u32 = 1;
+    const AUTOCLEAR: u32 = 4;
+    let mut config = LoopConfig {
+        image: u32::try_from(image.as_raw_fd()).map_err(io::Error::other)?,
+        block_size: 0,
+        place: [0; 5],
+        kind: [0; 3],
+        flags: AUTOCLEAR | if read_only { READ_ONLY } else { 0 },
+        name: [0; 64],
+        encryption: [0; 96],
+        unused: [0; 10],
+    };
+    // The last byte stays zero: the kernel takes a string.
+    let place = config.name.iter_mut().take(63);
+    for (to, from) in place.zip(name.as_os_str().as_bytes()) {
+        *to = *from;
+    }
+    // SAFETY: LOOP_CONFIGURE reads one loop_config, whose size and layout the structure has.
+    let done = unsafe { libc::ioctl(device.as_raw_fd(), LOOP_CONFIGURE, &raw const config) };
+    if done == -1 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(())
+}
+
 // ---- end of serve ----

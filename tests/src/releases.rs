@@ -6,8 +6,8 @@ use std::process::ExitCode;
 
 use libtest_mimic::{Arguments, Trial};
 
-use crate::newer;
 use crate::systemd_box::BoxKind;
+use crate::{loop_device, newer};
 
 /// The releases that `tests/setup` provides.
 const RELEASES: [&str; 3] = ["1.6", "1.7", "2.1"];
@@ -186,6 +186,8 @@ pub struct Tests<'a> {
     pub with_criu: &'a [OnRelease],
     /// Run once per shim, on the newest release, with a runc that can map ids.
     pub with_newer_runc: &'a [WithShim],
+    /// Run once per shim, on the newest release, where the machine gives loop devices.
+    pub with_loop_devices: &'a [WithShim],
     /// Run once, on the newest release, with Docker.
     pub with_docker: &'a [OnRelease],
     /// Run once, each with a [`crate::SystemdBox`].
@@ -231,6 +233,10 @@ impl Tests<'_> {
             (self.once_with_each_shim, newest()),
             (self.with_criu_and_each_shim, with("criu")),
             (self.with_newer_runc, with("runc")),
+            (
+                self.with_loop_devices,
+                loop_device::available().and_then(|()| newest()),
+            ),
         ] {
             for (&(test, run), shim) in tests
                 .iter()

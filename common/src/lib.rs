@@ -6,6 +6,7 @@ pub mod bundle;
 pub mod cgroup;
 pub mod connector;
 pub mod event_log;
+pub mod exec_files;
 pub mod failpoint;
 pub mod handoff;
 pub mod ids;

@@ -9,6 +9,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use recoverd_common::exec_files;
 use serde::Deserialize;
 
 use crate::{
@@ -44,13 +45,13 @@ impl Place<'_> {
         if key.is_init() {
             self.bundle.join("init.pid")
         } else {
-            self.bundle.join(format!("exec-{}.pid", key.exec_id))
+            exec_files::pid_file(self.bundle, &key.exec_id)
         }
     }
 
     /// The OCI process of an exec.
     pub fn process_file(&self, key: &Key) -> PathBuf {
-        self.bundle.join(format!("{}.process.json", key.exec_id))
+        exec_files::process_file(self.bundle, &key.exec_id)
     }
 
     /// The file system of the container, when the shim mounts it.

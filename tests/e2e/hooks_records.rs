@@ -6,9 +6,9 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use recoverd_common::paths::Beside;
+use recoverd_common::{paths::Beside, pb::task::Status};
 use recoverd_tests::{
-    Container, Containerd, Node, Process, Release, ShimUnderTest, Task, wait_for,
+    Container, Containerd, Node, Process, Reader, Release, ShimUnderTest, Task, numbers, wait_for,
 };
 use serde_json::{Value, json};
 
@@ -53,22 +53,112 @@ fn record_of(task: &Task) -> PathBuf {
     Beside::of(task.socket()).record
 }
 
+/// The orphans of our shim, one with each bad record.
+struct Orphans {
+    /// Each with an exec of its own.
+    tasks: Vec<(Task, Process)>,
+    streaming: Streaming,
+}
+
+/// A task without a record whose init and exec write numbers, the init without a pause.
+struct Streaming {
+    task: Task,
+    exec: Process,
+    of_init: Reader,
+    of_exec: Reader,
+}
+
+/// The id of a task's exec.
+fn exec_of(task: &str) -> String {
+    format!("in-{task}")
+}
+
+impl Streaming {
+    #[track_caller]
+    fn start(node: &Arc<Node>, containerd: &Containerd) -> Streaming {
+        let init = numbers("/mnt/go", "/mnt/stop", "/mnt/init.count");
+        let init = format!("{init}; while [ ! -e /mnt/end ]; do usleep 20000; done; exit 23");
+        let container = Container::new("streaming").shim(ShimUnderTest::Recoverd);
+        let task = containerd.run(&container.shares(node).command(["sh", "-c", &init]));
+        let exec = numbers("/mnt/exec-go", "/mnt/stop", "/mnt/exec.count");
+        let exec = format!("{exec}; while [ ! -e /mnt/exec-end ]; do usleep 20000; done; exit 7");
+        let id = exec_of("streaming");
+        containerd.exec(&task, &id, &["sh", "-c", &exec, &id]);
+        let streaming = Streaming {
+            exec: node.shell_with(&id),
+            of_init: Reader::open(&node.stdout_of("streaming")),
+            of_exec: Reader::open(&node.stdout_of(&id)),
+            task,
+        };
+        // It would see the end of its stream: the shim is the only writer of an exec's.
+        streaming.of_exec.away();
+        node.tell("go");
+        streaming.of_init.wait_advance();
+        streaming
+    }
+
+    /// Its exec lives under its own name, and no byte of either is lost.
+    #[track_caller]
+    fn finish(self, containerd: &Containerd) {
+        let node = containerd.node();
+        let (task, id) = (self.task, exec_of("streaming"));
+        task.assert_init_alive();
+        assert!(node.alive(&self.exec));
+        assert_eq!(task.state(&id).status(), Status::Running);
+        // Before its adoption it would have had EPIPE: its pipe was its shim's.
+        node.tell("exec-go");
+        self.of_exec.back();
+        self.of_init.wait_advance();
+        self.of_exec.wait_advance();
+        node.tell("stop");
+        let counts = [node.count_in("init.count"), node.count_in("exec.count")];
+        node.tell("exec-end");
+        assert_eq!(task.wait(&id).exit_status, 7);
+        node.tell("end");
+        assert_eq!(task.wait("").exit_status, 23);
+        self.of_init.finish(counts[0]);
+        self.of_exec.finish(counts[1]);
+        containerd.delete(&task, 23);
+    }
+}
+
 /// One orphan of our shim with each bad record; containerd is down.
 #[track_caller]
-fn orphans_with_bad_records(node: &Arc<Node>, containerd: &mut Containerd) -> Vec<Task> {
+fn orphans_with_bad_records(node: &Arc<Node>, containerd: &mut Containerd) -> Orphans {
     node.shell("echo precious >/run/precious");
     let run = |(name, _): &(&str, &str)| {
         let container = Container::new(name).shim(ShimUnderTest::Recoverd);
-        containerd.run(&container.command(ENDS))
+        let task = containerd.run(&container.command(ENDS));
+        let id = exec_of(name);
+        let line = "while :; do sleep 1000; done";
+        containerd.exec(&task, &id, &["sh", "-c", line, &id]);
+        (task, node.shell_with(&id))
     };
-    let tasks: Vec<Task> = BAD.iter().map(run).collect();
+    let tasks: Vec<(Task, Process)> = BAD.iter().map(run).collect();
+    let streaming = Streaming::start(node, containerd);
     containerd.kill();
-    for (task, (_, line)) in tasks.iter().zip(BAD) {
+    let all = tasks.iter().map(|(task, _)| task).zip(BAD);
+    for (task, (_, line)) in all.chain([(&streaming.task, BAD[0])]) {
         node.kill(&task.shim);
         let record = record_of(task).display().to_string();
         node.run("sh", ["-ec", line, "sh", &record]);
     }
-    tasks
+    Orphans { tasks, streaming }
+}
+
+/// All live, work, and end with their true status, and so do their execs, under their own names.
+#[track_caller]
+fn assert_orphans_well(node: &Arc<Node>, containerd: &Containerd, orphans: Orphans) {
+    for (task, exec) in &orphans.tasks {
+        let id = exec_of(task.id());
+        assert!(node.alive(exec), "{}", task.name());
+        assert_eq!(task.state(&id).status(), Status::Running);
+        node.kill(exec);
+        assert_eq!(task.wait(&id).exit_status, 137, "{}", task.name());
+    }
+    let tasks: Vec<Task> = orphans.tasks.into_iter().map(|(task, _)| task).collect();
+    assert_well(node, containerd, &tasks);
+    orphans.streaming.finish(containerd);
 }
 
 /// All live, work, and end with their true status.
@@ -93,22 +183,27 @@ fn assert_precious(node: &Node) {
 fn no_record_is_bad_enough_to_cost_a_workload(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    let tasks = orphans_with_bad_records(&node, &mut containerd);
+    let orphans = orphans_with_bad_records(&node, &mut containerd);
     let hook = containerd.pre_start();
     assert_eq!(hook.exit, 0, "{hook:?}");
     containerd.start();
     let report = containerd.post_start();
-    for task in &tasks {
-        assert_eq!(report.fate(task.id()).became, "adopted", "{report:#?}");
+    for (task, _) in &orphans.tasks {
+        let fate = report.fate(task.id());
+        assert_eq!(
+            (fate.became.as_str(), fate.execs.1),
+            ("adopted", 1),
+            "{report:#?}"
+        );
     }
-    assert_well(&node, &containerd, &tasks);
+    assert_orphans_well(&node, &containerd, orphans);
     assert_precious(&node);
 }
 
 fn repair_takes_bad_records_as_the_hook_does(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    let tasks = orphans_with_bad_records(&node, &mut containerd);
+    let orphans = orphans_with_bad_records(&node, &mut containerd);
     let output = node.recoverd(["repair", "--apply"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     // What was wrong is kept for whoever wants to know, and is a finding no more.
@@ -117,7 +212,7 @@ fn repair_takes_bad_records_as_the_hook_does(release: &Release) {
     let scan = node.scan();
     assert_eq!(scan.all_codes(), [""; 0], "{scan:#?}");
     containerd.start();
-    assert_well(&node, &containerd, &tasks);
+    assert_orphans_well(&node, &containerd, orphans);
     assert_precious(&node);
 }
 

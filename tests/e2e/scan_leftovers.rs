@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use recoverd_tests::{Container, Containerd, Node, Release, Scan, Task, wait_for};
+use recoverd_tests::{Container, Containerd, Node, Release, Scan, ShimUnderTest, Task, wait_for};
 
 recoverd_tests::tests! {
     on_every_release: [
@@ -12,8 +12,8 @@ recoverd_tests::tests! {
         runc_state_and_cgroup_without_task_are_leaked,
         mount_without_task_is_leaked,
         leftovers_that_somebody_uses_are_nobodys_leak,
-        exec_whose_client_is_gone_is_leaked,
     ],
+    with_each_shim: [exec_whose_client_is_gone_is_leaked],
 }
 
 /// The codes of findings that name `text` in subject or evidence, sorted.
@@ -244,10 +244,10 @@ fn leftovers_that_somebody_uses_are_nobodys_leak(release: &Release) {
     assert!(dead.init.pid != reader.process.pid && node.alive(&reader.process));
 }
 
-fn exec_whose_client_is_gone_is_leaked(release: &Release) {
+fn exec_whose_client_is_gone_is_leaked(release: &Release, shim: ShimUnderTest) {
     let node = Node::start();
     let containerd = node.containerd(release);
-    let task = bystander(&containerd);
+    let task = containerd.run(&Container::new("bystander").shim(shim));
     let mut held = containerd.exec_attached(&task, "held", &["sleep", "1000"]);
     wait_for("the exec to run", || {
         node.processes()

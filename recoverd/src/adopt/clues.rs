@@ -12,7 +12,7 @@ use std::{
 
 use recoverd_common::{
     cgroup::{Cgroup, Roots as CgroupRoots, parse_memberships},
-    ids::Id,
+    exec_files::pid_files,
     pb::task::{StateResponse, Status},
     proc::{Proc, ProcessId},
     read::read_text,
@@ -64,7 +64,7 @@ pub struct TaskClues {
     pub execs: Vec<ExecClue>,
 }
 
-/// One `<exec>.pid`.
+/// One exec's pid file.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ExecClue {
     /// The exec's id.
@@ -138,6 +138,7 @@ fn task(
         created,
         execs: pid_files(bundle)
             .into_iter()
+            .map(|file| (file.id.to_string(), file.pid, file.written_at))
             .map(|(exec_id, pid, at)| match shim.says(id, &exec_id) {
                 Some(state) => ExecClue {
                     exit: exit_of(&state),
@@ -220,29 +221,6 @@ fn frozen(roots: &Roots, memberships: &[String]) -> bool {
     };
     let text = read_text(&folder.join(file), SMALL);
     text.present().is_some_and(|text| text.trim() == word)
-}
-
-/// Id, pid and time of every exec's pid file.
-fn pid_files(bundle: &Path) -> Vec<(String, i32, Option<SystemTime>)> {
-    let Ok(entries) = fs::read_dir(bundle) else {
-        return Vec::new();
-    };
-    let mut found: Vec<_> = entries
-        .flatten()
-        .filter_map(|entry| {
-            let name = entry.file_name();
-            let id = Id::new(name.to_str()?.strip_suffix(".pid")?).ok()?;
-            if id.as_str() == "init" {
-                return None;
-            }
-            let text = read_text(&entry.path(), 64);
-            let pid = text.present()?.trim().parse::<i32>().ok()?;
-            let at = entry.metadata().and_then(|meta| meta.modified()).ok();
-            (pid > 0).then(|| (id.to_string(), pid, at))
-        })
-        .collect();
-    found.sort();
-    found
 }
 
 fn has_terminal(proc: &Proc, pid: i32) -> bool {

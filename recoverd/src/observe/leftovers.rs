@@ -9,6 +9,7 @@ use std::{
 };
 
 use recoverd_common::{
+    exec_files::pid_files,
     mounts::{self, Mount},
     paths,
     proc::{Proc, Stat},
@@ -246,7 +247,11 @@ pub fn execs(
                 .iter()
                 .map(|facts| &facts.bundle)
                 .find(|bundle| bundle.namespace.as_str() == name.0 && bundle.id.as_str() == name.1);
-            let exec_id = bundle.and_then(|bundle| exec_id(&bundle.path, stat.id.pid));
+            let exec_id = bundle.and_then(|bundle| {
+                let files = pid_files(&bundle.path).into_iter();
+                let mut named = files.filter(|file| file.pid == stat.id.pid);
+                Some(named.next()?.id.to_string())
+            });
             let fifos = exec_id
                 .as_deref()
                 .map_or(Vec::new(), |id| open_fifos(proc, stat.ppid, id));
@@ -271,25 +276,14 @@ pub fn execs(
             **pid != exec.shim
                 && **pid != exec.id.pid
                 && exec.fifos.iter().any(|f| open.contains(f))
+                // Our shim's: it is no client.
+                && !processes::holds_for_a_shim(proc, **pid)
         });
         let mut pids: Vec<i32> = others.map(|(pid, _)| *pid).collect();
         pids.sort_unstable();
         exec.fifo_users = Seen::Present(pids);
     }
     found
-}
-
-/// The exec whose pid file names `pid`.
-fn exec_id(bundle: &Path, pid: i32) -> Option<String> {
-    fs::read_dir(bundle).ok()?.flatten().find_map(|entry| {
-        let name = entry.file_name();
-        let id = name.to_str()?.strip_suffix(".pid")?.to_owned();
-        if id == "init" {
-            return None;
-        }
-        let text = recoverd_common::read::read_text(&entry.path(), 64);
-        (text.present()?.trim().parse::<i32>().ok()? == pid).then_some(id)
-    })
 }
 
 fn open_fifos(proc: &Proc, shim: i32, exec_id: &str) -> Vec<PathBuf> {

@@ -62,6 +62,9 @@ impl Seeing {
     }
 }
 
+/// The verb of a process that keeps the write ends of a client's fifos beside a shim of ours.
+const HOLD: &str = "hold";
+
 /// A shim's command line, as containerd writes it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 struct ShimLine {
@@ -91,7 +94,7 @@ fn parse_shim_line(arguments: &[String]) -> Option<ShimLine> {
     };
     // Sends a dead shim's last events, writes a log file, or holds a client's fifos: serves nobody.
     let verb = arguments.last().map(String::as_str);
-    if matches!(verb, Some("tell" | "copy" | "hold")) {
+    if matches!(verb, Some("tell" | "copy" | HOLD)) {
         return None;
     }
     let line = ShimLine {
@@ -411,6 +414,14 @@ pub fn users_of(proc: &Proc, wanted: &BTreeSet<PathBuf>) -> HashMap<i32, BTreeSe
             (!open.is_empty()).then_some((*pid, open))
         })
         .collect()
+}
+
+/// A process of our shim's own that only keeps fifos open.
+pub fn holds_for_a_shim(proc: &Proc, pid: i32) -> bool {
+    let arguments = proc.arguments(pid);
+    let words = arguments.present().map_or(&[][..], Vec::as_slice);
+    let flagged = |flag: &str| words.iter().any(|word| word == flag);
+    words.last().is_some_and(|verb| verb == HOLD) && flagged("-namespace") && flagged("-id")
 }
 
 /// A process whose arguments name a task as a shim's do: one that serves it, or runs `start` or

@@ -31,6 +31,8 @@ use crate::{facts::one_line, quarantine};
 
 /// The shim's file name.
 pub const BINARY: &str = "containerd-shim-recoverd-v1";
+/// What says where it is, if not beside us or in PATH.
+pub const KEY: &str = "adopt.binary";
 /// A new shim is asked this long after it said that it serves.
 const VERIFY: Duration = Duration::from_secs(2);
 /// Longest answer or complaint that is read, bytes: a pod of a thousand tasks says some 300 KiB.
@@ -117,7 +119,7 @@ pub fn find_binary(configured: Option<&Path>) -> Result<PathBuf, String> {
     if let Some(path) = configured {
         return usable(path)
             .then(|| path.to_owned())
-            .ok_or_else(|| format!("shim.binary {}: no executable file", path.display()));
+            .ok_or_else(|| format!("{KEY} {}: no executable file", path.display()));
     }
     let beside = std::env::current_exe()
         .ok()
@@ -128,7 +130,7 @@ pub fn find_binary(configured: Option<&Path>) -> Result<PathBuf, String> {
         .into_iter()
         .chain(in_path)
         .find(|path| usable(path))
-        .ok_or_else(|| format!("{BINARY} is neither beside recoverd nor in PATH: set shim.binary"))
+        .ok_or_else(|| format!("{BINARY} is neither beside recoverd nor in PATH: set {KEY}"))
 }
 
 fn usable(path: &Path) -> bool {

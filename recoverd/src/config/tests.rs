@@ -212,6 +212,15 @@ fn a_file_that_was_asked_for_must_be_there_and_be_a_regular_one() {
 }
 
 #[test]
+fn the_key_that_a_missing_shim_is_told_to_set_is_one() {
+    let key = crate::adopt::run::KEY;
+    let known: Vec<String> = KEYS.iter().map(Key::full).collect();
+    assert!(known.iter().any(|known| known == key), "{known:?}");
+    let missing = crate::adopt::run::find_binary(Some("/no/such".as_ref())).unwrap_err();
+    assert_eq!(missing, format!("{key} /no/such: no executable file"));
+}
+
+#[test]
 fn flags_hold_over_the_file_and_must_be_absolute() {
     let load = |flags: &[&str]| {
         let mut config = Config::default();

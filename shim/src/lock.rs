@@ -56,13 +56,18 @@ fn unless_replaced(path: &Path, attempt: Attempt) -> io::Result<Attempt> {
         .custom_flags((OFlag::O_NOFOLLOW | OFlag::O_NONBLOCK).bits())
         .open(next(path));
     match waiting {
-        Ok(waiting) if !sys::try_lock(&waiting, Hold::Shared)? => Ok(Attempt::Held),
+        Ok(waiting) if !sys::try_lock(&waiting, Hold::Shared)? => return Ok(Attempt::Held),
         // Left by an adopter that died.
-        Ok(_) => Ok(attempt),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(attempt),
+        Ok(_) => {}
+        Err(e) if e.kind() == io::ErrorKind::NotFound => {}
         // Nobody's lock.
-        Err(e) if e.raw_os_error() == Some(libc::ELOOP) => Ok(attempt),
-        Err(e) => Err(e),
+        Err(e) if e.raw_os_error() == Some(libc::ELOOP) => {}
+        Err(e) => return Err(e),
+    }
+    match attempt {
+        // It waited no more because it has just taken this one's place.
+        Attempt::Taken(file) if !is_at(&file, path)? => Ok(Attempt::Held),
+        Attempt::Taken(_) | Attempt::Held => Ok(attempt),
     }
 }
 
@@ -156,6 +161,23 @@ mod tests {
         // Held, it waits; its holder dead, it says nothing.
         drop(adopter);
         assert!(matches!(attempt(&path).unwrap(), Attempt::Taken(_)));
+    }
+
+    #[test]
+    fn a_lock_that_was_replaced_the_moment_it_was_taken_is_held() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.lock");
+        let Attempt::Taken(adopter) = attempt_next(&path).unwrap() else {
+            panic!("held")
+        };
+        let free = attempt_as(&path, Hold::Alone).unwrap();
+        assert!(matches!(free, Attempt::Taken(_)));
+        fs::rename(next(&path), &path).unwrap();
+        assert!(matches!(
+            unless_replaced(&path, free).unwrap(),
+            Attempt::Held
+        ));
+        drop(adopter);
     }
 
     #[test]

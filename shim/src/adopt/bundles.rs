@@ -8,7 +8,11 @@ use std::{
     path::Path,
 };
 
-use recoverd_common::{failpoint, read::read_text, seen::Seen};
+use recoverd_common::{
+    failpoint,
+    read::{read_file, read_text},
+    seen::Seen,
+};
 
 use crate::start;
 
@@ -59,9 +63,9 @@ pub fn forget(bundle: &Path, socket: &Path) -> Vec<String> {
 /// Whole or not at all: containerd may read meanwhile. On a full disk the old file's own room is
 /// used, which is better than leaving what is wrong.
 fn replace(path: &Path, bytes: &[u8], mode: u32) -> io::Result<()> {
-    let same = fs::symlink_metadata(path).is_ok_and(|meta| meta.is_file())
-        && fs::read(path).is_ok_and(|there| there == bytes);
-    if same {
+    // A file of any size may be there: never more than ours is long, and never through a link.
+    let there = read_file(path, bytes.len() as u64);
+    if there.present().is_some_and(|there| there == bytes) {
         return Ok(());
     }
     let temporary = path.with_extension("recoverd");

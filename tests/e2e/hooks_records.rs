@@ -17,11 +17,9 @@ recoverd_tests::tests! {
         no_record_is_bad_enough_to_cost_a_workload,
         a_full_run_costs_no_workload,
         a_pid_that_is_somebody_elses_is_left_alone,
-    ],
-    once: [
-        repair_takes_bad_records_as_the_hook_does,
         a_record_from_before_a_reboot_names_nobody,
     ],
+    once: [repair_takes_bad_records_as_the_hook_does],
 }
 
 /// Ends with 23 when it is asked to.
@@ -286,12 +284,14 @@ fn stranger(node: &Arc<Node>, pid: u32) -> Process {
     })
 }
 
-/// Everything that recoverd and containerd do about what is dead leaves these processes alone.
+/// Everything that recoverd and containerd do about what is dead leaves these processes alone, and
+/// how the tasks ended whose place they have is unknown, and said with the reason.
 #[track_caller]
 fn assert_strangers_outlive_everything(
     node: &Arc<Node>,
     containerd: &mut Containerd,
     strangers: &[Process],
+    ended: &[&Task],
 ) {
     let untouched = |after: &str| {
         for stranger in strangers {
@@ -305,7 +305,14 @@ fn assert_strangers_outlive_everything(
     untouched("repair");
     containerd.start();
     untouched("containerd's start");
-    containerd.post_start();
+    let report = containerd.post_start();
+    for task in ended {
+        let fate = report.fate(task.id());
+        let became = (fate.became.as_str(), fate.exit);
+        assert_eq!(became, ("exited", None), "{report:#?}");
+        let told = ["status unknown: ", "nobody recorded how"];
+        assert!(told.iter().any(|why| fate.why.contains(why)), "{report:#?}");
+    }
     let age = ["--min-age", "0s"];
     node.recoverd(all.into_iter().chain(age));
     untouched("the last repair");
@@ -344,7 +351,8 @@ fn a_pid_that_is_somebody_elses_is_left_alone(release: &Release) {
         assert!(seen.shim.is_none(), "{seen:?}");
         assert_eq!(seen.phase, json!("stopped"), "{seen:?}");
     }
-    assert_strangers_outlive_everything(&node, &mut containerd, &strangers);
+    let ended: Vec<&Task> = tasks.iter().collect();
+    assert_strangers_outlive_everything(&node, &mut containerd, &strangers, &ended);
     for task in &tasks {
         let row = containerd.task("e2e", task.id()).map(|row| row.status);
         assert_ne!(row.as_deref(), Some("RUNNING"), "{}", task.name());
@@ -373,6 +381,6 @@ fn a_record_from_before_a_reboot_names_nobody(release: &Release) {
     let scan = node.scan();
     assert!(scan.all_codes().contains(&"stale-record"), "{scan:#?}");
     assert_eq!(scan.task("e2e/before").phase, json!("stopped"), "{scan:#?}");
-    assert_strangers_outlive_everything(&node, &mut containerd, &[stranger]);
+    assert_strangers_outlive_everything(&node, &mut containerd, &[stranger], &[&task]);
     assert_eq!(containerd.task("e2e", "before"), None);
 }

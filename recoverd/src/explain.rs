@@ -58,9 +58,13 @@ fn repair(code: Code) -> &'static str {
             "With --allow kill, and only if nobody is connected to it: SIGTERM, SIGKILL five \
                 seconds later."
         }
-        Code::StuckTask | Code::ExitUnreported => {
+        Code::StuckTask => {
             "Publishes the exit, if somebody observed it and a running containerd lists the task \
                 as running. Else nothing."
+        }
+        Code::ExitUnreported => {
+            "Nothing: a containerd that is down can be told nothing. One that is up and still \
+                lists the task as running makes it a `stuck-task`, and then it does."
         }
         Code::StaleBundle => {
             "With --allow delete: unmounts what is in it, removes what runc knows of it, removes \
@@ -278,16 +282,14 @@ fn explanation(code: Code) -> Explanation {
                 still hold is lost with it.",
         },
         Code::ExitUnreported => Explanation {
-            origin: "The container exited and containerd has not been told, most often because it \
-                was down: shims send an event again for 15 s and then drop it. The shim still \
-                holds the exit status.",
+            origin: "The container exited while containerd is down, and a stock shim holds its \
+                status: it sends the event again for 15 s and then drops it.",
             containerd: "1.6 asks the shim after its start and keeps the true status. 1.7 and \
                 later take a shim without processes for leaked, delete the task and lose its \
-                status and its events; the CRI then says 255, Unknown. One that is up and lists \
-                the task as running shows a dead container as alive.",
+                status and its events; the CRI then says 255, Unknown. One that is up and goes on \
+                listing the task as running is another finding, `stuck-task`.",
             remedy: "Write the status down before containerd starts: it is in the evidence, and \
-                `recoverd show NS/ID` prints it as the shim's word. With containerd up, its \
-                client sees the exit by asking for the state (`ctr task ls`) or by `Wait`.",
+                `recoverd show NS/ID` prints it as the shim's word.",
             avoid: "Do not take a 137 or 255 that containerd shows after its restart for the real \
                 status, nor for an OOM kill.",
         },

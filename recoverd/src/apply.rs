@@ -8,11 +8,9 @@
 
 mod checks;
 mod effects;
+mod group;
 
-use std::{
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::time::{Duration, Instant};
 
 use recoverd_common::{
     failpoint,
@@ -24,9 +22,11 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     adopt::{self, How},
+    config::Config,
     facts::TaskName,
     history::{Event, History, NotWritten},
     lock::Lock,
+    observe::Roots,
     permit::{Missing, Permits},
     plan::{Act, Promise, Step},
 };
@@ -78,8 +78,8 @@ pub struct Hands<'a> {
     pub runtime: &'a tokio::runtime::Runtime,
     /// The kernel's processes.
     pub proc: Proc,
-    /// Where they are, `/proc`.
-    pub proc_root: PathBuf,
+    /// Where to look again.
+    pub roots: Roots,
     /// Our shim; why not, where it was not found.
     pub shim: Result<How, String>,
     /// Nobody else changes the host meanwhile.
@@ -218,19 +218,15 @@ fn is_kept(promise: &Promise, hands: &Hands<'_>) -> Result<(), String> {
     }
 }
 
-/// How successors are started by a repair.
-pub fn how(
-    binary: Option<&std::path::Path>,
-    run: &str,
-    run_dir: &std::path::Path,
-) -> Result<How, String> {
-    const DEADLINE: Duration = Duration::from_secs(20);
+/// How successors are started by a repair, one at a time.
+pub fn how(config: &Config, run: &str) -> Result<How, String> {
+    let deadline = config.adopt.deadline;
     Ok(How {
-        binary: adopt::run::find_binary(binary)?,
-        deadline: DEADLINE,
-        until: Instant::now() + DEADLINE,
+        binary: adopt::run::find_binary(config.adopt.binary.as_deref())?,
+        deadline,
+        until: Instant::now() + deadline,
         at_once: 1,
         run: run.to_owned(),
-        run_dir: run_dir.to_owned(),
+        run_dir: config.run_dir.clone(),
     })
 }

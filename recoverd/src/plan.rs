@@ -42,8 +42,10 @@ use crate::{
 pub struct Policy {
     /// What is younger stays.
     pub min_age: Duration,
-    /// At most so many steps in one run.
+    /// At most so many steps in one run, of those that may be done.
     pub max_actions: usize,
+    /// What `--allow` says. Other steps are in the plan too, and take nobody's place.
+    pub allowed: BTreeSet<Word>,
     /// Findings that are to be mended.
     pub only: Only,
 }
@@ -79,6 +81,8 @@ pub struct Input<'a> {
     pub grounds: &'a Grounds,
     /// Exits that containerd was told of before: by whom they were of.
     pub told: &'a BTreeSet<(TaskName, ProcessId)>,
+    /// What was tried in this run. It is not tried again.
+    pub tried: &'a [&'a Act],
 }
 
 /// What is to be done.
@@ -502,9 +506,35 @@ pub fn plan(input: &Input<'_>, policy: &Policy) -> Plan {
     );
     // Findings come worst first, and a sort keeps that among equals.
     plan.steps.sort_by_key(|step| step.does.rank());
-    plan.left_out = plan.steps.len().saturating_sub(policy.max_actions);
-    plan.steps.truncate(policy.max_actions);
+    limit(&mut plan, input.tried, policy);
     plan
+}
+
+/// Leaves what was tried, and of what may be done as much as one run may do. What may not be done is
+/// only shown, so that it keeps nothing from being done however much of it there is.
+fn limit(plan: &mut Plan, tried: &[&Act], policy: &Policy) {
+    let mut room = policy.max_actions;
+    let mut left_out = 0_usize;
+    plan.steps.retain(|step| {
+        if tried.contains(&&step.does) {
+            return false;
+        }
+        let may = step
+            .destroys
+            .is_none_or(|word| policy.allowed.contains(&word));
+        match (may, room.checked_sub(1)) {
+            (false, _) => true,
+            (true, Some(less)) => {
+                room = less;
+                true
+            }
+            (true, None) => {
+                left_out = left_out.saturating_add(1);
+                false
+            }
+        }
+    });
+    plan.left_out = left_out;
 }
 
 struct Planner<'a, 'p> {

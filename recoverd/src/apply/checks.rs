@@ -7,7 +7,7 @@ use recoverd_common::{mounts, proc::FileId, seen::Seen};
 use super::{CALL, Hands};
 use crate::{
     facts::Phase,
-    observe::{containerd, grounds, processes},
+    observe::{self, containerd, grounds, processes},
     plan::Requirement,
 };
 
@@ -44,11 +44,13 @@ pub fn holds(requirement: &Requirement, hands: &Hands<'_>) -> Result<(), String>
             Seen::Absent => Err("it is gone".into()),
             Seen::Unknown(why) => Err(why),
         },
-        Requirement::NobodyListens(address) | Requirement::Down(address) => {
-            match grounds::nobody_listens(address) {
-                Seen::Present(true) => Ok(()),
-                Seen::Present(false) => Err("somebody does".into()),
-                Seen::Absent => Err("cannot be told".into()),
+        Requirement::NobodyListens(address) => nobody_listens(address),
+        Requirement::Down(address) => {
+            nobody_listens(address)?;
+            // While it starts it listens nowhere, and is connected to shims already.
+            match observe::containerd_at(&hands.roots, address) {
+                Seen::Absent => Ok(()),
+                Seen::Present(pid) => Err(format!("{pid} starts or ends")),
                 Seen::Unknown(why) => Err(why),
             }
         }
@@ -102,9 +104,18 @@ pub fn holds(requirement: &Requirement, hands: &Hands<'_>) -> Result<(), String>
     }
 }
 
+fn nobody_listens(address: &str) -> Result<(), String> {
+    match grounds::nobody_listens(address) {
+        Seen::Present(true) => Ok(()),
+        Seen::Present(false) => Err("somebody does".into()),
+        Seen::Absent => Err("cannot be told".into()),
+        Seen::Unknown(why) => Err(why),
+    }
+}
+
 /// This very mount is there.
 pub fn mounted(point: &Path, id: u64, hands: &Hands<'_>) -> Seen<()> {
-    mounts::read(&hands.proc_root).and_then(|all| {
+    mounts::read(&hands.roots.proc).and_then(|all| {
         let there = |mount: &mounts::Mount| mount.point == point && mount.id == id;
         if all.iter().any(there) {
             Seen::Present(())

@@ -5,7 +5,7 @@
 //! through the descriptor of their folder.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, OpenOptions},
     io,
     os::{
         fd::{AsFd, AsRawFd, OwnedFd},
@@ -18,7 +18,7 @@ use std::{
 
 use nix::{
     errno::Errno,
-    fcntl::{AtFlags, Flock, FlockArg, OFlag, openat},
+    fcntl::{AtFlags, OFlag, openat},
     mount::{MntFlags, umount2},
     sys::{
         signal::Signal,
@@ -29,7 +29,6 @@ use nix::{
 use prost::Message;
 use recoverd_common::{
     failpoint,
-    paths::Beside,
     pb::events,
     proc::{FileId, ProcessId},
     seen::Seen,
@@ -37,7 +36,7 @@ use recoverd_common::{
     timestamp::Timestamp,
 };
 
-use super::{CALL, Hands, UNMOUNT, checks};
+use super::{CALL, Hands, UNMOUNT, checks, group};
 use crate::{
     adopt::{self, Order, Verdict},
     ending::{self, NotEnded},
@@ -67,7 +66,7 @@ impl From<Missing> for NotDone {
     }
 }
 
-fn failed(what: &str, path: &Path) -> impl Fn(io::Error) -> NotDone {
+pub(super) fn failed(what: &str, path: &Path) -> impl Fn(io::Error) -> NotDone {
     let what = format!("{what} {}", path.display());
     move |error| NotDone::Failed(one_line(&format!("{what}: {error}")))
 }
@@ -96,7 +95,7 @@ pub fn act(step: &Step, hands: &Hands<'_>) -> Result<String, NotDone> {
             socket,
         } => {
             let permit = hands.permits.delete()?;
-            let _group = group(socket.as_deref())?;
+            let _group = socket.as_deref().map(group::take).transpose()?;
             for (point, id) in mounts {
                 unmount(point, *id, hands)?;
             }
@@ -112,7 +111,7 @@ pub fn act(step: &Step, hands: &Hands<'_>) -> Result<String, NotDone> {
             state,
             socket,
         } => {
-            let _group = group(Some(socket))?;
+            let _group = group::take(socket)?;
             let name = path.file_name().unwrap_or_default().to_string_lossy();
             let thing = Thing {
                 path,
@@ -128,12 +127,12 @@ pub fn act(step: &Step, hands: &Hands<'_>) -> Result<String, NotDone> {
             }
         }
         Act::RemoveSocket { path, file } => {
-            let _group = group(Some(path))?;
+            let _group = group::take(path)?;
             remove_file(path, *file, SFlag::S_IFSOCK)?;
             Ok(format!("removed {}", path.display()))
         }
         Act::RemoveRecord { socket, files } => {
-            let _group = group(Some(socket))?;
+            let _group = group::take(socket)?;
             for (path, file) in files {
                 remove_file(path, *file, SFlag::S_IFREG)?;
             }
@@ -237,32 +236,6 @@ fn proto_time(at: Timestamp) -> prost_types::Timestamp {
     prost_types::Timestamp {
         seconds: at.seconds,
         nanos: i32::try_from(at.nanos).unwrap_or(0),
-    }
-}
-
-/// Keeps shims, starts and adopters of a group away meanwhile. A stock shim's has no lock.
-fn group(socket: Option<&Path>) -> Result<Option<Flock<File>>, NotDone> {
-    let Some(socket) = socket else {
-        return Ok(None);
-    };
-    let path = Beside::of(socket).lock;
-    let opened = OpenOptions::new()
-        .read(true)
-        .write(true)
-        .custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK)
-        .open(&path);
-    let file = match opened {
-        Ok(file) => file,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
-        Err(error) => return Err(failed("open", &path)(error)),
-    };
-    match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-        Ok(lock) => Ok(Some(lock)),
-        Err((_, Errno::EWOULDBLOCK)) => {
-            let why = format!("{} is held: somebody is responsible", path.display());
-            Err(NotDone::Changed(why))
-        }
-        Err((_, errno)) => Err(failed_errno("lock", &path)(errno)),
     }
 }
 

@@ -23,7 +23,7 @@ use crate::{
     lock,
     observe::{self, grounds},
     permit::Permits,
-    plan::{ByHand, Input, Only, Plan, Policy, Step, plan},
+    plan::{Act, ByHand, Input, Only, Plan, Policy, Step, plan},
     report::{Narrow, Report},
     verify::{Again, Examined},
 };
@@ -51,6 +51,7 @@ pub fn run(args: &cli::Repair, global: &cli::Global, config: &Config) -> Result<
     let mut policy = Policy {
         min_age: config.scan.min_age,
         max_actions: usize::from(config.repair.max_actions),
+        allowed: args.allow.iter().copied().collect(),
         only: only(&args.only)?,
     };
     let looking = look::plan(global, config);
@@ -60,7 +61,7 @@ pub fn run(args: &cli::Repair, global: &cli::Global, config: &Config) -> Result<
         apply_all(args, config, &looking, &narrow, &runtime, &mut policy)?
     } else {
         let examined = look::examine_in(&runtime, &looking, config);
-        let plan = planned(&examined, &looking, &narrow, config, &policy);
+        let plan = planned(&examined, &looking, &narrow, config, &policy, &[]);
         sheet_of(&examined, &looking, &narrow, plan)
     };
     let text = match args.output {
@@ -113,6 +114,7 @@ fn planned(
     narrow: &Narrow,
     config: &Config,
     policy: &Policy,
+    tried: &[&Act],
 ) -> Plan {
     let cases = examined.cases(looking);
     let report = Report::new(examined, &cases, narrow);
@@ -127,6 +129,7 @@ fn planned(
             adoption: &adoption,
             grounds: &grounds,
             told: &told,
+            tried,
         },
         policy,
     )
@@ -197,12 +200,8 @@ fn apply_all(
         history: &history,
         runtime,
         proc: Proc::new(&looking.roots.proc),
-        proc_root: looking.roots.proc.clone(),
-        shim: apply::how(
-            config.adopt.binary.as_deref(),
-            history.run(),
-            &config.run_dir,
-        ),
+        roots: looking.roots.clone(),
+        shim: apply::how(config, history.run()),
         _lock: &lock,
     };
     let mut complaint = Complaint::default();
@@ -210,10 +209,8 @@ fn apply_all(
     for round in 0..ROUNDS {
         // No limit on the look's time: this process must not end itself between two steps.
         let examined = look::examine_again(runtime, looking, config, Again::All);
-        let mut plan = planned(&examined, looking, narrow, config, policy);
-        // What was tried in this run is not tried again.
-        plan.steps
-            .retain(|step| !all.iter().any(|told| told.step.does == step.does));
+        let tried: Vec<&Act> = all.iter().map(|told| &told.step.does).collect();
+        let plan = planned(&examined, looking, narrow, config, policy, &tried);
         if round == 0 && !plan.steps.is_empty() {
             let text = format!("{} steps", plan.steps.len());
             complaint.of(history.tell(Event::Began, "", &text, Map::new()));
@@ -239,7 +236,9 @@ fn apply_all(
         sheet.steps = all;
         sheet.applied = true;
         let last = round.saturating_add(1) == ROUNDS;
-        if done == 0 || last || policy.max_actions == 0 {
+        // What could not be done made no room for what was left out; the next round has it.
+        let idle = done == 0 && sheet.left_out == 0;
+        if idle || last || policy.max_actions == 0 {
             if !sheet.steps.is_empty() {
                 let text = summary(&sheet);
                 complaint.of(history.tell(Event::Ended, "", &text, Map::new()));

@@ -161,6 +161,25 @@ fn state_of(shim: &Shim) -> Option<PathBuf> {
         .then(|| plugin.parent().map(Path::to_owned))?
 }
 
+/// The one of `daemons` that has this address, whether it listens or not. *Unknown* where the
+/// address of one of them is.
+pub fn daemon_at(daemons: &[Daemon], address: &str) -> Seen<i32> {
+    let mut unknown = None;
+    for daemon in daemons {
+        let mut gaps = Vec::new();
+        let instance = of_daemon(daemon, &mut gaps);
+        let flagged = flag(&daemon.arguments, ["address", "a"]).is_some();
+        match gaps.pop() {
+            Some(gap) if !flagged => unknown = Some(format!("{}: {}", gap.what, gap.why)),
+            Some(_) | None if same_address(&instance.address, address) => {
+                return Seen::Present(daemon.id.pid);
+            }
+            Some(_) | None => {}
+        }
+    }
+    unknown.map_or(Seen::Absent, Seen::Unknown)
+}
+
 /// Lists the instances of the node, sorted by address, one per address. Who is named first wins;
 /// later words fill what the earlier left open.
 pub fn observe(plan: &Plan, seen: &Seeing, gaps: &mut Vec<Gap>) -> Vec<Instance> {
@@ -301,6 +320,28 @@ mod tests {
         );
         std::fs::write(&file, "address = [").unwrap();
         assert!(matches!(of(&["--config", path]), Seen::Unknown(_)));
+    }
+
+    #[test]
+    fn a_daemon_has_its_address_before_it_listens_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let daemon = |pid: i32, words: &[&str]| Daemon {
+            id: recoverd_common::proc::ProcessId { pid, start_time: 1 },
+            arguments: words.iter().map(|word| (*word).to_owned()).collect(),
+            cwd: Some(dir.path().to_owned()),
+        };
+        std::fs::write(dir.path().join("of-file"), "[grpc]\naddress='/a'\n").unwrap();
+        let by_flag = daemon(1, &["-c", "gone", "--address=/b"]);
+        let by_file = daemon(2, &["--config", "of-file"]);
+        let nobody_knows = daemon(3, &["--config", "gone"]);
+        let known = [by_flag, by_file];
+        assert_eq!(daemon_at(&known, "/a"), Seen::Present(2));
+        assert_eq!(daemon_at(&known, "/b"), Seen::Present(1));
+        assert_eq!(daemon_at(&known, "/c"), Seen::Absent);
+        let [by_flag, by_file] = known;
+        let all = [nobody_knows, by_flag, by_file];
+        assert_eq!(daemon_at(&all, "/a"), Seen::Present(2));
+        assert!(matches!(daemon_at(&all, "/c"), Seen::Unknown(_)));
     }
 
     #[test]

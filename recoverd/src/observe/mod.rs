@@ -134,6 +134,18 @@ pub fn states(plan: &Plan) -> BTreeSet<PathBuf> {
     instances.into_iter().filter_map(|i| i.state).collect()
 }
 
+/// The process of the containerd at `address`, which need not listen there yet, or any more.
+pub fn containerd_at(roots: &Roots, address: &str) -> Seen<i32> {
+    let proc = Proc::new(&roots.proc);
+    let mut gaps = Vec::new();
+    let host = host::observe(roots, &mut Vec::new());
+    let seen = processes::observe(&proc, roots, &host, None, &mut gaps);
+    if let Some(gap) = gaps.pop() {
+        return Seen::Unknown(format!("{}: {}", gap.what, gap.why));
+    }
+    instances::daemon_at(&seen.daemons, address)
+}
+
 /// Looks once. `progress` is told, in a few words, what is being looked at.
 pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) -> Look {
     let at = std::time::SystemTime::now();

@@ -5,7 +5,7 @@ use std::os::unix::fs::symlink;
 use recoverd_common::proc::Proc;
 
 use super::*;
-use crate::{history::History, lock, permit::Permits, permit::Word};
+use crate::{history::History, lock, observe::Roots, permit::Permits, permit::Word};
 
 /// Calls `with` with hands that may do everything, whose files are in a folder of their own.
 fn with_hands(with: impl FnOnce(&Hands<'_>, &Path)) {
@@ -16,7 +16,14 @@ fn with_hands(with: impl FnOnce(&Hands<'_>, &Path)) {
         history: &History::new(&dir.path().join("history.jsonl"), "repair"),
         runtime: &tokio::runtime::Runtime::new().unwrap(),
         proc: Proc::new("/proc"),
-        proc_root: "/proc".into(),
+        roots: Roots {
+            proc: "/proc".into(),
+            cgroup: "/sys/fs/cgroup".into(),
+            socket_dir: dir.path().to_owned(),
+            runc_root: dir.path().to_owned(),
+            fifo_dir: dir.path().to_owned(),
+            run_dir: dir.path().to_owned(),
+        },
         shim: Err("none".into()),
         _lock: &lock,
     };
@@ -102,16 +109,4 @@ fn only_fifos_are_removed_from_a_folder_of_fifos() {
     fs::remove_file(folder.join("a-stderr")).unwrap();
     remove_fifos(&folder, file(&folder), &names).unwrap();
     assert!(!folder.exists());
-}
-
-#[test]
-fn a_group_whose_shim_holds_its_lock_is_left_alone() {
-    let dir = tempfile::tempdir().unwrap();
-    let socket = dir.path().join("0a");
-    assert!(group(Some(&socket)).unwrap().is_none());
-    let path = Beside::of(&socket).lock;
-    let shim = Flock::lock(File::create(&path).unwrap(), FlockArg::LockExclusive).unwrap();
-    assert!(matches!(group(Some(&socket)), Err(NotDone::Changed(_))));
-    drop(shim);
-    assert!(group(Some(&socket)).unwrap().is_some());
 }

@@ -43,11 +43,16 @@ fn policy() -> Policy {
     Policy {
         min_age: SETTINGS.min_age,
         max_actions: 1000,
+        allowed: [Word::Kill, Word::Delete].into(),
         only: Only::default(),
     }
 }
 
 fn planned_on(look: &Look, grounds: &Grounds, policy: &Policy) -> Plan {
+    planned_after(look, grounds, policy, &[])
+}
+
+fn planned_after(look: &Look, grounds: &Grounds, policy: &Policy, tried: &[&Act]) -> Plan {
     let cases = correlate(look, Path::new(SOCKET_DIR));
     let found = classify::classify(look, &cases, &SETTINGS);
     let unresponsive = look.shims.iter().map(|shim| shim.id).collect();
@@ -68,6 +73,7 @@ fn planned_on(look: &Look, grounds: &Grounds, policy: &Policy) -> Plan {
         adoption: &adoption,
         grounds,
         told: &BTreeSet::new(),
+        tried,
     };
     plan(&input, policy)
 }
@@ -302,6 +308,43 @@ fn only_and_the_limit_narrow_a_plan() {
 }
 
 #[test]
+fn what_may_not_be_done_or_was_tried_takes_nobodys_place() {
+    // A bundle, which needs a word and comes first, and two folders of fifos, which need none.
+    let mut look = dead();
+    for number in 1..=2 {
+        look.fifos.push(FifoFolder {
+            path: format!("/run/containerd/fifo/{number}").into(),
+            ids: ["gone".to_owned()].into(),
+            instance: None,
+            changed_at: Some(ago(OLD)),
+            users: Seen::Present(Vec::new()),
+        });
+    }
+    let mut narrow = policy();
+    narrow.max_actions = 1;
+    let codes = |plan: &Plan| -> Vec<Code> { plan.steps.iter().map(|step| step.code).collect() };
+    let plan = planned_on(&look, &grounds(&look), &narrow);
+    assert_eq!(
+        (codes(&plan), plan.left_out),
+        (vec![Code::StaleBundle], 2),
+        "{plan:#?}"
+    );
+    narrow.allowed.clear();
+    let plan = planned_on(&look, &grounds(&look), &narrow);
+    let shown = vec![Code::StaleBundle, Code::LeakedFifo];
+    assert_eq!((codes(&plan), plan.left_out), (shown, 1), "{plan:#?}");
+    // The next round of the run, after the first fifos could not be removed.
+    let tried: Vec<&Act> = plan.steps.iter().map(|step| &step.does).collect();
+    let next = planned_after(&look, &grounds(&look), &narrow, &tried);
+    assert_eq!(
+        (codes(&next), next.left_out),
+        (vec![Code::LeakedFifo], 0),
+        "{next:#?}"
+    );
+    assert!(!tried.contains(&&next.steps[0].does));
+}
+
+#[test]
 fn runtimes_are_told_by_name_and_by_path() {
     for runtime in [
         "",
@@ -394,6 +437,59 @@ fn mended(step: &Step) -> bool {
     )
 }
 
+/// It changes or removes something at `path` or below.
+fn touches(act: &Act, path: &Path) -> bool {
+    let touched: Vec<&Path> = match act {
+        Act::Adopt(order) | Act::Replace(order, _) => {
+            let unreadable = order.unreadable.iter().map(PathBuf::as_path);
+            unreadable
+                .chain([order.adoption.socket.as_path()])
+                .collect()
+        }
+        Act::Publish(_) | Act::EndShim(_) | Act::EndInit(_) => Vec::new(),
+        Act::RemoveBundle {
+            path, runc, mounts, ..
+        } => {
+            let mounts = mounts.iter().map(|(point, _)| point.as_path());
+            let runc = runc.iter().map(|(path, _)| path.as_path());
+            mounts.chain(runc).chain([path.as_path()]).collect()
+        }
+        Act::Quarantine { path, .. }
+        | Act::RemoveSocket { path, .. }
+        | Act::RemoveRuncState { path, .. } => vec![path],
+        Act::RemoveRecord { files, .. } => files.iter().map(|(path, _)| path.as_path()).collect(),
+        Act::Unmount { point, .. } => vec![point],
+        Act::RemoveCgroup(folders) => folders.iter().map(PathBuf::as_path).collect(),
+        Act::RemoveFifos { folder, .. } => vec![folder],
+    };
+    touched.iter().any(|touched| touched.starts_with(path))
+}
+
+/// It is about this task.
+fn is_about(step: &Step, name: &TaskName) -> bool {
+    let members = match &step.does {
+        Act::Adopt(order) | Act::Replace(order, _) => &order.members[..],
+        _ => &[],
+    };
+    step.task.as_ref() == Some(name)
+        || step.subject == format!("{}/{}", name.0, name.1)
+        || members.iter().any(|member| member.name == *name)
+}
+
+/// It requires that the very containerd of its task is down, and that one is.
+fn own_is_down(look: &Look, step: &Step) -> bool {
+    let cases = correlate(look, Path::new(SOCKET_DIR));
+    let of_it = cases
+        .cases
+        .iter()
+        .filter(|case| step.task.as_ref() == Some(&case.name));
+    let mut own = of_it.filter_map(|case| look.instances.get(case.instance?));
+    own.any(|instance| {
+        let down = Requirement::Down(instance.address.clone());
+        matches!(instance.api, Api::Down) && step.requires.contains(&down)
+    })
+}
+
 proptest! {
     #[test]
     fn who_is_ended_is_named_by_pid_and_start_time_and_lives(broken in broken()) {
@@ -420,11 +516,15 @@ proptest! {
             .collect();
         for step in planned(&look).steps {
             for case in &foreign {
-                let shim = case.shim.process().map(|shim| shim.id);
-                prop_assert!(!step.does.ends().iter().any(|id| Some(*id) == shim));
-                let path = case.bundle.map(|bundle| bundle.path.clone());
-                let removes = matches!(&step.does, Act::RemoveBundle { path: p, .. } if Some(p) == path.as_ref());
-                prop_assert!(!removes, "{step:#?}");
+                // One of the same name may be in another containerd.
+                let namesakes = cases.cases.iter().filter(|other| other.name == case.name);
+                prop_assert!(!is_about(&step, &case.name) || namesakes.count() > 1, "{step:#?}");
+                let pids = [case.shim.process().map(|shim| shim.id), case.init.alive()];
+                prop_assert!(!step.does.ends().iter().any(|id| pids.contains(&Some(*id))), "{step:#?}");
+                let paths = case.bundle.iter().map(|bundle| &bundle.path);
+                for path in paths.chain(case.runc.iter().map(|entry| &entry.path)) {
+                    prop_assert!(!touches(&step.does, path), "{step:#?}");
+                }
             }
         }
     }
@@ -448,7 +548,7 @@ proptest! {
         for step in plan.steps {
             let harmless = match (which, &step.does) {
                 // A containerd that is down is known to be down.
-                (2, _) => look.instances.iter().any(|i| matches!(i.api, Api::Down)),
+                (2, _) => own_is_down(&look, &step),
                 // Whose files are not known keeps no process alive, and the other way round.
                 (3, Act::EndInit(_) | Act::EndShim(_) | Act::Replace(..) | Act::Unmount { .. }) => true,
                 (4, act) => !matches!(act, Act::EndShim(_)),

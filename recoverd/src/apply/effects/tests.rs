@@ -5,7 +5,9 @@ use std::os::unix::fs::symlink;
 use recoverd_common::proc::Proc;
 
 use super::*;
-use crate::{history::History, lock, observe::Roots, permit::Permits, permit::Word};
+use crate::{
+    history::History, lock, observe::Roots, permit::Permits, permit::Word, plan::Requirement,
+};
 
 /// Calls `with` with hands that may do everything, whose files are in a folder of their own.
 fn with_hands(with: impl FnOnce(&Hands<'_>, &Path)) {
@@ -55,6 +57,29 @@ fn a_process_that_took_the_number_of_another_is_not_ended() {
         assert_eq!(done, format!("{pid} ended by SIGTERM"));
         child.wait().unwrap();
         assert!(matches!(end(id, hands, permit), Err(NotDone::Changed(_))));
+    });
+}
+
+#[test]
+fn a_containerd_that_does_not_listen_yet_is_not_down() {
+    use std::{os::unix::process::CommandExt, process::Command};
+    with_hands(|hands, dir| {
+        let address = dir.join("containerd.sock").display().to_string();
+        let down = Requirement::Down(address.clone());
+        assert_eq!(checks::holds(&down, hands), Ok(()));
+        // By its name and its arguments it is one; it waits until its stdin ends.
+        let mut starting = Command::new("sh")
+            .arg0("containerd")
+            .args(["-c", "read line", "--address", &address])
+            .stdin(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let pid = starting.id().to_string();
+        let why = checks::holds(&down, hands).unwrap_err();
+        assert!(why.starts_with(&pid), "{why}");
+        drop(starting.stdin.take());
+        starting.wait().unwrap();
+        assert_eq!(checks::holds(&down, hands), Ok(()));
     });
 }
 

@@ -50,8 +50,9 @@ use crate::{
 const PATIENCE: u32 = 4;
 /// Looks and answers get this part of the deadline.
 const LOOKING: u32 = 3;
-/// Work ends this long before the deadline: the baseline and the history are written then.
-const LAST_WORDS: Duration = Duration::from_millis(500);
+/// Work ends so much of the deadline before it, at least: successors under way are ended then, and
+/// the baseline and the history are written.
+const LAST_WORDS: (u32, Duration) = (10, Duration::from_millis(500));
 
 /// Why containerd cannot talk to a shim that lives.
 const UNREACHABLE: [Code; 3] = [Code::UnresponsiveShim, Code::SocketMissing, Code::Foreign];
@@ -269,7 +270,9 @@ impl<'a> Hook<'a> {
     }
 
     fn until(&self) -> Instant {
-        self.began + self.config.pre_start.deadline.saturating_sub(LAST_WORDS)
+        let deadline = self.config.pre_start.deadline;
+        let (part, least) = LAST_WORDS;
+        self.began + deadline.saturating_sub((deadline / part).max(least))
     }
 
     fn write_twins(&self, cases: &Cases<'_>, at: usize, complaint: &mut Complaint) -> usize {
@@ -344,24 +347,28 @@ impl<'a> Hook<'a> {
             for outcome in &done {
                 complaint.of(tell(&self.history, outcome));
             }
-            let failed = |outcome: &Outcome| matches!(outcome.verdict, adopt::Verdict::Failed(_));
-            let well = !done.iter().any(failed);
+            let failed = |outcome: &&Outcome| matches!(outcome.verdict, adopt::Verdict::Failed(_));
+            let goes_on = batches::goes_on(done.len(), done.iter().filter(failed).count());
             outcomes.extend(done);
-            well
+            goes_on
         };
         go(orphaned, &mut outcomes);
         go(unheard, &mut outcomes);
-        let mut well = true;
+        let mut goes_on = true;
         for batch in hung.chunks(at_once) {
-            if well {
-                well = go(batch.to_vec(), &mut outcomes);
+            let in_time = Instant::now() < how.until;
+            if goes_on && in_time {
+                goes_on = go(batch.to_vec(), &mut outcomes);
                 continue;
             }
             let left = |order: &Order| Outcome {
                 order: order.clone(),
-                verdict: adopt::Verdict::Failed(adopt::run::Failed::Refused(
-                    "not tried: replacing others before it failed".into(),
-                )),
+                verdict: adopt::Verdict::Failed(match in_time {
+                    true => adopt::run::Failed::Refused(
+                        "not tried: every replacement just before it failed".into(),
+                    ),
+                    false => adopt::run::Failed::NoTime,
+                }),
                 took: Duration::ZERO,
             };
             outcomes.extend(batch.iter().map(left));

@@ -5,6 +5,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use recoverd_common::record::Exit;
 use recoverd_tests::{
@@ -29,6 +30,8 @@ recoverd_tests::tests! {
     ],
     once_with_each_shim: [a_logger_reads_on_whoever_its_shim_is],
     once: [
+        one_that_cannot_be_replaced_costs_no_other_its_task,
+        what_there_was_no_time_for_is_said_and_an_orphan_comes_first,
         a_start_a_hook_and_two_repairs_at_once_have_one_winner,
         a_verb_of_a_containerd_that_is_gone_ends_no_workload,
         the_journal_gets_one_line_of_each_hook_and_people_a_table,
@@ -501,7 +504,8 @@ fn a_dead_bundle_that_would_stall_the_start_is_set_aside(release: &Release) {
     dead_and_hung(&node, &stock);
     dead_and_hung(&node, &ours);
     let hook = containerd.pre_start();
-    assert!(hook.line.contains("1 bundles set aside"), "{hook:?}");
+    let done = "1 bundles set aside, 1 hung shims ended";
+    assert!(hook.line.contains(done), "{hook:?}");
     assert!(!node.path(stock.bundle()).exists());
     let kept = node.shell("ls /run/containerd/recoverd-quarantine");
     assert!(kept.contains("e2e-dead"), "{kept}");
@@ -525,11 +529,120 @@ fn a_dead_bundle_that_would_stall_the_start_is_set_aside(release: &Release) {
         "{report:#?}"
     );
     containerd.delete(&ours, 137);
-    // The id is free at once.
+    // Nobody listens on its socket any more: the id is free as soon as runc has forgotten it.
+    assert!(!node.alive(&stock.shim));
     containerd.ctr_ok("e2e", ["containers", "delete", "dead"]);
-    node.kill(&stock.shim);
     node.recoverd(["repair", "--apply", "--allow", "delete", "--min-age", "0s"]);
     containerd.run(&Container::new("dead"));
+}
+
+/// More than one batch of hung shims, and the very first of them cannot be replaced.
+fn one_that_cannot_be_replaced_costs_no_other_its_task(release: &Release) {
+    const AT_ONCE: usize = 5;
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    // The eldest comes first.
+    let tasks: Vec<Task> = (0..AT_ONCE + 2)
+        .map(|n| containerd.run(&Container::new(&format!("hung-{n}"))))
+        .collect();
+    let (lost, others) = tasks
+        .split_first()
+        .unwrap_or_else(|| panic!("no task was run"));
+    containerd.kill();
+    for task in &tasks {
+        node.freeze(&task.shim);
+    }
+    // Whoever would be responsible for it cannot say so.
+    node.shell(&format!("mkdir {}.lock", lost.socket().display()));
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 1, "{hook:?}");
+    let done = format!("{} replaced, 1 not adopted (e2e/hung-0: lock", others.len());
+    assert!(hook.line.contains(&done), "{hook:?}");
+    // Nothing was done to it.
+    lost.assert_init_alive();
+    lost.assert_shim_alive();
+    for task in others {
+        assert!(!node.alive(&task.shim), "{}", task.name());
+        task.assert_init_alive();
+    }
+    containerd.start();
+    for task in others {
+        task.assert_init_alive();
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_eq!(row.as_deref(), Some("RUNNING"), "{}", task.name());
+    }
+    let report = containerd.post_start();
+    assert_eq!(report.fate("hung-0").became, "lost", "{report:#?}");
+}
+
+/// Whatever hangs takes all the time that there is, and more is left.
+fn what_there_was_no_time_for_is_said_and_an_orphan_comes_first(release: &Release) {
+    const DEADLINE: u64 = 12;
+    const AT_ONCE: usize = 5;
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let hung: Vec<Task> = (0..AT_ONCE)
+        .map(|n| containerd.run(&Container::new(&format!("hung-{n}"))))
+        .collect();
+    // The youngest of each kind.
+    let last = containerd.run(&Container::new("at-last"));
+    let orphan = containerd.run(&Container::new("orphan"));
+    containerd.kill();
+    node.kill(&orphan.shim);
+    for task in hung.iter().chain([&last]) {
+        node.freeze(&task.shim);
+    }
+    // A successor of any of those is never done.
+    let slow = node.folder().join("slow-shim");
+    let script = format!(
+        "#!/bin/sh\ncase \" $* \" in\n*' -id orphan '*) exec {} \"$@\";;\nesac\nexec sleep 1000\n",
+        node.built("containerd-shim-recoverd-v1").display(),
+    );
+    fs::write(&slow, script).unwrap_or_else(|error| panic!("{error}"));
+    node.run("chmod", ["+x".as_ref(), slow.as_os_str()]);
+    let config = node.folder().join("slow.toml");
+    let text = format!(
+        "[scan]\nshim-deadline = \"500ms\"\n[adopt]\nbinary = {slow:?}\ndeadline = \"60s\"\n"
+    );
+    fs::write(&config, text).unwrap_or_else(|error| panic!("{error}"));
+    let mut args = vec!["--config".to_owned(), config.display().to_string()];
+    args.extend(containerd.flags());
+    let deadline = format!("{DEADLINE}s");
+    args.extend(["pre-start", "--deadline", &deadline].map(str::to_owned));
+    let began = Instant::now();
+    let output = node.recoverd(&args);
+    let took = began.elapsed();
+    // It keeps containerd from starting no longer than it may, on a slow machine either.
+    assert!(took < Duration::from_secs(4 * DEADLINE), "{took:?}");
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+    let line = String::from_utf8_lossy(&output.stdout).into_owned();
+    for words in [
+        "7 tasks, 1 adopted, 6 not adopted",
+        "e2e/at-last: no time was left for it",
+        "e2e/hung-0: was not done in ",
+    ] {
+        assert!(line.contains(words), "{words:?}: {output:?}");
+    }
+    assert_ne!(orphan.shim_now(), orphan.shim);
+
+    // Nothing was done to the others. Those that go on are well.
+    for task in &hung {
+        task.assert_shim_alive();
+        node.signal(&task.shim, "CONT");
+    }
+    last.assert_shim_alive();
+    node.kill(&last.shim);
+    containerd.start();
+    let report = containerd.post_start();
+    for task in &hung {
+        task.assert_init_alive();
+        assert_eq!(report.fate(task.id()).became, "kept", "{report:#?}");
+    }
+    orphan.assert_init_alive();
+    assert_eq!(report.fate("orphan").became, "adopted", "{report:#?}");
+    let fate = report.fate("at-last");
+    assert_eq!(fate.became, "lost", "{report:#?}");
+    assert!(fate.why.contains("no time was left"), "{report:#?}");
 }
 
 fn a_foreign_shim_that_hangs_is_ended_only_if_told(release: &Release) {

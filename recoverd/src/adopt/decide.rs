@@ -470,7 +470,7 @@ pub(super) fn record_at<'a>(look: &'a Look, socket: &Path) -> Option<&'a Seen<Re
 }
 
 /// The init, when it is a zombie: its status can still be read.
-pub(super) fn zombie(look: &Look, case: &Case<'_>) -> Option<ProcessId> {
+pub fn zombie(look: &Look, case: &Case<'_>) -> Option<ProcessId> {
     let Init::Dead(Some(id), _) = &case.init else {
         return None;
     };

@@ -13,7 +13,9 @@ use nix::sys::signal::Signal;
 use recoverd_common::{
     failpoint,
     proc::{FileId, Proc, ProcessId},
+    record,
     seen::Seen,
+    supervision,
 };
 use serde_json::{Map, Value, json};
 
@@ -28,7 +30,7 @@ use crate::{
     config::Config,
     correlate::{Case, Cases},
     ending::{self, NotEnded},
-    facts::{Api, Instance, Look, TaskName},
+    facts::{Api, Instance, Look, Shim, TaskName},
     findings::{Code, Subject},
     history::{Event, History},
     hooks::{
@@ -219,8 +221,8 @@ impl<'a> Hook<'a> {
         note(&mut baseline, &decision, &outcomes);
         let foreign = self.foreign(look, &cases, at, &hung, at_once);
         let ended = self.end_foreign(&foreign, &mut baseline, &mut complaint);
-        let set_aside = self.set_aside(look, &cases, at, &hung, &outcomes, &mut complaint);
-        for (name, why) in &set_aside {
+        let aside = self.set_aside(look, &cases, at, &hung, &outcomes, &mut complaint);
+        for (name, why) in &aside.bundles {
             if let Some(task) = baseline.task_mut(name) {
                 task.did = Did::SetAside;
                 task.why.clone_from(why);
@@ -228,7 +230,12 @@ impl<'a> Hook<'a> {
         }
         failpoint!("prestart.aside.after");
         remarks.extend(self.keep(&baseline));
-        let tally = Tally::of(&baseline, &decision, twins, ended);
+        let tally = Tally {
+            twins,
+            foreign: ended,
+            hung: aside.shims.len(),
+            ..Tally::of(&baseline, &decision)
+        };
         let done = Done {
             verdict: tally.verdict(),
             line: tally.line(&remarks),
@@ -297,7 +304,7 @@ impl<'a> Hook<'a> {
 
     /// First what has no shim at all, and what has one that containerd cannot speak to: their tasks
     /// end for certain if nothing is done. Then what has one of `hung`, a batch at a time, the next
-    /// only after every one of the last turned out well.
+    /// as long as there is time and not all of the last one failed.
     fn adopt(
         &self,
         runtime: &tokio::runtime::Runtime,
@@ -455,6 +462,8 @@ impl<'a> Hook<'a> {
         ended
     }
 
+    /// Sets bundles aside that would stop containerd, and ends those of their shims that serve
+    /// nothing. The shim goes first: whoever dies in between leaves a bundle that stops nobody.
     fn set_aside(
         &self,
         look: &Look,
@@ -463,22 +472,58 @@ impl<'a> Hook<'a> {
         hung: &BTreeSet<ProcessId>,
         outcomes: &[Outcome],
         complaint: &mut Complaint,
-    ) -> Vec<(TaskName, String)> {
+    ) -> SetAside {
         let served: BTreeSet<&TaskName> = outcomes
             .iter()
             .filter(|outcome| !matches!(outcome.verdict, adopt::Verdict::Failed(_)))
             .flat_map(|outcome| outcome.order.members.iter().map(|member| &member.name))
             .collect();
-        let Some(state) = look.instances.get(at).and_then(|i| i.state.clone()) else {
-            return Vec::new();
+        let mut done = SetAside::default();
+        let Some(instance) = look.instances.get(at) else {
+            return done;
+        };
+        let Some(state) = &instance.state else {
+            return done;
         };
         let left = cases
             .cases
             .iter()
             .filter(|case| case.instance == Some(at) && !served.contains(&case.name));
-        let mut done = Vec::new();
+        let proc = Proc::new(&self.plan.roots.proc);
         for stopper in stoppers::stoppers(look, left, hung) {
             let subject = format!("{}/{}", stopper.name.0, stopper.name.1);
+            let mut tell = |event, text: &str| {
+                complaint.of(self.history.tell(event, &subject, text, Map::new()));
+            };
+            let (shim, pid) = (stopper.shim, stopper.shim.id.pid);
+            let mut why = stopper.why;
+            if !done.shims.contains(&shim.id) {
+                let still = proc
+                    .living(shim.id)
+                    .present()
+                    .map(|now| stoppers::is_still(shim, now));
+                if still != Some(true) || Instant::now() >= self.until() {
+                    tell(
+                        Event::Skipped,
+                        &format!("shim {pid} is not what it was: not set aside"),
+                    );
+                    continue;
+                }
+                if stoppers::serves_nothing(look, &cases.cases, instance, shim) {
+                    tell(
+                        Event::Intended,
+                        &format!("send SIGKILL to shim {pid}: {why}"),
+                    );
+                    match self.end_stopper(&proc, shim) {
+                        Ok(()) => {
+                            tell(Event::Done, &format!("ended shim {pid}"));
+                            why.push_str("; it was ended");
+                            done.shims.insert(shim.id);
+                        }
+                        Err(failed) => tell(Event::Failed, &failed.to_string()),
+                    }
+                }
+            }
             // By its identity now: whatever stands there later stays.
             let Seen::Present(file) = FileId::of_entry(&stopper.bundle) else {
                 continue;
@@ -487,20 +532,38 @@ impl<'a> Hook<'a> {
                 path: &stopper.bundle,
                 file,
                 name: &format!("{}-{}", stopper.name.0, stopper.name.1),
-                why: &stopper.why,
+                why: &why,
                 run: self.history.run(),
             };
-            let (event, text) = match quarantine::set_aside(&state, &thing) {
+            match quarantine::set_aside(state, &thing) {
                 Ok(path) => {
-                    done.push((stopper.name.clone(), stopper.why.clone()));
-                    let text = format!("set aside as {}: {}", path.display(), stopper.why);
-                    (Event::Done, text)
+                    tell(
+                        Event::Done,
+                        &format!("set aside as {}: {why}", path.display()),
+                    );
+                    done.bundles.push((stopper.name, why));
                 }
-                Err(kept) => (Event::Failed, kept.to_string()),
-            };
-            complaint.of(self.history.tell(event, &subject, &text, Map::new()));
+                Err(kept) => tell(Event::Failed, &kept.to_string()),
+            }
         }
         done
+    }
+
+    /// What is asked for by running the hook: SPEC lets it replace such a shim, and there is nothing
+    /// to put in its place.
+    fn end_stopper(&self, proc: &Proc, shim: &Shim) -> Result<(), NotEnded> {
+        let permits = Permits::of(&[Word::Kill]);
+        let leave = permits
+            .kill()
+            .map_err(|missing| NotEnded::Failed(missing.to_string()))?;
+        let process = record::Process {
+            pid: shim.id.pid.unsigned_abs(),
+            start_time: shim.id.start_time,
+        };
+        for socket in &shim.listens {
+            supervision::announce_end(&self.config.run_dir, socket.as_ref(), process);
+        }
+        ending::end(proc, shim.id, &[Signal::SIGKILL], GONE_WITHIN, leave).map(drop)
     }
 
     fn end(&self, tally: &Tally, line: &str) -> Result<(), crate::history::NotWritten> {
@@ -584,12 +647,23 @@ fn note(baseline: &mut Baseline, decision: &Decision, outcomes: &[Outcome]) {
     }
 }
 
+/// What was taken out of containerd's way.
+#[derive(Default)]
+struct SetAside {
+    /// Whose bundles; why, each.
+    bundles: Vec<(TaskName, String)>,
+    /// Shims that were ended.
+    shims: BTreeSet<ProcessId>,
+}
+
 /// What the one line counts.
+#[derive(Default)]
 struct Tally {
     tasks: usize,
     adopted: usize,
     replaced: usize,
     set_aside: usize,
+    hung: usize,
     foreign: usize,
     lost: usize,
     twins: usize,
@@ -597,7 +671,7 @@ struct Tally {
 }
 
 impl Tally {
-    fn of(baseline: &Baseline, decision: &Decision, twins: usize, foreign: usize) -> Self {
+    fn of(baseline: &Baseline, decision: &Decision) -> Self {
         let did = |did| baseline.tasks.iter().filter(|task| task.did == did).count();
         let mut not_adopted: Vec<(TaskName, String)> = baseline
             .tasks
@@ -619,9 +693,8 @@ impl Tally {
             replaced: did(Did::Replaced),
             set_aside: did(Did::SetAside),
             lost: decision.refused.iter().filter(|r| r.lost).count(),
-            foreign,
-            twins,
             not_adopted,
+            ..Self::default()
         }
     }
 
@@ -642,6 +715,7 @@ impl Tally {
             (self.replaced, "replaced"),
             (self.twins, "address files written"),
             (self.set_aside, "bundles set aside"),
+            (self.hung, "hung shims ended"),
             (self.foreign, "foreign shims ended"),
             (self.lost, "lost before"),
             (others, "not adopted"),

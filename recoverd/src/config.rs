@@ -235,8 +235,8 @@ impl Config {
         Ok(config)
     }
 
-    /// For a hook: containerd's start waits for no mended typing error. A file that is no good is
-    /// left out as a whole, and told.
+    /// For a hook and the supervisor: containerd's start and dying shims wait for no mended typing
+    /// error. A file that is no good is left out as a whole, and told.
     pub fn load_or_default(global: &Global) -> Result<(Self, Option<ConfigError>), ConfigError> {
         match Self::load(global) {
             Ok(config) => Ok((config, None)),

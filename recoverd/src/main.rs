@@ -168,12 +168,14 @@ fn run(cli: &Cli) -> Result<Verdict, Failure> {
 
 fn configuration(cli: &Cli) -> Result<Config, Failure> {
     let usage = |error: config::ConfigError| Failure::Usage(error.to_string());
-    let hook = match &cli.command {
+    let goes_on = match &cli.command {
         Command::PreStart(args) => !args.strict,
         Command::PostStart(args) => !args.strict,
+        // Nothing else looks after the shims, and its unit would start it again and again.
+        Command::Supervise => true,
         _ => false,
     };
-    if !hook {
+    if !goes_on {
         return Config::load(&cli.global).map_err(usage);
     }
     let (config, error) = Config::load_or_default(&cli.global).map_err(usage)?;

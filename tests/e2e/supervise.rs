@@ -28,6 +28,7 @@ recoverd_tests::tests! {
         a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand,
         what_a_shim_says_with_its_last_breath_is_heard,
         one_supervisor_at_a_time,
+        a_configuration_that_is_no_good_keeps_no_supervisor_away,
     ],
 }
 
@@ -700,4 +701,24 @@ fn one_supervisor_at_a_time(_release: &Release) {
     supervisor.kill();
     node.supervise().stop();
     assert!(!node.path("/run/recoverd/supervise.sock").exists());
+}
+
+fn a_configuration_that_is_no_good_keeps_no_supervisor_away(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let task = containerd.run(&ours("looked-after"));
+    let supervisor = node.supervise_with("[supervise]\nmetrics-listn = \"127.0.0.1:1\"\n");
+    let said = supervisor.text();
+    let words = [
+        "supervise.toml:2: ",
+        "metrics-listn",
+        "going on with the defaults",
+    ];
+    assert!(words.iter().all(|word| said.contains(word)), "{said}");
+    supervisor.wait_watching("ours", 1);
+    kill_and_await(&node, &supervisor, &task);
+    assert_running(&containerd, &task);
+    // Wrong words on the command line are nobody's slip of today: its unit does not try again.
+    let refused = node.recoverd(["supervise", "--nonsense"]);
+    assert_eq!(refused.status.code(), Some(2), "{refused:?}");
 }

@@ -248,6 +248,8 @@ struct Group {
     stage: Stage,
     /// When it ended, the last times.
     ends: VecDeque<u64>,
+    /// Whose end was the last of these before a restart: found dead after it, it is the same end.
+    remembered: Option<Process>,
     /// How it ended, the last time.
     how: How,
     /// Tries to start a successor that have failed since.
@@ -260,13 +262,28 @@ struct Group {
 }
 
 impl Group {
-    /// One more end. When the next try is due; none: enough.
-    fn next_try(&mut self, now: u64) -> Option<u64> {
+    fn new(sighting: Sighting, stage: Stage) -> Self {
+        Self {
+            sighting,
+            stage,
+            ends: VecDeque::new(),
+            remembered: None,
+            how: How::Unknown,
+            failures: 0,
+            meant: None,
+            left: None,
+        }
+    }
+
+    /// This shim has ended. When the next try is due; none: enough.
+    fn next_try(&mut self, process: Process, now: u64) -> Option<u64> {
+        if self.remembered.take() != Some(process) {
+            self.ends.push_back(now);
+        }
         let old = |at: &u64| at.saturating_add(MINUTE_MS) <= now;
         while self.ends.front().is_some_and(old) {
             self.ends.pop_front();
         }
-        self.ends.push_back(now);
         let pause = PAUSES_MS.get(self.ends.len().saturating_sub(1))?;
         Some(now.saturating_add(*pause))
     }
@@ -290,20 +307,19 @@ pub struct Count {
 }
 
 impl State {
-    /// Ends of the last minute, as remembered from before a restart, by the clock of
-    /// [`State::step`]. Nothing is watched yet.
-    pub fn remember(&mut self, socket: &Path, mut sighting: Sighting, ends: Vec<u64>) {
-        sighting.members.clear();
-        let group = Group {
-            sighting,
-            stage: Stage::Ended,
-            ends: ends.into(),
-            how: How::Unknown,
-            failures: 0,
-            meant: None,
-            left: None,
-        };
-        self.groups.insert(socket.to_owned(), group);
+    /// An end of this shim, as remembered from before a restart: `at` by the clock of
+    /// [`State::step`], and the word for what followed. It counts as it did then: one that was
+    /// meant does not, and that no successor came up is not another one. Nothing is watched yet.
+    pub fn remember(&mut self, socket: &Path, sighting: Sighting, at: u64, follows: &str) {
+        if follows == Follows::Nothing.word() {
+            return;
+        }
+        let group = self.groups.entry(socket.to_owned());
+        let group = group.or_insert_with(|| Group::new(sighting.clone(), Stage::Ended));
+        if group.remembered.replace(sighting.shim) != Some(sighting.shim) {
+            group.ends.push_back(at);
+        }
+        group.sighting = sighting;
     }
 
     /// When [`Input::Tick`] is due.
@@ -443,15 +459,7 @@ impl State {
         let Some(group) = self.groups.get_mut(&socket) else {
             out.push(Output::WatchShim(socket.clone(), sighting.shim));
             watch_members(&BTreeMap::new(), out);
-            let group = Group {
-                sighting,
-                stage: Stage::Serves,
-                ends: VecDeque::new(),
-                how: How::Unknown,
-                failures: 0,
-                meant: None,
-                left: None,
-            };
+            let group = Group::new(sighting, Stage::Serves);
             self.groups.insert(socket, group);
             return;
         };
@@ -503,7 +511,7 @@ impl State {
         let follows = match group.sighting.kind {
             _ if meant || nothing => Follows::Nothing,
             Kind::Stock => Follows::Loss,
-            Kind::Ours => match group.next_try(now) {
+            Kind::Ours => match group.next_try(process, now) {
                 Some(at) if at <= now => {
                     group.stage = Stage::Resumes;
                     Follows::Successor

@@ -282,6 +282,19 @@ fn whoever_stands_back_leaves_it_to_the_next_look() {
     let out = state.step(Input::Seen(S.into(), same), 2);
     assert_eq!(out, [Output::WatchShim(S.into(), p(1))]);
     assert!(resumes(&state.step(ended(1, How::Unknown), 3)));
+    // Not for ever.
+    let round = |state: &mut State| {
+        state.step(tried_for(1, Tried::StoodBack), 4);
+        let same = sighting(Kind::Ours, 1, &[("a", "", 10)]);
+        state.step(Input::Seen(S.into(), same), 4);
+        let out = state.step(ended(1, How::Unknown), 4);
+        let due = state.deadline().unwrap_or(4);
+        state.step(Input::Tick, due);
+        follows(&out)
+    };
+    let ends: Vec<_> = (0..3).map(|_| round(&mut state)).collect();
+    let again = Some(Follows::Successor);
+    assert_eq!(ends, [again, again, Some(Follows::GivenUp)]);
 }
 
 #[test]
@@ -324,19 +337,65 @@ fn a_lost_stock_shim_is_forgotten_with_its_last_task() {
 
 #[test]
 fn ends_from_before_a_restart_count() {
-    let mut state = State::default();
-    let old = sighting(Kind::Ours, 1, &[("a", "", 10)]);
-    state.remember(Path::new(S), old.clone(), vec![1, 2, 3, 4]);
-    let out = state.step(Input::Seen(S.into(), old), 10);
-    assert_eq!(
-        out,
-        [
-            Output::WatchShim(S.into(), p(1)),
-            Output::WatchMember(S.into(), m("a", ""), p(10))
-        ]
-    );
-    assert_eq!(
-        follows(&state.step(ended(1, KILLED), 11)),
-        Some(Follows::GivenUp)
-    );
+    // Before the restart: whose, and what followed. After it shim 9 is killed.
+    let word = Follows::word;
+    let successor = word(Follows::Successor);
+    let four = [
+        (1, successor),
+        (2, successor),
+        (3, successor),
+        (4, successor),
+    ];
+    let rows: [(&[(u32, &str)], Follows); 5] = [
+        (&four, Follows::GivenUp),
+        (&four[..3], Follows::Successor),
+        // Those that were meant count no more than then.
+        (
+            &[
+                (1, successor),
+                (2, word(Follows::Nothing)),
+                (3, word(Follows::Nothing)),
+                (4, successor),
+            ],
+            Follows::Successor,
+        ),
+        // No successor of 1 came up: that is told of 1 once more.
+        (
+            &[
+                (1, successor),
+                (1, word(Follows::NoneCame)),
+                (2, successor),
+                (2, word(Follows::NoneCame)),
+            ],
+            Follows::Successor,
+        ),
+        // It died while nobody was there to give it a successor: it is found dead.
+        (
+            &[
+                (1, successor),
+                (2, successor),
+                (3, successor),
+                (9, successor),
+            ],
+            Follows::Successor,
+        ),
+    ];
+    for (before, expected) in rows {
+        let mut state = State::default();
+        for (at, (shim, follows)) in (1..).zip(before) {
+            let old = sighting(Kind::Ours, *shim, &[]);
+            state.remember(Path::new(S), old, at, follows);
+        }
+        let now = sighting(Kind::Ours, 9, &[("a", "", 10)]);
+        let out = state.step(Input::Seen(S.into(), now), 10);
+        assert_eq!(
+            out,
+            [
+                Output::WatchShim(S.into(), p(9)),
+                Output::WatchMember(S.into(), m("a", ""), p(10))
+            ]
+        );
+        let out = state.step(ended(9, KILLED), 11);
+        assert_eq!(follows(&out), Some(expected), "{before:?}");
+    }
 }

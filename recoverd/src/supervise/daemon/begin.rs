@@ -170,10 +170,9 @@ impl Daemon {
         Ok((daemon, hints))
     }
 
-    /// Shims that ended within the last minute before our start count.
+    /// Shims of ours that ended within the last minute before our start count.
     pub(super) fn remember(&mut self) {
         let now = Timestamp::now();
-        let mut ends: BTreeMap<PathBuf, (Sighting, Vec<u64>)> = BTreeMap::new();
         for death in &self.witnessed.deaths {
             let ago = now.seconds.saturating_sub(death.at.seconds);
             let (Ok(ago), "ours") = (u64::try_from(ago), death.kind.as_str()) else {
@@ -190,11 +189,8 @@ impl Daemon {
                 members: BTreeMap::new(),
                 tasks: 0,
             };
-            let all = ends.entry(PathBuf::from(&death.socket));
-            all.or_insert_with(|| (sighting, Vec::new())).1.push(at);
-        }
-        for (socket, (sighting, ends)) in ends {
-            self.state.remember(&socket, sighting, ends);
+            let socket = Path::new(&death.socket);
+            self.state.remember(socket, sighting, at, &death.follows);
         }
     }
 

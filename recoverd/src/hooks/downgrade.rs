@@ -14,7 +14,7 @@
 //! its task    is what the shim says that it is: the same living init, or an exit that it tells
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use recoverd_common::{proc::ProcessId, seen::Seen};
 
@@ -47,6 +47,13 @@ pub fn suspects<'a>(
         return Vec::new();
     };
     let mut found: BTreeMap<ProcessId, (bool, Suspect)> = BTreeMap::new();
+    let cases: Vec<&Case<'_>> = cases.into_iter().collect();
+    // Where a shim's name says nothing, runc's state of each task does.
+    let others: BTreeSet<ProcessId> = cases
+        .iter()
+        .filter(|case| case.kind().is_some_and(|kind| kind != Kind::Stock))
+        .filter_map(|case| Some(case.shim.process()?.id))
+        .collect();
     for case in cases {
         let (Some(shim), Some(answer), Some(address)) =
             (case.shim.process(), case.answer, &case.address)
@@ -57,7 +64,7 @@ pub fn suspects<'a>(
             |greeting: &crate::facts::Greeting| greeting.shim_pid == shim.id.pid.unsigned_abs();
         let it_answers = answer.greeting.said().is_some_and(says_so);
         let third = answer.api == Some(3);
-        let stock = case.kind() == Some(Kind::Stock);
+        let stock = case.kind() == Some(Kind::Stock) && !others.contains(&shim.id);
         let of_instance = case.instance == Some(at) && instance.is(&shim.address);
         if !(it_answers && third && stock && of_instance && case.bundle.is_some()) {
             continue;
@@ -158,7 +165,6 @@ mod tests {
     };
     use proptest::prelude::*;
     use recoverd_common::record::{self, Exit};
-    use std::collections::BTreeSet;
 
     const OLD: &str = "1.7.24";
 

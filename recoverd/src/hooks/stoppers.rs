@@ -82,7 +82,8 @@ fn is_over(look: &Look, case: &Case<'_>) -> bool {
 }
 
 /// The shim of a stopper is of use to nobody: the containerd that is about to start has started it,
-/// all its tasks are over, among all `cases` there are, and it has no living child.
+/// all its tasks are over and none is foreign, among all `cases` there are, and it has no living
+/// child.
 pub fn serves_nothing<'a>(
     look: &Look,
     cases: impl IntoIterator<Item = &'a Case<'a>>,
@@ -93,7 +94,7 @@ pub fn serves_nothing<'a>(
     let over = cases
         .into_iter()
         .filter(of_it)
-        .all(|case| is_over(look, case));
+        .all(|case| is_over(look, case) && case.kind() != Some(Kind::Foreign));
     // It is the parent of its inits and execs; what it forked a moment ago is its as well.
     let childless = look.processes.present().is_some_and(|table| {
         let child = |stat: &Stat| stat.ppid == shim.id.pid && stat.alive();
@@ -208,6 +209,9 @@ mod tests {
         let mut look = dead_and_hung();
         look.shim_of(&C1).address = "/run/unseen/containerd.sock".into();
         assert!(!ends(&look), "another containerd's");
+        let mut look = dead_and_hung();
+        look.shim_of(&C1).name = "containerd-shim-kata-v2".into();
+        assert!(!ends(&look), "foreign");
         let mut look = dead_and_hung();
         look.processes = Seen::Unknown("hidden".into());
         assert!(!ends(&look), "nobody knows");

@@ -1,11 +1,14 @@
 //! Notices that the kernel killed a process of a task for want of memory.
 //!
-//! v2: inotify on `memory.events`, which the kernel touches whenever one of its counters changes.
+//! v2: `memory.events` itself, which has an exceptional condition for poll(2) whenever one of its
+//! counters changes. (Not inotify, which the stock shim takes: a user has 128 instances of it unless
+//! told otherwise, fewer than a node may have containers.)
 //! v1: an eventfd registered in `cgroup.event_control` for `memory.oom_control`. Both only say
 //! *look*: what is reported is by how much the counter `oom_kill` has grown since the last look,
 //! so that a wake-up for something else tells nothing and a lost one loses nothing. (A v1 kernel
-//! before 4.13 has no such counter; there every wake-up counts as one, as in the stock shim.) Where
-//! the cgroup is gone before a last look, the kernel's log tells.
+//! before 4.13 has no such counter; there every wake-up counts as one, as in the stock shim.) Nor
+//! does one that could not be had: there is a last look when the init has exited. Where the cgroup
+//! is gone before that, the kernel's log tells.
 
 mod kernel_log;
 
@@ -19,8 +22,8 @@ use std::{
 use nix::{
     errno::Errno,
     sys::{
+        epoll::EpollFlags,
         eventfd::{EfdFlags, EventFd},
-        inotify::{AddWatchFlags, InitFlags, Inotify},
     },
 };
 use recoverd_common::{
@@ -50,11 +53,13 @@ pub enum WatchError {
     },
 }
 
-/// A watch on one task, for as long as it lives. The descriptor becomes readable when there may
-/// be something new.
+/// A watch on one task, for as long as it lives.
 #[derive(Debug)]
 pub struct OomWatch {
-    source: Source,
+    /// Without one nothing wakes us, and it takes looks to know.
+    source: Result<Source, WatchError>,
+    /// Which of the hierarchies it is on.
+    root: &'static str,
     /// The file with the counter `oom_kill`.
     counter: PathBuf,
     /// Its value at the last look.
@@ -66,31 +71,46 @@ pub struct OomWatch {
 #[derive(Debug)]
 enum Source {
     V1(EventFd),
-    V2(Inotify),
+    V2(File),
 }
 
 impl OomWatch {
     /// Starts to watch `cgroup`; kills that happened before count from `already` on (what the
-    /// record says of an adopted task; `None`: only what happens from now on).
+    /// record says of an adopted task; `None`: only what happens from now on). Without a memory
+    /// cgroup there is nothing to watch.
     pub fn new(cgroup: &Cgroup, already: Option<u64>) -> Result<Self, WatchError> {
         let folder = cgroup.folder("memory").ok_or(WatchError::NoMemoryCgroup)?;
-        let source = match cgroup {
-            Cgroup::V1(_) => watch_v1(folder)?,
-            Cgroup::V2(_) => watch_v2(folder)?,
+        let (source, root) = match cgroup {
+            Cgroup::V1(_) => (watch_v1(folder), ROOT_V1),
+            Cgroup::V2(_) => (watch_v2(folder), ROOT_V2),
         };
         let counter = counter(cgroup, folder);
         // Looked at after the watch began: nothing falls between the two.
         let seen = already.or_else(|| kills(&counter)).unwrap_or(0);
         Ok(Self {
             source,
+            root,
             counter,
             seen,
             began: (seen, Clocks::now().log()),
         })
     }
 
-    /// How many OOM kills there have been since the last look; to be called when the descriptor
-    /// is readable, and once more when the init has exited (the exit may be seen first).
+    /// What wakes us when there may be something new, and by which events; why nothing does.
+    pub fn waker(&self) -> Result<(BorrowedFd<'_>, EpollFlags), &WatchError> {
+        match self.source.as_ref()? {
+            Source::V1(event) => Ok((event.as_fd(), EpollFlags::EPOLLIN)),
+            // Once for each change: the condition stays until this very descriptor is read, and
+            // for ever when the group is gone.
+            Source::V2(events) => {
+                let changes = EpollFlags::EPOLLPRI | EpollFlags::EPOLLET;
+                Ok((events.as_fd(), changes))
+            }
+        }
+    }
+
+    /// How many OOM kills there have been since the last look; to be called when something woke
+    /// us, and once more when the init has exited (the exit may be seen first).
     pub fn read(&mut self) -> u64 {
         let woken = self.drain();
         match kills(&self.counter).or_else(|| self.logged()) {
@@ -102,20 +122,16 @@ impl OomWatch {
             // An old kernel, or nobody knows.
             None => match self.source {
                 // v1 also wakes when the group is removed: that is no OOM.
-                Source::V1(_) if self.counter.exists() => woken,
-                Source::V1(_) | Source::V2(_) => 0,
+                Ok(Source::V1(_)) if self.counter.exists() => woken,
+                Ok(Source::V1(_) | Source::V2(_)) | Err(_) => 0,
             },
         }
     }
 
     /// What the counter of a group that is gone was at least, as the kernel's log tells.
     fn logged(&self) -> Option<u64> {
-        let root = match self.source {
-            Source::V1(_) => ROOT_V1,
-            Source::V2(_) => ROOT_V2,
-        };
         let (before, since) = self.began;
-        let kills = logged(self.counter.parent()?, root, since)?;
+        let kills = logged(self.counter.parent()?, self.root, since)?;
         Some(before.saturating_add(kills))
     }
 
@@ -124,26 +140,11 @@ impl OomWatch {
         self.seen
     }
 
-    /// Empties the descriptor; how many times it was woken.
+    /// Empties an eventfd; how many times it was woken.
     fn drain(&self) -> u64 {
         match &self.source {
-            Source::V1(event) => event.read().unwrap_or(0),
-            Source::V2(inotify) => {
-                let mut woken: u64 = 0;
-                while let Ok(events) = inotify.read_events() {
-                    woken = woken.saturating_add(events.len() as u64);
-                }
-                woken
-            }
-        }
-    }
-}
-
-impl AsFd for OomWatch {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        match &self.source {
-            Source::V1(event) => event.as_fd(),
-            Source::V2(inotify) => inotify.as_fd(),
+            Ok(Source::V1(event)) => event.read().unwrap_or(0),
+            Ok(Source::V2(_)) | Err(_) => 0,
         }
     }
 }
@@ -215,22 +216,25 @@ fn watch_v1(folder: &Path) -> Result<Source, WatchError> {
 
 fn watch_v2(folder: &Path) -> Result<Source, WatchError> {
     let path = folder.join("memory.events");
-    let inotify = Inotify::init(InitFlags::IN_CLOEXEC | InitFlags::IN_NONBLOCK)
-        .map_err(errno("make inotify for", &path))?;
-    inotify
-        .add_watch(&path, AddWatchFlags::IN_MODIFY)
-        .map_err(errno("watch", &path))?;
-    Ok(Source::V2(inotify))
+    let events = File::open(&path).map_err(failed("open", &path))?;
+    Ok(Source::V2(events))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+    use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 
-    fn readable(watch: &OomWatch) -> bool {
-        let mut fds = [PollFd::new(watch.as_fd(), PollFlags::POLLIN)];
-        poll(&mut fds, PollTimeout::from(2000u16)).unwrap() == 1
+    /// As the shim is woken.
+    fn wakes(watch: &OomWatch) -> Epoll {
+        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let (fd, events) = watch.waker().unwrap();
+        epoll.add(fd, EpollEvent::new(events, 0)).unwrap();
+        epoll
+    }
+
+    fn woken(epoll: &Epoll, within_ms: u16) -> bool {
+        epoll.wait(&mut [EpollEvent::empty()], within_ms).unwrap() == 1
     }
 
     #[test]
@@ -242,10 +246,8 @@ mod tests {
         let mut watch = OomWatch::new(&cgroup, None).unwrap();
         assert_eq!(watch.read(), 0);
         fs::write(&file, "max 9\noom 1\noom_kill 2\n").unwrap();
-        assert!(readable(&watch));
         assert_eq!(watch.read(), 0);
         fs::write(&file, "max 9\noom 2\noom_kill 4\n").unwrap();
-        assert!(readable(&watch));
         assert_eq!((watch.read(), watch.read(), watch.seen()), (2, 0, 4));
         fs::remove_file(&file).unwrap();
         assert_eq!(watch.read(), 0);
@@ -273,7 +275,73 @@ mod tests {
             OomWatch::new(&Cgroup::V1(Vec::new()), None),
             Err(WatchError::NoMemoryCgroup)
         ));
-        assert!(OomWatch::new(&Cgroup::V2("/nonexistent".into()), None).is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_watched_is_looked_at() {
+        let dir = tempfile::tempdir().unwrap();
+        let control = dir.path().join("memory.oom_control");
+        fs::write(&control, "oom_kill 1\n").unwrap();
+        // Nothing that could be written to register.
+        fs::create_dir(dir.path().join("cgroup.event_control")).unwrap();
+        let cgroup = Cgroup::V1(vec![("memory".into(), dir.path().into())]);
+        let mut watch = OomWatch::new(&cgroup, None).unwrap();
+        assert!(watch.waker().is_err());
+        fs::write(&control, "oom_kill 2\n").unwrap();
+        assert_eq!((watch.read(), watch.read(), watch.seen()), (1, 0, 2));
+    }
+
+    #[test]
+    fn a_change_of_a_v2_group_wakes_once_and_its_end_not_for_ever() {
+        let mounts = recoverd_common::mounts::read(Path::new("/proc"));
+        let Seen::Present(mounts) = mounts else {
+            panic!("{mounts:?}")
+        };
+        let root = mounts.iter().find(|mount| mount.kind == "cgroup2");
+        let name = format!("recoverd-oom-{}", std::process::id());
+        let folder = root.map(|root| root.point.join(name)).unwrap_or_default();
+        if fs::create_dir(&folder).is_err() {
+            eprintln!("SKIPPED: this test has to make a cgroup v2 group");
+            return;
+        }
+        // Its memory controller may be another hierarchy's; its other files are as those of one.
+        let changes = File::open(folder.join("cgroup.events")).unwrap();
+        let watch = OomWatch {
+            source: Ok(Source::V2(changes)),
+            root: ROOT_V2,
+            counter: folder.join("memory.events"),
+            seen: 0,
+            began: (0, 0),
+        };
+        let epoll = wakes(&watch);
+        let at_first = woken(&epoll, 0);
+        let still = woken(&epoll, 0);
+        let mut child = std::process::Command::new("sleep")
+            .arg("1000")
+            .spawn()
+            .unwrap();
+        let moved = fs::write(folder.join("cgroup.procs"), child.id().to_string());
+        let changed = woken(&epoll, 10_000);
+        let again = woken(&epoll, 0);
+        child.kill().unwrap();
+        child.wait().unwrap();
+        let emptied = woken(&epoll, 10_000);
+        // A process that is dying holds its group for a moment.
+        let removed = (0..1000).any(|_| {
+            let removed = fs::remove_dir(&folder).is_ok();
+            if !removed {
+                std::thread::sleep(std::time::Duration::from_millis(10));
+            }
+            removed
+        });
+        let wakes_then = (0..100).filter(|_| woken(&epoll, 0)).count();
+        moved.unwrap();
+        assert!(removed, "{}", folder.display());
+        assert_eq!(
+            (at_first, still, changed, again, emptied),
+            (true, false, true, false, true)
+        );
+        assert!(wakes_then < 10, "{wakes_then} times in vain");
     }
 
     #[test]
@@ -287,6 +355,7 @@ mod tests {
         let limited = fs::write(folder.join("memory.limit_in_bytes"), "8388608");
         let cgroup = Cgroup::V1(vec![("memory".into(), folder.clone())]);
         let mut watch = OomWatch::new(&cgroup, None).unwrap();
+        let epoll = wakes(&watch);
         let written_at = Timestamp::now();
         let there = kills_after(&cgroup, written_at, 0);
         // A shell that joins the group and doubles a string until it is killed.
@@ -296,13 +365,13 @@ mod tests {
             .arg(&folder)
             .status()
             .unwrap();
-        let woken = readable(&watch);
+        let told = woken(&epoll, 2000);
         let (first, second) = (watch.read(), watch.read());
         let removed = fs::remove_dir(&folder);
-        let after = (readable(&watch), watch.read());
+        let after = (woken(&epoll, 2000), watch.read());
         limited.unwrap();
         removed.unwrap();
-        assert!(!killed.success() && woken, "{killed:?}");
+        assert!(!killed.success() && told, "{killed:?}");
         assert_eq!((first, second), (1, 0));
         // The kernel wakes for the removal as well.
         assert_eq!(after, (true, 0));

@@ -19,7 +19,7 @@ use std::{
     fs, io,
     net::Shutdown,
     os::{
-        fd::{AsFd, AsRawFd},
+        fd::AsRawFd,
         unix::net::{UnixListener, UnixStream},
     },
     path::{Path, PathBuf},
@@ -743,8 +743,10 @@ impl Shim {
             }
             Effect::Stats { to, id } => self.stats(to, &id),
             Effect::Forget { id } => {
-                if let Some((_, watch)) = self.oom.remove(&id) {
-                    let _ = self.epoll.delete(watch.as_fd());
+                if let Some((_, watch)) = self.oom.remove(&id)
+                    && let Ok((fd, _)) = watch.waker()
+                {
+                    let _ = self.epoll.delete(fd);
                 }
             }
             // Taken care of by the state.

@@ -31,10 +31,13 @@ fn test_binary(name: &str) -> PathBuf {
 }
 
 /// A container whose cgroup systemd makes, as `SystemdCgroup = true` has it for pods. `ctr` asks
-/// for one of the stock runtime only: here our shim has its name and comes first in PATH.
+/// for one of the stock runtime only: here our shim has its name and comes first in PATH. inotify
+/// is used up by then, as on a node with many containers of stock shims.
 const SYSTEMD: &str = r#"
     cp /root/recoverd/target/shim/containerd-shim-recoverd-v1 /usr/local/bin/containerd-shim-runc-v2
     systemctl start containerd
+    instances=$(cat /proc/sys/fs/inotify/max_user_instances)
+    echo 1 >/proc/sys/fs/inotify/max_user_instances
     ctr events >/tmp/events &
     eats='while [ ! -e /tmp/eat ]; do usleep 20000; done; exec tail /dev/zero'
     ctr run -d --runc-systemd-cgroup --cgroup system.slice:recoverd:sd --memory-limit 16777216 \
@@ -51,6 +54,7 @@ const SYSTEMD: &str = r#"
     grep -E '/tasks/(oom|exit)' /tmp/events
     ctr task delete sd || echo "deleted with $?"
     systemctl is-active recoverd-sd.scope || echo no scope
+    echo $instances >/proc/sys/fs/inotify/max_user_instances
 "#;
 
 /// The same once more, of a container whose shim is dead then: its scope, with the kernel's counter,

@@ -1,8 +1,8 @@
 //! Looks at the host that a request or an event asks for: pids, figures, OOM kills.
 
-use std::{fs, os::fd::AsFd, path::Path};
+use std::{fs, path::Path};
 
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::EpollEvent;
 use recoverd_common::{
     cgroup::{Cgroup, read_procs},
     seen::Seen,
@@ -55,15 +55,16 @@ impl Shim {
         };
         self.last_oom += 1;
         let token = self.last_oom;
-        match self
-            .epoll
-            .add(watch.as_fd(), EpollEvent::new(EpollFlags::EPOLLIN, token))
-        {
-            Ok(()) => {
-                self.oom.insert(id, (token, watch));
-            }
-            Err(e) => self.log.say(Level::Warning, &format!("watch for OOM: {e}")),
+        let waker = watch.waker().map_err(ToString::to_string);
+        let wakes = waker.and_then(|(fd, events)| {
+            let added = self.epoll.add(fd, EpollEvent::new(events, token));
+            added.map_err(|e| format!("watch for OOM: {e}"))
+        });
+        if let Err(why) = wakes {
+            let text = format!("{id}: {why}; a kill is told when the task ends");
+            self.log.say(Level::Warning, &text);
         }
+        self.oom.insert(id, (token, watch));
     }
 
     pub(super) fn oom_ready(&mut self, token: u64) {

@@ -1,6 +1,7 @@
 //! Pods, as kubelet has them made: containerd's CRI plugin with the stock shim and with ours.
 
 use std::fs;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use k8s_cri::v1::LinuxContainerResources;
@@ -23,13 +24,11 @@ recoverd_tests::tests! {
 }
 
 const MIB: i64 = 1 << 20;
+/// Nobody in particular.
+const USER: i64 = 1000;
 
 fn a_pod_by_runtime_path_lives_its_life(release: &Release) {
-    if release.version == "1.6.20" {
-        // It ignores `runtime_path` and would run the stock shim: the README says what to do.
-        return life(release, Handler::ByType);
-    }
-    life(release, Handler::ByPath);
+    life(release, Handler::recommended(release));
 }
 
 fn a_pod_lives_its_life(release: &Release, shim: ShimUnderTest) {
@@ -57,9 +56,13 @@ fn the_readme_makes_it_the_default_runtime(release: &Release) {
             "/etc/containerd/recoverd-runc.toml",
             &options.display().to_string(),
         );
+    let class = readme("For some pods only", "yaml");
+    let named = class.lines().find_map(|line| line.strip_prefix("handler:"));
+    let named = named.map(|rest| rest.split('#').next().unwrap_or_default().trim());
+    let named = named.unwrap_or_else(|| panic!("no handler in {class}"));
     let containerd = node.kubernetes_by(release, &toml);
     let cri = containerd.cri();
-    for handler in ["", "recoverd"] {
+    for handler in ["", named] {
         let name = format!("web-{handler}");
         let pod = cri
             .try_run_pod(&name, handler)
@@ -120,7 +123,9 @@ fn life(release: &Release, handler: Handler) {
     let app = cri.run(&pod, &writer("app", 23));
     let side = cri.run(
         &pod,
-        &ContainerSpec::until_term("side", 5).resources(limited),
+        &ContainerSpec::until_term("side", 5)
+            .resources(limited)
+            .user(USER),
     );
     // Ends only when it is made to.
     let deaf = ContainerSpec::shell(
@@ -138,13 +143,25 @@ fn life(release: &Release, handler: Handler) {
         Handler::ByType | Handler::ByPath => "containerd-shim-recoverd-v1",
     };
     assert_eq!(pause.shim.program(), expected);
+    let state = Path::new(handler.runc_root(release))
+        .join("k8s.io")
+        .join(&app);
+    assert!(
+        node.path(state.join("state.json")).exists(),
+        "the options did not arrive: no {}",
+        state.display()
+    );
     assert_scan_knows(
         &containerd,
         &tasks,
         &[None, Some("app"), Some("side"), Some("deaf")],
     );
 
-    assert_eq!(cri.sh(&side, "echo hello; exit 3"), (3, "hello\n".into()));
+    // An exec is the container's user, and opens its own output again.
+    assert_eq!(
+        cri.sh(&side, "echo hello >/dev/stdout; id -u >/dev/stderr; exit 3"),
+        (3, "hello\n".into())
+    );
     assert_eq!(cri.sh(&side, "kill -9 $$").0, 137);
     let answer = cri.exec_sync(&side, "echo out; echo err >&2", 30);
     let answer = answer.unwrap_or_else(|refused| panic!("{refused:?}"));

@@ -71,15 +71,22 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
             (said.status.code(), said.stdout),
             (Some(7), b"hello\n".to_vec())
         );
-        assert_eq!(
-            docker.ok(&["top", "service", "-o", "pid"]).lines().next(),
-            Some("PID")
-        );
-        assert!(
-            !docker
-                .ok(&["stats", "--no-stream", "service"])
-                .contains("0B / 0B  0B")
-        );
+        let top = docker.ok(&["top", "service", "-o", "pid"]);
+        let mut lines = top.lines();
+        let pid = docker.init("service").pid.to_string();
+        assert_eq!(lines.next(), Some("PID"), "{top}");
+        assert!(lines.any(|line| line.trim() == pid), "no {pid} in {top}");
+        let figures = [
+            "stats",
+            "--no-stream",
+            "--format",
+            "{{.MemUsage}}|{{.PIDs}}",
+        ];
+        let figures = docker.ok(&[&figures[..], &["service"]].concat());
+        let (memory, pids) = figures.trim().split_once('|').unwrap();
+        assert!(!memory.starts_with("0B"), "{runtime}: {figures}");
+        let pids: Result<u64, _> = pids.parse();
+        assert!(pids.is_ok_and(|pids| pids >= 1), "{runtime}: {figures}");
         wait_for("the freezer", || {
             let output = docker.output(&["pause", "service"]);
             let text = String::from_utf8_lossy(&output.stderr);
@@ -98,6 +105,9 @@ fn docker_runs_everything_that_it_runs_with_the_stock_shim(release: &Release) {
             "64m",
             "service",
         ]);
+        let init = docker.init("service").pid;
+        let v1 = ("memory", "memory.limit_in_bytes");
+        assert_eq!(node.cgroup_number(init, v1, "memory.max"), 64 << 20);
         wait_for("its output", || {
             (docker.ok(&["logs", "service"]) == "up\n").then_some(())
         });
@@ -185,6 +195,8 @@ fn containers_outlive_dockerd_and_containerd(release: &Release) {
     let inits: Vec<Process> = names.iter().map(|name| docker.init(name)).collect();
     let shims = node.shims();
     assert_eq!(shims.len(), names.len());
+    let of_lives = shims.iter().find(|shim| shim.pid == inits[0].parent);
+    let of_lives = of_lives.unwrap_or_else(|| panic!("whose is {:?}?", inits[0]));
     let check = |docker: &Docker, ends: usize| {
         assert_eq!(docker.init("lives"), inits[0]);
         let said = docker.output(&["exec", "lives", "sh", "-c", "echo hello; exit 7"]);
@@ -226,7 +238,8 @@ fn containers_outlive_dockerd_and_containerd(release: &Release) {
     docker.start();
     assert_eq!(docker.wait_exited("both"), (5, false));
     check(&docker, 3);
-    assert!(node.alive(&shims.iter().find(|s| node.alive(s)).unwrap().clone()));
+    assert!(node.alive(of_lives));
+    assert_eq!(docker.init("lives").parent, of_lives.pid);
 
     docker.ok(&["stop", "lives"]);
     assert_eq!(docker.wait_exited("lives"), (5, false));

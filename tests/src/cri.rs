@@ -42,6 +42,24 @@ impl Handler {
     /// All that [`crate::Node::kubernetes`] configures.
     pub const ALL: [Handler; 3] = [Handler::Stock, Handler::ByType, Handler::ByPath];
 
+    /// Ours as the README recommends it for that release. 1.6.20 ignores `runtime_path`, and would
+    /// run the stock shim.
+    pub fn recommended(release: &Release) -> Handler {
+        match &*release.version {
+            "1.6.20" => Handler::ByType,
+            _ => Handler::ByPath,
+        }
+    }
+
+    /// Where runc keeps its state if containerd hands on the options that this has on that release:
+    /// of a runtime that it does not know by its type, from 1.7 on, they are the text of its table.
+    pub fn runc_root(self, release: &Release) -> &'static str {
+        match (self, release.name) {
+            (Handler::ByType, name) if name != "1.6" => "/run/of-type",
+            _ => "/run/containerd/runc",
+        }
+    }
+
     /// The name, as a RuntimeClass has it in `handler`.
     pub fn name(self) -> &'static str {
         match self {
@@ -66,7 +84,7 @@ impl Node {
     /// started, and the images there.
     #[track_caller]
     pub fn kubernetes(self: &Arc<Node>, release: &Release) -> Containerd {
-        self.pods_by(release, 2, config())
+        self.pods_by(release, 2, config(release))
     }
 
     /// The same with the CRI configured by `runtimes`, a whole part of `config.toml` that begins
@@ -116,11 +134,14 @@ fn needed_by_version_3() -> String {
 }
 
 /// Every [`Handler`], in the form that every release reads; 2.x takes it over into its own tables.
-fn config() -> String {
-    let runtime = |handler: Handler, rest: String| {
-        let table = format!("{CRI}.containerd.runtimes.{}", handler.name());
-        format!("[{table}]\n{rest}\n")
-    };
+fn config(release: &Release) -> String {
+    let table = |handler: Handler| format!("{CRI}.containerd.runtimes.{}", handler.name());
+    let runtime = |handler: Handler, rest: String| format!("[{}]\n{rest}\n", table(handler));
+    let options = format!(
+        "[{}.options]\nRoot = {:?}\n",
+        table(Handler::ByType),
+        Handler::ByType.runc_root(release)
+    );
     let ours = built("containerd-shim-recoverd-v1");
     [
         needed_by_version_2(),
@@ -136,6 +157,7 @@ fn config() -> String {
             Handler::ByType,
             "runtime_type = \"io.containerd.recoverd.v1\"".into(),
         ),
+        options,
         runtime(
             Handler::ByPath,
             format!("runtime_type = \"io.containerd.runc.v2\"\nruntime_path = {ours:?}"),

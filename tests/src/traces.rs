@@ -17,7 +17,8 @@ pub struct Traces(BTreeSet<String>);
 /// are its own; everybody else's are looked for everywhere. Folders vanish while they are read.
 const FILES: &str = "
     for folder in /run/containerd/s /run/containerd*/io.containerd.runtime.v2.task/* \
-        /var/lib/containerd*/io.containerd.runtime.v2.task/* /run/containerd/runc/* /run/runc; do
+        /var/lib/containerd*/io.containerd.runtime.v2.task/* /run/containerd/runc/* /run/of-type/* \
+        /run/runc; do
         if [ -d $folder ]; then find $folder -mindepth 1 -maxdepth 1 2>/dev/null || :; fi
     done
     find /run -type p ! -path '/run/containerd/fifo/*' ! -path '/run/containerd-*/fifo/*' 2>/dev/null || :

@@ -54,7 +54,7 @@ pub struct Options {
     /// The OCI runtime's root without the namespace; see [`Options::root`].
     #[serde(skip_serializing_if = "is_default")]
     pub root: String,
-    /// Only containerd 1.x knows it.
+    /// `runc --criu`. Only containerd 1.x knows it.
     #[serde(skip_serializing_if = "is_default")]
     pub criu_path: String,
     /// `runc --systemd-cgroup`.

@@ -74,6 +74,12 @@ impl Place<'_> {
         if self.options.systemd_cgroup {
             argv.push("--systemd-cgroup".to_owned());
         }
+        // As the stock shim of 1.6 does. A runc from 1.2 on takes the flag, says that it looks into
+        // PATH only, and goes on.
+        let by_criu = matches!(work, Work::Checkpoint(_) | Work::Restore(_));
+        if by_criu && !self.options.criu_path.is_empty() {
+            argv.extend(["--criu".to_owned(), self.options.criu_path.clone()]);
+        }
         let mut add = |words: &[&str]| argv.extend(words.iter().map(|word| (*word).to_owned()));
         let pid_file = text(&self.pid_file(key));
         let process_file = text(&self.process_file(key));
@@ -278,6 +284,15 @@ mod tests {
             path: "/i".into(),
             ..Default::default()
         }));
+        let criu = Options {
+            criu_path: "/opt/criu".into(),
+            ..Options::default()
+        };
+        for work in [&restore, &checkpoint] {
+            let words = line(work, &init, &criu, None);
+            assert!(words.contains("json --criu /opt/criu "), "{words}");
+        }
+        assert!(!line(&Work::Start, &init, &criu, None).contains("--criu"));
         assert_eq!(
             line(&checkpoint, &init, &plain, None),
             format!(

@@ -225,6 +225,17 @@ mod tests {
     use super::*;
     use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent};
 
+    /// What this machine does not show is said: by `tests/run` too, which names the file.
+    fn skipped(why: &str) {
+        eprintln!("SKIPPED: {why}");
+        if let Some(file) = std::env::var_os("RECOVERD_SKIPPED") {
+            let file = File::options().append(true).create(true).open(file);
+            let text = format!("a part of the shim's unit tests: {why}\n");
+            file.and_then(|mut file| io::Write::write_all(&mut file, text.as_bytes()))
+                .unwrap();
+        }
+    }
+
     /// As the shim is woken.
     fn wakes(watch: &OomWatch) -> Epoll {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
@@ -301,8 +312,7 @@ mod tests {
         let name = format!("recoverd-oom-{}", std::process::id());
         let folder = root.map(|root| root.point.join(name)).unwrap_or_default();
         if fs::create_dir(&folder).is_err() {
-            eprintln!("SKIPPED: this test has to make a cgroup v2 group");
-            return;
+            return skipped("no cgroup v2 group can be made");
         }
         // Its memory controller may be another hierarchy's; its other files are as those of one.
         let changes = File::open(folder.join("cgroup.events")).unwrap();
@@ -314,7 +324,7 @@ mod tests {
             began: (0, 0),
         };
         let epoll = wakes(&watch);
-        let at_first = woken(&epoll, 0);
+        let _at_first = woken(&epoll, 0);
         let still = woken(&epoll, 0);
         let mut child = std::process::Command::new("sleep")
             .arg("1000")
@@ -322,7 +332,6 @@ mod tests {
             .unwrap();
         let moved = fs::write(folder.join("cgroup.procs"), child.id().to_string());
         let changed = woken(&epoll, 10_000);
-        let again = woken(&epoll, 0);
         child.kill().unwrap();
         child.wait().unwrap();
         let emptied = woken(&epoll, 10_000);
@@ -337,23 +346,28 @@ mod tests {
         let wakes_then = (0..100).filter(|_| woken(&epoll, 0)).count();
         moved.unwrap();
         assert!(removed, "{}", folder.display());
-        assert_eq!(
-            (at_first, still, changed, again, emptied),
-            (true, false, true, false, true)
-        );
+        assert_eq!((still, changed, emptied), (false, true, true));
         assert!(wakes_then < 10, "{wakes_then} times in vain");
     }
 
     #[test]
-    fn v1_kills_of_a_real_kernel_are_counted_and_the_end_of_the_group_is_none() {
+    fn kills_of_a_real_kernel_are_counted_and_the_end_of_the_group_is_none() {
         let name = format!("recoverd-oom-{}", std::process::id());
-        let folder = Path::new("/sys/fs/cgroup/memory").join(name);
-        if fs::create_dir(&folder).is_err() {
-            eprintln!("SKIPPED: this test has to make a cgroup v1 memory group");
-            return;
-        }
-        let limited = fs::write(folder.join("memory.limit_in_bytes"), "8388608");
-        let cgroup = Cgroup::V1(vec![("memory".into(), folder.clone())]);
+        // A machine whose cgroups limit no memory runs no OOM test at all.
+        let v1 = Path::new(ROOT_V1).is_dir();
+        let (root, file) = match v1 {
+            true => (ROOT_V1, "memory.limit_in_bytes"),
+            false => (ROOT_V2, "memory.max"),
+        };
+        let folder = Path::new(root).join(name);
+        fs::create_dir(&folder).unwrap();
+        let limited = fs::write(folder.join(file), "8388608");
+        // Where there is swap to be limited.
+        let _ = fs::write(folder.join("memory.swap.max"), "0");
+        let cgroup = match v1 {
+            true => Cgroup::V1(vec![("memory".into(), folder.clone())]),
+            false => Cgroup::V2(folder.clone()),
+        };
         let mut watch = OomWatch::new(&cgroup, None).unwrap();
         let epoll = wakes(&watch);
         let written_at = Timestamp::now();
@@ -373,11 +387,11 @@ mod tests {
         removed.unwrap();
         assert!(!killed.success() && told, "{killed:?}");
         assert_eq!((first, second), (1, 0));
-        // The kernel wakes for the removal as well.
-        assert_eq!(after, (true, 0));
+        // v1 wakes for the removal as well.
+        assert!(after.0 || !v1);
+        assert_eq!(after.1, 0);
         if File::open("/dev/kmsg").is_err() {
-            eprintln!("SKIPPED: the rest of this test has to read the kernel's log");
-            return;
+            return skipped("the kernel's log cannot be read");
         }
         // Whoever comes now learns of it from the log; of a process that is younger it is no news.
         let clocks = Clocks::now();

@@ -116,10 +116,7 @@ mod tests {
     fn the_group_of_this_process_has_metrics() {
         let roots = Roots::default();
         let pid = i32::try_from(std::process::id()).unwrap();
-        let Seen::Present(cgroup) = Cgroup::of(&roots, pid) else {
-            eprintln!("SKIPPED: this test needs cgroups");
-            return;
-        };
+        let cgroup = Cgroup::of(&roots, pid).present().cloned().unwrap();
         let any = read(&roots, &cgroup).present().cloned().unwrap();
         let memory = match &cgroup {
             Cgroup::V1(_) => {

@@ -5,7 +5,7 @@ mod daemon;
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::net::UnixStream,
+    os::{fd::AsFd, unix::net::UnixStream},
     path::Path,
     process::{Command, Output, Stdio},
     time::{Duration, Instant},
@@ -13,6 +13,7 @@ use std::{
 
 use daemon::{Daemon, until};
 use nix::{
+    poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
@@ -455,6 +456,75 @@ fn last_words_of_an_adopted_task_wait_for_a_reader() {
     let before = Instant::now();
     assert_eq!(daemon.delete("c").unwrap(), 0);
     assert!(before.elapsed() < Duration::from_secs(5));
+}
+
+/// An exec that has written a line to `stdout`, which nobody reads; and what holds that.
+fn unread(daemon: &Daemon, stdout: &Path, command: &str) -> u32 {
+    daemon
+        .create("c", "exec sleep 1000", Path::new(NONE))
+        .unwrap();
+    daemon.start("c", "");
+    let command = format!("echo unread; {command}");
+    exec(daemon, &command, Path::new(NONE), stdout).unwrap();
+    let fifo = fs::File::options()
+        .read(true)
+        .write(true)
+        .open(stdout)
+        .unwrap();
+    until("the line is in the fifo", || {
+        let mut ready = [PollFd::new(fifo.as_fd(), PollFlags::POLLIN)];
+        poll(&mut ready, PollTimeout::ZERO).unwrap() == 1
+    });
+    let execs = &daemon.recorded().tasks[0].execs;
+    execs[0].stdio.holders[0].pid
+}
+
+#[test]
+fn what_an_exec_wrote_is_kept_without_a_shim_and_without_a_reader() {
+    let mut daemon = Daemon::new();
+    let stdout = daemon.fifo("out");
+    let go = daemon.dir.path().join("go-on");
+    let go = format!(
+        "until [ -e {} ]; do sleep 0.02; done; echo more",
+        go.display()
+    );
+    let holder = unread(&daemon, &stdout, &go);
+    die(&mut daemon);
+    // What would go at once has gone by then.
+    std::thread::sleep(Duration::from_millis(200));
+    assert!(lives(holder));
+    let _successor = adopt(&daemon);
+    until("it is relieved", || !lives(holder));
+    fs::write(daemon.dir.path().join("go-on"), "").unwrap();
+    let mut text = String::new();
+    fs::File::open(&stdout)
+        .unwrap()
+        .read_to_string(&mut text)
+        .unwrap();
+    assert_eq!(text, "unread\nmore\n");
+    assert_eq!(daemon.wait("c", "e"), 0);
+}
+
+#[test]
+fn what_holds_an_output_goes_when_all_of_it_is_read_or_it_has_no_name_any_more() {
+    for removed in [false, true] {
+        let mut daemon = Daemon::new();
+        let stdout = daemon.fifo("out");
+        let holder = unread(&daemon, &stdout, "exec sleep 1000");
+        let sleeper = daemon.recorded().tasks[0].execs[0].process.unwrap().pid;
+        die(&mut daemon);
+        if removed {
+            fs::remove_file(&stdout).unwrap();
+        } else {
+            let mut reader = fs::File::open(&stdout).unwrap();
+            let mut text = [0; 7];
+            reader.read_exact(&mut text).unwrap();
+            assert_eq!(&text, b"unread\n");
+            assert!(lives(holder), "there is a reader");
+        }
+        until("it goes", || !lives(holder));
+        signal(sleeper, Signal::SIGKILL);
+    }
 }
 
 #[test]

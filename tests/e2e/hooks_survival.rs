@@ -135,15 +135,11 @@ fn workloads_outlive(release: &Release, shim: ShimUnderTest, fault: Fault) {
     let init_stream = Reader::open(&node.stdout_of("single"));
     let exec_stream = Reader::open(&node.stdout_of("session"));
     // Between its stock shim's death and its adoption a writer would get EPIPE (SPEC, F4).
-    let writes_meanwhile = shim == ShimUnderTest::Recoverd || fault == Fault::Hung;
-    if writes_meanwhile {
-        node.tell("go");
-        init_stream.wait_advance();
-    }
-    // An exec's pipe is its shim's: what it writes while that is dead is EPIPE, too.
-    if fault == Fault::Hung {
-        node.tell("exec-go");
-        exec_stream.wait_advance();
+    if shim == ShimUnderTest::Recoverd || fault == Fault::Hung {
+        for (word, stream) in [("go", &init_stream), ("exec-go", &exec_stream)] {
+            node.tell(word);
+            stream.wait_advance();
+        }
     }
     let pod = pod(&containerd, shim);
     let endings = endings(&containerd, shim);

@@ -4,18 +4,22 @@
 //! for each end, and could hang. This one is ended with SIGKILL when the output has ended.
 //!
 //! An init that is no terminal needs none: it has its fifo itself. While we live it only waits for
-//! our death; after that it goes as soon as nobody reads, so that nobody has to find it.
+//! our death; after that it goes as soon as nobody reads and nothing is there to be read, so that
+//! mostly nobody has to find it: with the last end of a fifo, what is in it is gone.
 
 use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsFd, OwnedFd},
+    thread,
+    time::Duration,
 };
 
 use nix::{
     errno::Errno,
     fcntl::OFlag,
     poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::stat::fstat,
     unistd::Pid,
 };
 use recoverd_common::failpoint;
@@ -23,7 +27,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{
     Heard, Held, Logger, NEVER, RelayKind, SHRINK_MS, Stdio, inode_of, is_named_fifo,
-    pipes::reopen, signal,
+    pipes::{is_done, reopen},
+    signal,
 };
 use crate::{
     carry,
@@ -53,6 +58,8 @@ const RETRY_MS: u64 = 1_000;
 /// One that has ended, and was not to, is started again after this long, milliseconds: whoever ends
 /// it again and again would have us start others all the time.
 const AGAIN_MS: u64 = 10_000;
+/// So often one without its shim looks whether what is unread has been read.
+const LOOK: Duration = Duration::from_secs(1);
 /// The inode of no file: a holder that has it holds more than is to be held.
 const NO_FIFO: u64 = 0;
 
@@ -330,18 +337,35 @@ pub fn end(process: Process) {
 }
 
 /// What it does: waits for the end of the process whose pidfd is at 3, then for the readers of the
-/// fifos from 4 on to be gone.
+/// fifos from 4 on to be gone, and for what is in them to be read.
 pub fn hold() -> io::Result<()> {
     let shim = sys::inherited(3).ok_or(io::ErrorKind::NotFound)?;
     let mut fifos: Vec<OwnedFd> = (4..).map_while(sys::inherited).collect();
     wait(&[&shim], PollFlags::POLLIN)?;
-    while !fifos.is_empty() {
+    loop {
         let all: Vec<&OwnedFd> = fifos.iter().collect();
-        let unread = wait(&all, PollFlags::empty())?;
-        let mut unread = unread.into_iter();
-        fifos.retain(|_| unread.next() == Some(false));
+        let mut readerless = wait(&all, PollFlags::empty())?.into_iter();
+        let mut looks_again = false;
+        fifos.retain(|fifo| {
+            let read = readerless.next() == Some(false);
+            let stays = read || !is_over(fifo);
+            looks_again |= stays && !read;
+            stays
+        });
+        if fifos.is_empty() {
+            return Ok(());
+        }
+        // That a reader comes is nothing that can be waited for.
+        if looks_again {
+            thread::sleep(LOOK);
+        }
     }
-    Ok(())
+}
+
+/// Nobody can read anything of it any more, or ever: a name that was removed is opened by nobody.
+fn is_over(fifo: &OwnedFd) -> bool {
+    let nameless = fstat(fifo).is_ok_and(|stat| stat.st_nlink == 0);
+    nameless || is_done(fifo)
 }
 
 /// Until one of them is as asked for, or has no other end; says of each whether it is.

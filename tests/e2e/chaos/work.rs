@@ -65,11 +65,6 @@ impl Work {
         }
     }
 
-    /// What it has written since is nobody's promise.
-    pub fn unread(&mut self) {
-        self.stream = None;
-    }
-
     /// Whether all lines are there, in order, once each, and how many if it has said that.
     #[track_caller]
     fn judge(&mut self, node: &Node) {

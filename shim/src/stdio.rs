@@ -44,6 +44,7 @@ use nix::{
 use crate::{
     carry,
     children::ChildFile,
+    reaper,
     service::{Key, StdioWish},
     supervised::Tell,
     sys,
@@ -54,7 +55,7 @@ pub use adopted::Living;
 use console::{Console, Progress};
 use holder::Holder;
 pub use holder::{end as end_holder, hold};
-use logger::{start_copier, start_logger};
+use logger::{Copies, start_copier, start_logger};
 use pipes::{
     Hold, has_ended, is_done, is_pipe, last_words, open_fifo, own, reopen, set_nonblocking,
     two_way_pipe,
@@ -145,6 +146,14 @@ pub struct Logger {
 }
 
 impl Logger {
+    fn copier(pid: Pid) -> Self {
+        Self {
+            pid,
+            start_time: reaper::start_time(pid),
+            argv: Vec::new(),
+        }
+    }
+
     fn signal(&self, number: libc::c_int) {
         let process = Process {
             pid: u32::try_from(self.pid.as_raw()).unwrap_or(0),
@@ -179,6 +188,9 @@ struct Held {
     /// Read ends of the logger's pipes.
     #[serde(with = "carry::fds")]
     logged: Vec<OwnedFd>,
+    /// If its logger is a copier.
+    #[serde(default)]
+    copies: Option<Copies>,
     /// Holds what its client reads.
     #[serde(default)]
     holder: Option<Holder>,
@@ -601,7 +613,10 @@ impl Stdio {
         };
         held.finishing = true;
         held.input = None;
-        held.logged.clear();
+        // What a logger leaves is read by nobody; what a copier leaves, by the next one.
+        if held.copies.is_none() {
+            held.logged.clear();
+        }
         let holds = std::mem::take(&mut held.holds);
         for hold in holds {
             if hold.last_words {
@@ -639,7 +654,9 @@ impl Stdio {
             .iter()
             .filter_map(|number| self.relays.get(number))
             .any(|relay| relay.kind == RelayKind::Output);
-        if held.finishing && !held.told && !carries && held.logger.is_none() {
+        let copies = held.copies.as_ref();
+        let copied = copies.is_none_or(|copies| copies.again_at.is_none());
+        if held.finishing && !held.told && !carries && held.logger.is_none() && copied {
             held.told = true;
             heard.push(Heard::Drained(key.clone()));
         }
@@ -733,10 +750,12 @@ impl Stdio {
             .chain(dismissed)
     }
 
-    /// A child has exited; true if it was a logger or a holder.
+    /// A process has exited, a child of ours if its status is known; true if it was a logger or a
+    /// holder.
     pub fn logger_exited(
         &mut self,
         pid: Pid,
+        status: Option<u32>,
         now: u64,
         epoll: &Epoll,
         heard: &mut Vec<Heard>,
@@ -750,18 +769,32 @@ impl Stdio {
             return true;
         }
         let found = self.held.iter_mut().find_map(|(key, held)| {
-            held.logger.as_ref().filter(|logger| logger.pid == pid)?;
-            held.logger = None;
-            Some((key.clone(), std::mem::take(&mut held.logged)))
+            held.logger.take_if(|logger| logger.pid == pid)?;
+            held.logged.retain(|pipe| !has_ended(pipe));
+            Some((key.clone(), held))
         });
-        let Some((key, logged)) = found else {
+        let Some((key, held)) = found else {
             return false;
         };
-        if logged.iter().any(|pipe| !has_ended(pipe)) {
-            heard.push(Heard::Warning(format!(
-                "logger of {} has ended, output goes nowhere",
-                key.id
-            )));
+        let mut logged = Vec::new();
+        match &mut held.copies {
+            _ if held.logged.is_empty() => {}
+            Some(copies) if status != Some(logger::FAILED) => {
+                copies.again(now);
+                heard.push(Heard::Warning(format!(
+                    "copier of {} has ended, another one comes",
+                    key.id
+                )));
+            }
+            // With its process has gone who would have to wait.
+            Some(_) if held.finishing => held.logged.clear(),
+            Some(_) | None => {
+                logged = std::mem::take(&mut held.logged);
+                heard.push(Heard::Warning(format!(
+                    "logger of {} has ended, output goes nowhere",
+                    key.id
+                )));
+            }
         }
         // A dead logger costs no container: its output is read and dropped.
         for from in logged {
@@ -778,12 +811,17 @@ impl Stdio {
     pub fn deadline(&self) -> Option<u64> {
         let kills = self.dismissed.iter().map(|(_, at)| *at);
         let holders = self.held.values().filter_map(Held::holder_due_at);
-        let due = kills.chain(self.look_at.map(|(at, _)| at)).chain(holders);
+        let copiers = self
+            .held
+            .values()
+            .filter_map(|held| held.copies.as_ref()?.again_at);
+        let looks = self.look_at.map(|(at, _)| at);
+        let due = kills.chain(looks).chain(holders).chain(copiers);
         due.filter(|at| *at != NEVER).min()
     }
 
-    /// Looks whether last words are read, and ends loggers that did not end. [`Stdio::hold`] is due
-    /// after it.
+    /// Looks whether last words are read, and ends loggers that did not end. [`Stdio::hold`] and
+    /// [`Stdio::copy_again`] are due after it.
     pub fn tick(&mut self, now: u64) {
         let due = self.held.iter().filter(|(_, held)| {
             let at = held.holder_due_at();
@@ -893,7 +931,6 @@ fn output(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::reaper;
 
     #[test]
     fn a_logger_is_asked_to_end_and_the_owner_of_its_reused_pid_is_not() {

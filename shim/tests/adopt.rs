@@ -528,6 +528,62 @@ fn what_holds_an_output_goes_when_all_of_it_is_read_or_it_has_no_name_any_more()
 }
 
 #[test]
+fn a_killed_copier_has_another_one_come_after_it_whoever_started_it() {
+    let mut daemon = Daemon::new();
+    daemon
+        .create("c", "exec sleep 1000", Path::new(NONE))
+        .unwrap();
+    daemon.start("c", "");
+    let folder = daemon.dir.path().to_owned();
+    let log = folder.join("log");
+    let line = |n: u32| {
+        let file = folder.join(format!("line-{n}"));
+        format!(
+            "until [ -e {0} ]; do sleep 0.02; done; echo {n}; ",
+            file.display()
+        )
+    };
+    let lines: String = (0..4).map(line).collect();
+    let uri = format!("file://{}", log.display());
+    let command = format!("{lines} exit 6");
+    exec(&daemon, &command, Path::new(NONE), Path::new(&uri)).unwrap();
+    let copier = |daemon: &Daemon| {
+        let execs = &daemon.recorded().tasks[0].execs;
+        execs[0]
+            .stdio
+            .logger
+            .as_ref()
+            .map(|logger| logger.process.pid)
+    };
+    let mut expected = String::new();
+    let mut comes = |n: u32| {
+        fs::write(folder.join(format!("line-{n}")), "").unwrap();
+        expected += &format!("{n}\n");
+        until("the line is there", || {
+            fs::read_to_string(&log).is_ok_and(|text| text == expected)
+        });
+    };
+    let killed = |daemon: &Daemon| {
+        let before = copier(daemon).unwrap();
+        signal(before, Signal::SIGKILL);
+        until("another copier", || {
+            copier(daemon).is_some_and(|now| now != before && lives(now))
+        });
+    };
+    comes(0);
+    killed(&daemon);
+    comes(1);
+    die(&mut daemon);
+    let _successor = adopt(&daemon);
+    // Not the successor's child.
+    killed(&daemon);
+    comes(2);
+    killed(&daemon);
+    comes(3);
+    assert_eq!(daemon.wait("c", "e"), 6);
+}
+
+#[test]
 fn what_holds_the_output_of_a_deleted_exec_is_ended() {
     let mut daemon = Daemon::new();
     daemon

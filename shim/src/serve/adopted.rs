@@ -430,7 +430,8 @@ impl Shim {
                 self.witnesses.remove(&token);
                 let mut heard = Vec::new();
                 let at = super::now().mono_ms;
-                self.stdio.logger_exited(pid, at, &self.epoll, &mut heard);
+                self.stdio
+                    .logger_exited(pid, None, at, &self.epoll, &mut heard);
                 self.hear(heard);
                 self.work_off();
             }

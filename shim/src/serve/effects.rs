@@ -261,11 +261,13 @@ impl Shim {
         })
     }
 
-    /// Has what a client reads held over our death, and let go where it has ended.
+    /// Has what a client reads held over our death, and let go where it has ended; and copied what
+    /// somebody has ended the copier of.
     pub(super) fn hold_outputs(&mut self) {
         let mut heard = Vec::new();
         let now = super::now().mono_ms;
-        if self.stdio.hold(&self.namespace, now, &mut heard) {
+        let copies = self.stdio.copy_again(&self.namespace, now, &mut heard);
+        if self.stdio.hold(&self.namespace, now, &mut heard) || copies {
             failpoint!("stdio.held.before");
             self.write_record();
             self.let_go();
@@ -280,6 +282,7 @@ impl Shim {
         if !self.journal_broken {
             self.stdio.let_go();
         }
+        self.stdio.begin_copiers();
         let waiting = self.children.values_mut();
         for gate in waiting.filter_map(|child| child.gate.take()) {
             failpoint!("serve.gate.before");

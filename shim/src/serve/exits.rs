@@ -115,10 +115,10 @@ impl Shim {
     /// An exit that is no short-lived child's; the kernel still knows it.
     fn exited(&mut self, exited: reaper::Exited) {
         let mut heard = Vec::new();
-        let at = now().mono_ms;
+        let (status, at) = (Some(exited.status), now().mono_ms);
         if self
             .stdio
-            .logger_exited(exited.pid, at, &self.epoll, &mut heard)
+            .logger_exited(exited.pid, status, at, &self.epoll, &mut heard)
         {
             reaper::collect(exited.pid);
             self.hear(heard);

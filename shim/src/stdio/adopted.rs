@@ -30,7 +30,7 @@ use nix::{
 };
 
 use super::{
-    Held, Hold, Logger, NewRelay, Opened, RelayKind, Stdio, Target, Wanted, is_fifo,
+    Copies, Held, Hold, Logger, NewRelay, Opened, RelayKind, Stdio, Target, Wanted, is_fifo,
     logger::start_copier, open_fifo, set_nonblocking,
 };
 use crate::{adopt::Loot, supervised::Tell};
@@ -195,7 +195,12 @@ impl Stdio {
             };
             match to {
                 To::Copy(to) => relays.push((from, Some(to), RelayKind::Output)),
-                To::Logger => held.logged.push(from),
+                To::Logger => {
+                    if let Ok(Target::File(path)) = Target::parse(uri) {
+                        held.copies = Some(Copies::new(path, true));
+                    }
+                    held.logged.push(from);
+                }
                 To::Nowhere(why) => {
                     remarks.push(format!("{name} is read and dropped: {why}"));
                     relays.push((from, None, RelayKind::Output));

@@ -84,6 +84,14 @@ pub(super) fn set_nonblocking(fd: &OwnedFd) {
     }
 }
 
+/// The read end of a pipe once more, for somebody who waits at it: by an opening of its own, because
+/// ours may not be waited at. That does not wait either, should the last writer have gone.
+pub(super) fn read_end(pipe: &OwnedFd) -> io::Result<OwnedFd> {
+    let read = reopen(pipe, true, false, OFlag::O_NONBLOCK)?;
+    fcntl(&read, FcntlArg::F_SETFL(OFlag::empty()))?;
+    Ok(read)
+}
+
 /// A pipe or a fifo, and no terminal or file.
 pub(super) fn is_pipe(fd: &OwnedFd) -> bool {
     nix::sys::stat::fstat(fd).is_ok_and(|stat| stat.st_mode & libc::S_IFMT == libc::S_IFIFO)

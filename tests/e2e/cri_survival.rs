@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use k8s_cri::v1::{ContainerState, LinuxContainerResources};
 use recoverd_common::pb::task::Status;
@@ -501,10 +501,18 @@ fn containerd_may_end(release: &Release, end: End) {
     ];
     words.extend(repair.map(str::to_owned));
     // containerd has its shims' `delete` remove some of it meanwhile.
-    wait_for("no leaked cgroup", || {
-        let repaired = node.recoverd(&words).status.code() == Some(0);
-        (repaired && before.new_since(&node).is_empty()).then_some(())
-    });
+    let began = Instant::now();
+    loop {
+        let repair = node.recoverd(&words);
+        let left = before.new_since(&node);
+        if repair.status.code() == Some(0) && left.is_empty() {
+            break;
+        }
+        assert!(
+            began.elapsed() < Duration::from_secs(120),
+            "{repair:?} {left:#?}"
+        );
+    }
 }
 
 /// Ends containerd while runc is at it, or so long after it was asked; what it then says of the

@@ -212,7 +212,12 @@ fn a_pod_outlives(release: &Release, shim: ShimUnderTest, fault: Fault) {
     let mut containerd = node.kubernetes(release);
     let before = Traces::of(&node);
     let mut cri = containerd.cri();
-    let pod = cri.run_pod("web-0", shim.into());
+    // Both ways to name ours take part.
+    let handler = match (shim, fault) {
+        (ShimUnderTest::Recoverd, Fault::Hung) => Handler::recommended(release),
+        _ => shim.into(),
+    };
+    let pod = cri.run_pod("web-0", handler);
     let writer = cri.run(&pod, &writer("writer", 23));
     let side = cri.run(&pod, &ContainerSpec::until_term("side", 5));
     let eats = cri.run(&pod, &eater("eats"));
@@ -347,15 +352,20 @@ fn target() -> ContainerSpec {
 
 /// What a round's requests are about: all of it there, and running, when it begins.
 struct Target {
+    handler: Handler,
     pod: Pod,
     container: String,
 }
 
 impl Target {
-    fn new(cri: &Cri, name: &str) -> Target {
-        let pod = cri.run_pod(name, Handler::ByType);
+    fn new(cri: &Cri, name: &str, handler: Handler) -> Target {
+        let pod = cri.run_pod(name, handler);
         let container = cri.run(&pod, &target());
-        Target { pod, container }
+        Target {
+            handler,
+            pod,
+            container,
+        }
     }
 
     /// What has to have happened before the request can be made.
@@ -382,7 +392,7 @@ impl Target {
             ..LinuxContainerResources::default()
         };
         let _cut_short = match request {
-            Request::RunPod => cri.try_run_pod("further", Handler::ByType.name()).map(drop),
+            Request::RunPod => cri.try_run_pod("further", self.handler.name()).map(drop),
             Request::Create => {
                 let further = ContainerSpec::until_term("further", 0);
                 cri.try_create(&self.pod, &further).map(drop)
@@ -413,6 +423,16 @@ enum End {
     Stopped,
 }
 
+impl End {
+    /// Both ways to name our shim take part.
+    fn handler(self, release: &Release) -> Handler {
+        match self {
+            End::Killed => Handler::ByType,
+            End::Stopped => Handler::recommended(release),
+        }
+    }
+}
+
 fn containerd_may_die_in_the_middle_of_any_request(release: &Release) {
     containerd_may_end(release, End::Killed);
 }
@@ -427,7 +447,7 @@ fn containerd_may_end(release: &Release, end: End) {
     let runc = HeldRunc::of(&mut containerd);
     let before = Traces::of(&node);
     let cri = containerd.cri();
-    let pod = cri.run_pod("bystander", Handler::ByType);
+    let pod = cri.run_pod("bystander", end.handler(release));
     let id = cri.run(&pod, &writer("bystander", 23));
     let answers = "while read x; do echo \"got $x\"; done; exit 7";
     let answers = cri.run(&pod, &ContainerSpec::shell("answers", answers).stdin());
@@ -526,7 +546,8 @@ fn interrupt(
     end: End,
 ) {
     let cri = containerd.cri();
-    let target = Target::new(&cri, name);
+    let handler = end.handler(containerd.release());
+    let target = Target::new(&cri, name, handler);
     let created = cri.create(&target.pod, &ContainerSpec::until_term("created", 0));
     let node = Arc::clone(containerd.node());
     let [asked, may_end] = ["asked", "may-end"].map(|word| node.folder().join(word));

@@ -85,6 +85,7 @@ struct Daemon {
     began: Instant,
     state: State,
     bag: Bag,
+    masters: store::Masters,
     witnessed: Witnessed,
     dirty: bool,
     metrics: Metrics,

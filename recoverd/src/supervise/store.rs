@@ -2,12 +2,14 @@
 //! there. Without one (no NOTIFY_SOCKET) nothing happens.
 //!
 //! It gives descriptors back in any order, so each carries in its name what it is and whose. All
-//! names come back in one environment variable, which may hold 128 KiB: so they are short, and a
-//! socket is named by the beginning of its own name. No write end is given to it: it cannot be asked
+//! names come back in one environment variable, which may hold 128 KiB, or we would not be started
+//! again at all: so they are short, a socket is named by the beginning of its own name, and there is
+//! an end to the terminals, whose names have their container's in them. No write end is given to it: it cannot be asked
 //! to let one go, and a reader would wait for its end while we are being restarted. Nor what can be
 //! had again as long as its process lives: a read end of an output.
 
 use std::{
+    collections::BTreeSet,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
     time::Duration,
@@ -24,6 +26,49 @@ const MAX_NAME: usize = 255;
 const DIGITS: usize = 12;
 /// What a master's name begins with there; in full.
 const MASTER: &str = "master:";
+
+/// All names of masters together, bytes, each with the colon after it. Our unit lets 4096 descriptors
+/// be stored: were all others listeners and connections, of 15 bytes each, 60 KiB would go to them.
+const MAX_MASTERS: usize = 64 << 10;
+
+/// The masters that are stored, by their names there.
+#[derive(Debug, Default)]
+pub struct Masters {
+    names: BTreeSet<String>,
+    bytes: usize,
+    refused: bool,
+}
+
+impl Masters {
+    /// Whether this one may be stored, as from now on it is.
+    fn take(&mut self, name: &str) -> bool {
+        let bytes = self.bytes.saturating_add(name.len()).saturating_add(1);
+        if self.names.contains(name) {
+            return true;
+        }
+        if bytes > MAX_MASTERS {
+            if !std::mem::replace(&mut self.refused, true) {
+                let count = self.names.len();
+                tracing::warn!(
+                    count,
+                    "no more terminals are stored with the service manager: what is kept of others \
+                     is lost if the supervisor ends before their shims"
+                );
+            }
+            return false;
+        }
+        self.bytes = bytes;
+        self.names.insert(name.to_owned())
+    }
+
+    /// It is stored no longer.
+    fn give(&mut self, name: &str) {
+        if self.names.remove(name) {
+            let bytes = self.bytes.saturating_sub(name.len());
+            self.bytes = bytes.saturating_sub(1);
+        }
+    }
+}
 
 /// The name of what is kept of `socket`, if it is to be stored at all. A colon is not allowed in it.
 pub fn stored_name(socket: &Path, name: &str) -> Option<String> {
@@ -75,12 +120,15 @@ pub fn restore(sockets: &[PathBuf]) -> Vec<(PathBuf, String, OwnedFd)> {
 }
 
 /// Stores one. A service manager that takes none, or no more, is no error.
-pub fn store(socket: &Path, kept: &Kept) {
+pub fn store(masters: &mut Masters, socket: &Path, kept: &Kept) {
     let Some(name) = stored_name(socket, &kept.name) else {
         return;
     };
     let mut states = vec![NotifyState::FdStore, NotifyState::FdName(&name)];
     if kept.what() == "master" {
+        if !masters.take(&name) {
+            return;
+        }
         // A terminal that nobody has open at the moment looks like one that has ended.
         states.push(NotifyState::Custom("FDPOLL=0"));
     }
@@ -91,21 +139,25 @@ pub fn store(socket: &Path, kept: &Kept) {
 
 /// Gives up what is stored, but for a connection: one that has ended the service manager drops by
 /// itself, and all connections of a shim have one name.
-pub fn remove(socket: &Path, kept: &Kept) {
-    if kept.name != CONNECTION {
-        remove_name(socket, &kept.name);
+pub fn remove(masters: &mut Masters, socket: &Path, kept: &Kept) {
+    if kept.name == CONNECTION {
+        return;
+    }
+    if let Some(name) = stored_name(socket, &kept.name) {
+        masters.give(&name);
+        forget(&name);
     }
 }
 
 /// Gives up all connections of a shim.
 pub fn remove_connections(socket: &Path) {
-    remove_name(socket, CONNECTION);
+    if let Some(name) = stored_name(socket, CONNECTION) {
+        forget(&name);
+    }
 }
 
-fn remove_name(socket: &Path, name: &str) {
-    if let Some(name) = stored_name(socket, name) {
-        tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(&name)]);
-    }
+fn forget(name: &str) {
+    tell(&[NotifyState::FdStoreRemove, NotifyState::FdName(name)]);
 }
 
 /// Says something to the service manager.
@@ -147,5 +199,35 @@ mod tests {
         for bad in ["", "listener", "0a+l", "0a0a0a0a0a0a+", "0a0a0a0a0a0a+x"] {
             assert_eq!(restored_name(&sockets, bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn names_of_terminals_never_fill_the_variable_that_they_come_back_in() {
+        const VARIABLE: usize = 128 << 10;
+        const DESCRIPTORS: usize = 4096;
+        let socket = PathBuf::from("/s").join("0a".repeat(32));
+        let short = stored_name(&socket, "connection").unwrap().len() + 1;
+        // As Kubernetes names containers and their sessions.
+        let name = |n: usize| {
+            let of = format!("master:{n:064x}/{n:064x}");
+            stored_name(&socket, &of).unwrap()
+        };
+        let mut masters = Masters::default();
+        let stored: Vec<String> = (0..DESCRIPTORS)
+            .map(name)
+            .filter(|name| masters.take(name))
+            .collect();
+        let bytes: usize = stored.iter().map(|name| name.len() + 1).sum();
+        let others = (DESCRIPTORS - stored.len()) * short;
+        assert!(bytes + others < VARIABLE, "{} masters", stored.len());
+        assert!(stored.len() > 400);
+        assert!(masters.take(&stored[0]), "it is stored already");
+        assert!(!masters.take(&name(DESCRIPTORS)));
+        // What goes makes room, and what was never there does not.
+        masters.give(&name(DESCRIPTORS));
+        assert!(!masters.take(&name(DESCRIPTORS)));
+        masters.give(&stored[0]);
+        assert!(masters.take(&name(DESCRIPTORS)));
+        assert!(!masters.take(&stored[0]));
     }
 }

@@ -134,6 +134,7 @@ impl Daemon {
             began: now.checked_sub(Duration::from_secs(3600)).unwrap_or(now),
             state: State::default(),
             bag: Bag::new(KEPT),
+            masters: store::Masters::default(),
             witnessed,
             dirty: true,
             metrics: Metrics::new(),

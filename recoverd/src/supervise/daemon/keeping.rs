@@ -75,7 +75,7 @@ impl Daemon {
                 }
             }
             failpoint!("supervise.store.before");
-            store::store(socket, &kept);
+            store::store(&mut self.masters, socket, &kept);
             failpoint!("supervise.store.after");
         }
     }
@@ -87,7 +87,7 @@ impl Daemon {
                 let _ = self.epoll.delete(&*kept.fd);
             }
             failpoint!("supervise.drop.before");
-            store::remove(socket, &kept);
+            store::remove(&mut self.masters, socket, &kept);
             failpoint!("supervise.drop.after");
         }
     }

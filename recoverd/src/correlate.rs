@@ -447,9 +447,18 @@ impl<'a> Index<'a> {
         if let Seen::Unknown(why) = &look.listeners {
             return ShimOf::Unknown(why.clone());
         }
-        match address.and_then(|address| look.listening(address)) {
-            Some(pids) if !pids.is_empty() => ShimOf::Stranger(pids.to_vec()),
-            Some(_) | None => {
+        // A supervisor keeps the listener of a shim that died for the next one.
+        let serves = |pid: &i32| !look.supervisors.contains(pid);
+        let listening = address.and_then(|address| look.listening(address));
+        let strangers: Vec<i32> = listening
+            .into_iter()
+            .flatten()
+            .copied()
+            .filter(serves)
+            .collect();
+        match strangers.is_empty() {
+            false => ShimOf::Stranger(strangers),
+            true => {
                 // In the table nobody listens there. That somebody answers is stronger.
                 let answer = address.and_then(|address| look.answers.get(address));
                 match answer.map(|answer| &answer.greeting) {

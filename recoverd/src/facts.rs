@@ -56,6 +56,8 @@ pub struct Look {
     pub sockets: Vec<SocketFile>,
     /// Who listens where: address to pids. *Unknown* without the right to see descriptors.
     pub listeners: Seen<HashMap<Address, Vec<i32>>>,
+    /// Supervisors among them: they keep the listeners of shims and serve no task.
+    pub supervisors: Vec<i32>,
     /// What each asked socket answered.
     pub answers: BTreeMap<Address, Answer>,
     /// The process table, read after bundles and runc's state; *unknown* when some processes are

@@ -303,6 +303,12 @@ fn without_a_shim_process_the_socket_says_who_is_there() {
     look.listeners_mut().insert(SOCKET.into(), vec![99]);
     assert!(matches!(&only(&join(&look)).shim, ShimOf::Stranger(pids) if *pids == [99]));
 
+    // A supervisor keeps it for the next shim.
+    look.supervisors = vec![99];
+    assert!(matches!(only(&join(&look)).shim, ShimOf::None));
+    look.listeners_mut().insert(SOCKET.into(), vec![98, 99]);
+    assert!(matches!(&only(&join(&look)).shim, ShimOf::Stranger(pids) if *pids == [98]));
+
     // The listener is not in the table, but it answers.
     look.listeners_mut().clear();
     *look.answer_of(&C1) = fixture::answer(&C1, Phase::Running);

@@ -144,6 +144,7 @@ pub fn empty() -> Look {
         runc: Vec::new(),
         sockets: Vec::new(),
         listeners: Seen::Present(HashMap::new()),
+        supervisors: Vec::new(),
         answers: BTreeMap::new(),
         processes: Seen::Present(HashMap::new()),
         memberships: HashMap::new(),

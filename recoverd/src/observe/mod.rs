@@ -25,6 +25,7 @@ use recoverd_common::{proc::Proc, seen::Seen};
 
 use crate::{
     facts::{Address, Gap, Host, Look},
+    supervise,
     witnessed::{self, Witnessed},
 };
 
@@ -202,6 +203,12 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
     let fifos = leftovers::fifo_users(&proc, rest.fifos, &bundles, &runc, &table);
     let records = bundles::observe_records(roots);
     let witnessed = witnessed(roots, &host, &mut gaps);
+    let supervised = supervise::bound_at(&roots.run_dir);
+    let supervisors = listeners
+        .present()
+        .and_then(|all| all.get(&*supervised.to_string_lossy()))
+        .cloned()
+        .unwrap_or_default();
 
     gaps.sort();
     gaps.dedup();
@@ -214,6 +221,7 @@ pub async fn look(plan: &Plan, scope: &Scope, progress: &(dyn Fn(&str) + Sync)) 
         bundles,
         runc,
         sockets: rest.sockets,
+        supervisors,
         listeners,
         answers,
         processes: table,

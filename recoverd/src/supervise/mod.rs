@@ -21,4 +21,16 @@ mod metrics;
 mod serve_metrics;
 mod store;
 
+use std::path::{Path, PathBuf};
+
+use recoverd_common::supervision;
+
 pub use daemon::{Setup, run};
+
+/// Where the supervisor's socket is bound before it is renamed to its place: the kernel goes on
+/// naming it so.
+pub fn bound_at(run_dir: &Path) -> PathBuf {
+    let mut beside = supervision::path(run_dir).into_os_string();
+    beside.push(".new");
+    beside.into()
+}

@@ -30,6 +30,7 @@ use tokio::{
 use super::{
     super::{
         bag::Bag,
+        bound_at,
         decide::{Kind, Sighting, State},
         look,
         metrics::Metrics,
@@ -43,13 +44,11 @@ use crate::{
     witnessed::{self, Witnessed},
 };
 
-/// Listens at `path`, in the place of whoever did before.
-fn listen_at(path: &Path) -> io::Result<OwnedFd> {
+/// Listens below `run_dir`, in the place of whoever did before.
+fn listen_below(run_dir: &Path) -> io::Result<OwnedFd> {
     let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
     let fd = socket(AddressFamily::Unix, SockType::SeqPacket, flags, None)?;
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".new");
-    let beside = PathBuf::from(beside);
+    let beside = bound_at(run_dir);
     match fs::remove_file(&beside) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         Ok(()) | Err(_) => {}
@@ -58,7 +57,7 @@ fn listen_at(path: &Path) -> io::Result<OwnedFd> {
     fs::set_permissions(&beside, fs::Permissions::from_mode(0o600))?;
     listen(&fd, Backlog::MAXCONN)?;
     failpoint!("supervise.listen.before");
-    fs::rename(&beside, path)?;
+    fs::rename(&beside, supervision::path(run_dir))?;
     failpoint!("supervise.listen.after");
     Ok(fd)
 }
@@ -100,7 +99,7 @@ impl Daemon {
         witnessed.boot_id = boot_id;
         witnessed.since = Some(Timestamp::now());
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        let listener = listen_at(&supervision::path(&setup.run_dir))?;
+        let listener = listen_below(&setup.run_dir)?;
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;
         let teller = Teller::find();
         if let Teller::Nobody(why) = &teller {

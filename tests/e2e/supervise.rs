@@ -9,9 +9,10 @@ use std::time::{Duration, Instant};
 
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
-    Container, Containerd, Events, HeldRunc, Node, Process, Reader, Release, ShimUnderTest,
-    Supervisor, Task, Traces, make_fifo, numbers, wait_for,
+    Container, Containerd, Events, Fifos, HeldRunc, Input, Node, Output, Process, Reader, Release,
+    ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers, oci_spec, wait_for,
 };
+use serde_json::json;
 
 recoverd_tests::tests! {
     on_every_release: [
@@ -29,6 +30,8 @@ recoverd_tests::tests! {
         what_a_shim_says_with_its_last_breath_is_heard,
         one_supervisor_at_a_time,
         a_configuration_that_is_no_good_keeps_no_supervisor_away,
+        a_shim_whose_record_is_lost_has_a_successor,
+        what_is_typed_goes_on_when_shims_and_containerd_die_under_a_supervisor,
     ],
 }
 
@@ -721,4 +724,102 @@ fn a_configuration_that_is_no_good_keeps_no_supervisor_away(release: &Release) {
     // Wrong words on the command line are nobody's slip of today: its unit does not try again.
     let refused = node.recoverd(["supervise", "--nonsense"]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
+
+/// SPEC's row F11 in the middle of F6.
+fn a_shim_whose_record_is_lost_has_a_successor(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let supervisor = node.supervise();
+    let (task, mut client) = containerd.run_attached(&counter(&node, "counts"));
+    supervisor.wait_watching("ours", 1);
+    let record = format!("{}.record", task.socket().display());
+    for line in [
+        format!("rm {record} {record}.spare"),
+        // Cut, as far as it may be.
+        format!(": >{record}"),
+        format!("echo nonsense >{record}"),
+    ] {
+        // What it has written last is what is lost.
+        supervisor.wait_watches(&[&task.shim_now(), &task.init]);
+        node.shell(&line);
+        kill_and_await(&node, &supervisor, &task);
+        assert_running(&containerd, &task);
+        let was = client.text().len();
+        wait_for("the stream to go on", || {
+            (client.text().len() > was).then_some(())
+        });
+        assert!(client.is_running(), "{}", client.text());
+    }
+    node.tell("stop");
+    assert_eq!(client.wait().code(), Some(23), "{}", client.text());
+    assert_numbered(&client.text());
+    nothing_is_kept(&supervisor);
+}
+
+/// SPEC's row F3 with what only a supervisor keeps: a terminal, and a stdin that its client holds.
+fn what_is_typed_goes_on_when_shims_and_containerd_die_under_a_supervisor(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    // What would give a shim that died a successor at once does not come up.
+    let supervisor = node.supervise_with("[adopt]\nbinary = \"/bin/false\"\n");
+    let api = containerd.api("e2e");
+    let shell_fifos = Fifos::of_client(&node, "shell", true);
+    let cat_fifos = Fifos::of_client(&node, "cat", false);
+    let output = |fifos: &Fifos| Output::of(&node.path(&fifos.stdio.stdout));
+    let (screen, copy) = (output(&shell_fifos), output(&cat_fifos));
+    let _errors = Output::of(&node.path(&cat_fifos.stdio.stderr));
+    let mut spec = oci_spec("shell", &["sh"]);
+    spec["process"]["terminal"] = json!(true);
+    let shim = ShimUnderTest::Recoverd;
+    api.run("shell", &spec, shim, &shell_fifos.stdio);
+    api.run("cat", &oci_spec("cat", &["cat"]), shim, &cat_fifos.stdio);
+    let shell = containerd.task_of(&ours("shell"));
+    let cat = containerd.task_of(&ours("cat"));
+    let mut keys = Input::of(&node.path(&shell_fifos.stdio.stdin));
+    let mut lines = Input::of(&node.path(&cat_fifos.stdio.stdin));
+    keys.write("echo before=$((1+1))\n");
+    screen.wait_text("before=2");
+    lines.write("before\n");
+    copy.wait_text("before\n");
+    supervisor.wait_watches(&[&shell.shim, &shell.init, &cat.shim, &cat.init]);
+    wait_for("terminal and stdin to be kept", || {
+        (supervisor.kept("master") >= 1.0 && supervisor.kept("stdin") >= 1.0).then_some(())
+    });
+
+    containerd.kill();
+    node.kill(&shell.shim);
+    node.kill(&cat.shim);
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    assert!(hook.line.contains("2 adopted"), "{hook:?}");
+    containerd.start();
+    for task in [&shell, &cat] {
+        task.assert_init_alive();
+        assert_ne!(task.shim_now(), task.shim);
+    }
+
+    // A client whose daemon was away opens its fifos again, if it had to.
+    let again = |old: Output, fifos: &Fifos| match old.has_ended() {
+        true => output(fifos),
+        false => old,
+    };
+    let (screen, copy) = (again(screen, &shell_fifos), again(copy, &cat_fifos));
+    keys.write("echo after=$((2+2)); tty\n");
+    screen.wait_text("after=4");
+    screen.wait_text("/dev/pts/0");
+    lines.write("after\n");
+    copy.wait_text("after\n");
+    let api = containerd.api("e2e");
+    drop(lines);
+    api.close_stdin("cat", "")
+        .unwrap_or_else(|refused| panic!("{refused:?}"));
+    assert_eq!(api.status("cat", ""), 0);
+    keys.write("exit 9\n");
+    assert_eq!(api.status("shell", ""), 9);
+    for (id, status) in [("cat", 0), ("shell", 9)] {
+        let ended = api.delete(id, "");
+        assert_eq!(ended.map(|ended| ended.status), Ok(status), "{id}");
+    }
+    nothing_is_kept(&supervisor);
 }

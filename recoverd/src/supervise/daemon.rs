@@ -100,6 +100,9 @@ struct Daemon {
     peers: HashMap<u64, Peer>,
     last: u64,
     versions: BTreeMap<PathBuf, Version>,
+    /// The last record of each shim of ours, as it is on disk: for a successor, should its file be
+    /// lost.
+    records: BTreeMap<PathBuf, Box<[u8]>>,
     places: BTreeMap<Place, Standing>,
     /// Records that may have changed, and when they are read.
     changed: BTreeMap<PathBuf, Instant>,
@@ -366,6 +369,7 @@ impl Daemon {
             }
             Output::Resume(socket) => self.resume(socket),
             Output::DropAll(socket) => {
+                self.records.remove(&socket);
                 let given = self.bag.give_up(&socket, |_| true);
                 store::remove_connections(&socket);
                 self.given_up(&socket, given);

@@ -259,6 +259,9 @@ struct Group {
     meant: Option<(Process, u64)>,
     /// The one that ended as was meant: its record, read again, is what it left.
     left: Option<Process>,
+    /// The serving shim's record has gone. It retires, and has nothing that lives; or somebody
+    /// took it away.
+    recordless: bool,
 }
 
 impl Group {
@@ -272,6 +275,7 @@ impl Group {
             failures: 0,
             meant: None,
             left: None,
+            recordless: false,
         }
     }
 
@@ -382,11 +386,8 @@ impl State {
                     && matches!(group.stage, Stage::Serves | Stage::Resumes)
                     && group.sighting.kind == Kind::Ours
                 {
-                    // It retires: what it has announced is dropped with its end.
-                    for (_, process) in std::mem::take(&mut group.sighting.members) {
-                        out.push(Output::Unwatch(process));
-                    }
-                    group.sighting.tasks = 0;
+                    // What it has announced is dropped with its end, if it retires.
+                    group.recordless = true;
                 } else if let Some(group) = self.groups.remove(&socket) {
                     forget(socket, &group, &mut out);
                 }
@@ -488,6 +489,7 @@ impl State {
         }
         watch_members(&old.members, out);
         group.sighting = sighting;
+        group.recordless = false;
     }
 
     fn shim_ended(
@@ -507,7 +509,9 @@ impl State {
         }
         let announced = |(announced, until): (Process, u64)| announced == process && now < until;
         let meant = group.meant.is_some_and(announced) || how == How::Exited(0);
-        let nothing = group.sighting.tasks == 0;
+        // One that retires has nothing that lives. Whose record was taken away has.
+        let retired = group.recordless && group.sighting.members.is_empty();
+        let nothing = group.sighting.tasks == 0 || retired;
         let follows = match group.sighting.kind {
             _ if meant || nothing => Follows::Nothing,
             Kind::Stock => Follows::Loss,

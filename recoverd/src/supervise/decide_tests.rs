@@ -94,9 +94,11 @@ fn what_is_seen_is_watched_once_and_what_has_gone_is_not() {
         ]
     );
     assert_eq!(state.count(Kind::Ours).inits, 2);
-    let out = state.step(Input::Gone(S.into()), 0);
-    assert_eq!(out.len(), 3, "{out:?}");
-    // It retires and ends.
+    // All of them end, it retires and ends.
+    for (member, pid) in [(m("a", ""), 10), (m("a", "e"), 12), (m("b", ""), 20)] {
+        state.step(Input::MemberEnded(S.into(), member, p(pid)), 0);
+    }
+    assert_eq!(state.step(Input::Gone(S.into()), 0), []);
     let out = state.step(ended(1, How::Exited(0)), 0);
     assert!(
         out.contains(&Output::DropAll(S.into())) && !resumes(&out),
@@ -159,6 +161,40 @@ fn an_announced_end_and_one_without_tasks_have_no_successor() {
         follows(&state.step(ended(1, KILLED), 0)),
         Some(Follows::Nothing)
     );
+}
+
+#[test]
+fn a_record_that_somebody_took_away_is_nobodys_end_and_one_that_retires_has_none() {
+    let gone = || Input::Gone(S.into());
+    let mut state = watching(Kind::Ours);
+    state.step(gone(), 0);
+    assert_eq!(state.count(Kind::Ours).inits, 1, "it lives");
+    let out = state.step(ended(1, KILLED), 0);
+    assert!(resumes(&out), "{out:?}");
+    // The same while a successor is on its way: it has written none yet.
+    state.step(gone(), 0);
+    state.step(tried_for(1, Tried::Serves(p(2))), 0);
+    assert!(resumes(&state.step(ended(2, KILLED), 0)));
+
+    // Its last process has ended: it retires, and dies while it does.
+    let mut state = watching(Kind::Ours);
+    state.step(Input::MemberEnded(S.into(), m("a", ""), p(10)), 0);
+    state.step(gone(), 0);
+    let out = state.step(ended(1, KILLED), 0);
+    assert_eq!(follows(&out), Some(Follows::Nothing));
+    assert!(out.contains(&Output::DropAll(S.into())), "{out:?}");
+    assert_eq!(state.sockets().count(), 0);
+    // With its record it has an exit to tell yet.
+    let mut state = watching(Kind::Ours);
+    state.step(Input::MemberEnded(S.into(), m("a", ""), p(10)), 0);
+    assert!(resumes(&state.step(ended(1, KILLED), 0)));
+    // What was taken away and written anew is there.
+    let mut state = watching(Kind::Ours);
+    state.step(gone(), 0);
+    let again = sighting(Kind::Ours, 1, &[("a", "", 10)]);
+    state.step(Input::Seen(S.into(), again), 0);
+    state.step(Input::MemberEnded(S.into(), m("a", ""), p(10)), 0);
+    assert!(resumes(&state.step(ended(1, KILLED), 0)));
 }
 
 #[test]

@@ -14,7 +14,11 @@ use recoverd_common::{
     ids::{Id, Namespace},
     paths::{self, Beside, RUNC_ROOT},
     proc::Proc,
-    record::{self, Process, Record},
+    read::{MAX_FILE, read_file},
+    record::{
+        self, Process, Record,
+        version::{self, Unreadable},
+    },
     runc,
     seen::Seen,
     shim_client::ShimClient,
@@ -94,6 +98,19 @@ fn version(path: &Path) -> Option<Version> {
 /// The record beside `socket`.
 pub fn record(socket: &Path) -> Seen<Record> {
     record::read(&Beside::of(socket).record)
+}
+
+/// There is no record beside `socket`, or what is there was never one. One of a newer version is no
+/// such thing: it is not ours to replace.
+pub fn record_is_lost(socket: &Path) -> bool {
+    match read_file(&Beside::of(socket).record, MAX_FILE) {
+        Seen::Absent => true,
+        Seen::Present(bytes) => match version::decode(&bytes) {
+            Ok(_) | Err(Unreadable::Newer(_)) => false,
+            Err(Unreadable::NotARecord(_) | Unreadable::Never(_) | Unreadable::Broken(_)) => true,
+        },
+        Seen::Unknown(_) => false,
+    }
 }
 
 /// Every bundle below these state folders, and the folders whose entries are bundles.
@@ -267,6 +284,11 @@ mod tests {
         assert!(matches!(super::record(&socket), Seen::Unknown(_)));
         fs::write(&record, "{}").unwrap();
         assert_ne!(records(dir.path()), seen);
+        assert!(record_is_lost(&socket));
+        fs::write(&record, r#"{"format": 99}"#).unwrap();
+        assert!(!record_is_lost(&socket), "a newer version's");
+        fs::remove_file(&record).unwrap();
+        assert!(record_is_lost(&socket));
         assert!(records(&dir.path().join("none")).is_empty());
     }
 

@@ -147,6 +147,7 @@ impl Daemon {
             unanswered: Vec::new(),
             last: TELLER,
             versions: BTreeMap::new(),
+            records: BTreeMap::new(),
             places: BTreeMap::new(),
             changed: BTreeMap::new(),
             missed: BTreeMap::new(),

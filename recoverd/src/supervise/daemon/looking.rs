@@ -9,6 +9,7 @@ use std::{
 use notify::Watcher;
 use recoverd_common::{
     paths::{Beside, TASK_PLUGIN},
+    record::version,
     seen::Seen,
 };
 
@@ -158,6 +159,8 @@ impl Daemon {
         match look::record(socket) {
             Seen::Present(record) => {
                 if record.boot_id == self.witnessed.boot_id {
+                    let bytes = version::encode(&record).into_boxed_slice();
+                    self.records.insert(socket.to_owned(), bytes);
                     let sighting = Sighting::of_record(&record);
                     self.inbox.push(Input::Seen(socket.to_owned(), sighting));
                 }
@@ -166,6 +169,8 @@ impl Daemon {
                 let ours = self.state.sighting(socket);
                 if ours.is_some_and(|sighting| sighting.kind == Kind::Ours) {
                     self.inbox.push(Input::Gone(socket.to_owned()));
+                } else {
+                    self.records.remove(socket);
                 }
             }
             // It stays as it was.

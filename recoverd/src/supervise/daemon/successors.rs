@@ -7,12 +7,19 @@ use std::{
 };
 
 use recoverd_common::{
-    adoption::Adoption, failpoint, handoff, proc::ProcessId, record::Process, timestamp::Timestamp,
+    adoption::Adoption,
+    failpoint, handoff,
+    proc::ProcessId,
+    record::{Process, Record, version},
+    timestamp::Timestamp,
 };
 use serde_json::Map;
 
 use super::{
-    super::decide::{Follows, How, Input, Sighting, Tried},
+    super::{
+        decide::{Follows, How, Input, Sighting, Tried},
+        look,
+    },
     Daemon,
 };
 use crate::{
@@ -43,10 +50,25 @@ impl Daemon {
         sighting.members.values().filter_map(of).collect()
     }
 
+    /// What a successor of this shim is told, where its record is lost: what was read of it last. It
+    /// was written anew with each change, so nothing has changed since.
+    fn lost_record(&self, socket: &Path, shim: Process) -> Option<Record> {
+        if !look::record_is_lost(socket) {
+            return None;
+        }
+        let record = version::decode(self.records.get(socket)?).ok()?;
+        (record.shim.process == shim).then_some(record)
+    }
+
     pub(super) fn resume(&mut self, socket: PathBuf) {
         let Some(sighting) = self.state.sighting(&socket) else {
             return;
         };
+        let record = self.lost_record(&socket, sighting.shim);
+        let mut because = vec![format!("shim {} has ended", sighting.shim.pid)];
+        if record.is_some() {
+            because.push("its record is lost: taken from what was read of it last".into());
+        }
         let kept: adopt::Kept = self
             .bag
             .of(&socket)
@@ -72,7 +94,7 @@ impl Daemon {
             group: sighting.group.clone(),
             adoption: Adoption {
                 socket: socket.clone(),
-                record: None,
+                record,
                 predecessor: None,
                 // Named when they are handed over.
                 descriptors: Vec::new(),
@@ -80,7 +102,7 @@ impl Daemon {
             },
             unreadable: None,
             members,
-            because: vec![format!("shim {} has ended", sighting.shim.pid)],
+            because,
         };
         let how = HowToAdopt {
             binary: self.setup.binary.clone(),

@@ -107,7 +107,12 @@ mod tests {
     #[test]
     fn what_a_helper_says_of_its_failure_is_told_and_its_server_is_not_waited_for() {
         let shell = |line: &str| run(&["sh", "-c", line].map(str::to_owned));
-        shell("sleep 100 & exit 0").unwrap();
+        // It has their words open as long as this test runs.
+        let serves = format!(
+            "while kill -0 {}; do sleep 0.05; done &",
+            std::process::id()
+        );
+        shell(&serves).unwrap();
         let text = shell("echo out; echo why >&2; exit 3").unwrap_err();
         assert_eq!(text.to_string(), "sh failed (exit status: 3): out\nwhy");
         let text = run(&["mount.nonexistent".to_owned()])

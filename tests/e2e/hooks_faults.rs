@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use recoverd_common::record::Exit;
 use recoverd_tests::{
-    Container, Containerd, Fifos, Input, Node, Output, Process, Release, ShimUnderTest, Task,
-    Traces, built, numbers, oci_spec, wait_for,
+    Container, Containerd, HeldStdio, Node, Process, Release, ShimUnderTest, Task, Traces, built,
+    numbers, wait_for,
 };
-use serde_json::json;
 
 recoverd_tests::tests! {
     with_each_shim: [
@@ -60,59 +59,16 @@ fn start_with_hooks(containerd: &mut Containerd, adopted: &[&Task]) {
 fn a_held_terminal_and_stdin_outlive_a_hung_shim(release: &Release, shim: ShimUnderTest) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    let api = containerd.api("e2e");
-    let shell_fifos = Fifos::of_client(&node, "shell", true);
-    let cat_fifos = Fifos::of_client(&node, "cat", false);
-    let output = |fifos: &Fifos| Output::of(&node.path(&fifos.stdio.stdout));
-    let (screen, copy) = (output(&shell_fifos), output(&cat_fifos));
-    let _errors = Output::of(&node.path(&cat_fifos.stdio.stderr));
-    let mut spec = oci_spec("shell", &["sh"]);
-    spec["process"]["terminal"] = json!(true);
-    api.run("shell", &spec, shim, &shell_fifos.stdio);
-    api.run("cat", &oci_spec("cat", &["cat"]), shim, &cat_fifos.stdio);
-    let shell = containerd.task_of(&Container::new("shell").shim(shim));
-    let cat = containerd.task_of(&Container::new("cat").shim(shim));
-    let mut keys = Input::of(&node.path(&shell_fifos.stdio.stdin));
-    let mut lines = Input::of(&node.path(&cat_fifos.stdio.stdin));
-    keys.write("echo before=$((1+1))\n");
-    screen.wait_text("before=2");
-    lines.write("before\n");
-    copy.wait_text("before\n");
-
+    let held = HeldStdio::run(&containerd, shim);
     containerd.kill();
-    node.freeze(&shell.shim);
-    node.freeze(&cat.shim);
-    start_with_hooks(&mut containerd, &[&shell, &cat]);
-    assert!(!node.alive(&shell.shim) && !node.alive(&cat.shim));
-
-    // A client whose daemon was away opens its fifos again.
-    let screen = if screen.has_ended() {
-        output(&shell_fifos)
-    } else {
-        screen
-    };
-    let copy = if copy.has_ended() {
-        output(&cat_fifos)
-    } else {
-        copy
-    };
-    keys.write("echo after=$((2+2)); tty\n");
-    screen.wait_text("after=4");
-    screen.wait_text("/dev/pts/0");
-    lines.write("after\n");
-    copy.wait_text("after\n");
-    let api = containerd.api("e2e");
-    // The end of its standard input is told, too: its client closes, and says so.
-    drop(lines);
-    api.close_stdin("cat", "")
-        .unwrap_or_else(|refused| panic!("{refused:?}"));
-    assert_eq!(api.status("cat", ""), 0);
-    keys.write("exit 9\n");
-    assert_eq!(api.status("shell", ""), 9);
-    for (id, status) in [("cat", 0), ("shell", 9)] {
-        let ended = api.delete(id, "");
-        assert_eq!(ended.map(|ended| ended.status), Ok(status), "{id}");
+    for task in [&held.shell, &held.cat] {
+        node.freeze(&task.shim);
     }
+    start_with_hooks(&mut containerd, &[&held.shell, &held.cat]);
+    for task in [&held.shell, &held.cat] {
+        assert!(!node.alive(&task.shim), "{}", task.name());
+    }
+    held.assert_goes_on(&containerd);
 }
 
 fn a_log_file_goes_on_with_what_is_known_of_it(release: &Release, shim: ShimUnderTest) {

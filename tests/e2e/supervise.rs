@@ -9,10 +9,9 @@ use std::time::{Duration, Instant};
 
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
-    Container, Containerd, Events, Fifos, HeldRunc, Input, Node, Output, Process, Reader, Release,
-    ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers, oci_spec, wait_for,
+    Container, Containerd, Events, HeldRunc, HeldStdio, Node, Process, Reader, Release,
+    ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers, wait_for,
 };
-use serde_json::json;
 
 recoverd_tests::tests! {
     on_every_release: [
@@ -761,65 +760,26 @@ fn a_shim_whose_record_is_lost_has_a_successor(release: &Release) {
 fn what_is_typed_goes_on_when_shims_and_containerd_die_under_a_supervisor(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
-    // What would give a shim that died a successor at once does not come up.
+    // It starts no successor that comes up: pre-start does.
     let supervisor = node.supervise_with("[adopt]\nbinary = \"/bin/false\"\n");
-    let api = containerd.api("e2e");
-    let shell_fifos = Fifos::of_client(&node, "shell", true);
-    let cat_fifos = Fifos::of_client(&node, "cat", false);
-    let output = |fifos: &Fifos| Output::of(&node.path(&fifos.stdio.stdout));
-    let (screen, copy) = (output(&shell_fifos), output(&cat_fifos));
-    let _errors = Output::of(&node.path(&cat_fifos.stdio.stderr));
-    let mut spec = oci_spec("shell", &["sh"]);
-    spec["process"]["terminal"] = json!(true);
-    let shim = ShimUnderTest::Recoverd;
-    api.run("shell", &spec, shim, &shell_fifos.stdio);
-    api.run("cat", &oci_spec("cat", &["cat"]), shim, &cat_fifos.stdio);
-    let shell = containerd.task_of(&ours("shell"));
-    let cat = containerd.task_of(&ours("cat"));
-    let mut keys = Input::of(&node.path(&shell_fifos.stdio.stdin));
-    let mut lines = Input::of(&node.path(&cat_fifos.stdio.stdin));
-    keys.write("echo before=$((1+1))\n");
-    screen.wait_text("before=2");
-    lines.write("before\n");
-    copy.wait_text("before\n");
+    let held = HeldStdio::run(&containerd, ShimUnderTest::Recoverd);
+    let (shell, cat) = (&held.shell, &held.cat);
     supervisor.wait_watches(&[&shell.shim, &shell.init, &cat.shim, &cat.init]);
     wait_for("terminal and stdin to be kept", || {
         (supervisor.kept("master") >= 1.0 && supervisor.kept("stdin") >= 1.0).then_some(())
     });
-
     containerd.kill();
-    node.kill(&shell.shim);
-    node.kill(&cat.shim);
+    for task in [shell, cat] {
+        node.kill(&task.shim);
+    }
     let hook = containerd.pre_start();
     assert_eq!(hook.exit, 0, "{hook:?}");
     assert!(hook.line.contains("2 adopted"), "{hook:?}");
     containerd.start();
-    for task in [&shell, &cat] {
-        task.assert_init_alive();
+    for task in [shell, cat] {
+        assert_running(&containerd, task);
         assert_ne!(task.shim_now(), task.shim);
     }
-
-    // A client whose daemon was away opens its fifos again, if it had to.
-    let again = |old: Output, fifos: &Fifos| match old.has_ended() {
-        true => output(fifos),
-        false => old,
-    };
-    let (screen, copy) = (again(screen, &shell_fifos), again(copy, &cat_fifos));
-    keys.write("echo after=$((2+2)); tty\n");
-    screen.wait_text("after=4");
-    screen.wait_text("/dev/pts/0");
-    lines.write("after\n");
-    copy.wait_text("after\n");
-    let api = containerd.api("e2e");
-    drop(lines);
-    api.close_stdin("cat", "")
-        .unwrap_or_else(|refused| panic!("{refused:?}"));
-    assert_eq!(api.status("cat", ""), 0);
-    keys.write("exit 9\n");
-    assert_eq!(api.status("shell", ""), 9);
-    for (id, status) in [("cat", 0), ("shell", 9)] {
-        let ended = api.delete(id, "");
-        assert_eq!(ended.map(|ended| ended.status), Ok(status), "{id}");
-    }
+    held.assert_goes_on(&containerd);
     nothing_is_kept(&supervisor);
 }

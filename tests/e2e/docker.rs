@@ -10,6 +10,7 @@ recoverd_tests::tests! {
         docker_runs_everything_that_it_runs_with_the_stock_shim,
         containers_outlive_dockerd_and_containerd,
         dockers_own_containerd_is_found,
+        an_adopted_containers_log_goes_on,
     ],
     docker_in_a_box: [the_readme_makes_it_dockers_default_runtime],
 }
@@ -263,6 +264,44 @@ fn dockers_own_containerd_is_found(release: &Release) {
         "{scan:?}"
     );
     docker.ok(&["rm", "--force", "own"]);
+}
+
+/// A stock shim tells nobody where the fifos of its container are, nor does one of ours whose record
+/// is lost: dockerd's are found by their names.
+fn an_adopted_containers_log_goes_on(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let mut docker = Docker::on(&containerd);
+    let names = ["stock", "ours"];
+    for (name, runtime) in names.into_iter().zip(RUNTIMES) {
+        docker.ok(&run(runtime, &["-d", "--name", name], &COUNTER));
+    }
+    let lines = |docker: &Docker, name| docker.ok(&["logs", name]).lines().count();
+    let inits: Vec<Process> = names.iter().map(|name| docker.init(name)).collect();
+    for name in names {
+        wait_for("numbers", || (lines(&docker, name) > 0).then_some(()));
+    }
+    docker.kill();
+    containerd.kill();
+    for shim in node.shims() {
+        node.kill(&shim);
+    }
+    node.shell("rm /run/containerd/s/*.record");
+    let hook = containerd.pre_start();
+    assert_eq!(hook.exit, 0, "{hook:?}");
+    containerd.start();
+    docker.start();
+    for (name, init) in names.into_iter().zip(&inits) {
+        assert_eq!(docker.init(name), *init);
+        let before = lines(&docker, name);
+        wait_for("the log to go on", || {
+            (lines(&docker, name) > before).then_some(())
+        });
+        docker.ok(&["stop", name]);
+        assert_eq!(docker.wait_exited(name), (5, false));
+    }
+    docker.ok(&["rm", "stock", "ours"]);
+    node.wait_no_shims();
 }
 
 /// Under systemd, word for word; only the image is not from a registry.

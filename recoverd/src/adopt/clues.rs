@@ -37,6 +37,8 @@ const OOM_SCORE_MAX: i32 = 1000;
 const DEFAULT_PATH: &str = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin";
 /// For all shims that are well to say what has become of their execs.
 const SAID_WITHIN: Duration = Duration::from_secs(2);
+/// `<exec-root>/containerd` of a dockerd that nobody has told another.
+const DOCKER: &str = "/run/docker/containerd";
 /// Clients make fifos just before the task; clocks of file systems are coarse.
 const FIFO_SLACK: Duration = Duration::from_secs(2);
 
@@ -257,15 +259,42 @@ fn stdio(
         .iter()
         .filter(of_task)
         .max_by_key(|folder| (in_time(folder), folder.changed_at));
+    match (folder, look.instances.get(instance)) {
+        (Some(folder), _) => fifos_in(&folder.path, id),
+        (None, Some(instance)) => of_docker(instance, task, id),
+        (None, None) => Stdio::default(),
+    }
+}
+
+/// The fifos that dockerd has made for the process `id` of `task`, in a folder of the task's. Its own
+/// containerd listens beside these folders.
+fn of_docker(instance: &Instance, task: &str, id: &str) -> Stdio {
+    let beside = Path::new(&instance.address).parent();
+    let folders = beside.into_iter().chain([Path::new(DOCKER)]);
+    folders
+        .map(|folder| folder.join(task))
+        .flat_map(|folder| {
+            // Older releases call every init so.
+            let init = (id == task).then_some("init");
+            let names = std::iter::once(id).chain(init);
+            names.map(move |name| fifos_in(&folder, name))
+        })
+        .find(|found| *found != Stdio::default())
+        .unwrap_or_default()
+}
+
+/// The fifos of the process that a client calls `name`.
+fn fifos_in(folder: &Path, name: &str) -> Stdio {
     let path = |stream: &str| {
-        let path = folder?.path.join(format!("{id}-{stream}"));
+        let path = folder.join(format!("{name}-{stream}"));
         let is_fifo = fs::symlink_metadata(&path).is_ok_and(|meta| meta.file_type().is_fifo());
-        is_fifo.then(|| path.to_string_lossy().into_owned())
+        let path = is_fifo.then(|| path.to_string_lossy().into_owned());
+        path.unwrap_or_default()
     };
     Stdio {
-        stdin: path("stdin").unwrap_or_default(),
-        stdout: path("stdout").unwrap_or_default(),
-        stderr: path("stderr").unwrap_or_default(),
+        stdin: path("stdin"),
+        stdout: path("stdout"),
+        stderr: path("stderr"),
         ..Stdio::default()
     }
 }
@@ -360,4 +389,40 @@ fn environment(proc: &Proc, pid: i32, name: &str) -> Option<String> {
         let value = text.strip_prefix(name)?.strip_prefix('=')?;
         (!value.is_empty()).then(|| value.to_owned())
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::facts::fixture::healthy;
+
+    #[test]
+    fn dockerd_calls_an_init_by_its_task_or_init_and_an_exec_by_its_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut instance = healthy().instances.remove(0);
+        instance.address = dir.path().join("containerd.sock").display().to_string();
+        let fifo = |task: &str, name: &str| {
+            let folder = dir.path().join(task);
+            fs::create_dir_all(&folder).unwrap();
+            let path = folder.join(name);
+            nix::unistd::mkfifo(&path, nix::sys::stat::Mode::S_IRWXU).unwrap();
+            path.display().to_string()
+        };
+        let new = fifo("new", "new-stdout");
+        let exec = fifo("new", "e-stderr");
+        let old = fifo("old", "init-stdout");
+        fs::write(dir.path().join("new/file-stdout"), "").unwrap();
+        let found = |task: &str, id: &str| of_docker(&instance, task, id);
+        assert_eq!(found("new", "new").stdout, new);
+        assert_eq!(found("new", "e").stderr, exec);
+        assert_eq!(found("old", "old").stdout, old);
+        for (task, id) in [
+            ("new", "file"),
+            ("old", "init-"),
+            ("old", "e"),
+            ("none", "none"),
+        ] {
+            assert_eq!(found(task, id), Stdio::default(), "{task} {id}");
+        }
+    }
 }

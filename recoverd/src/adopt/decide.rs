@@ -126,6 +126,13 @@ pub fn select<'a>(look: &'a Look, cases: &'a Cases<'a>, wish: &Wish<'_>) -> Sele
     let mut groups: BTreeMap<(usize, PathBuf), Group<'a>> = BTreeMap::new();
     let mut refused = Vec::new();
     let mut seen = BTreeSet::new();
+    // Where a shim's name says nothing, runc's state of each of its tasks does.
+    let foreign: BTreeSet<ProcessId> = cases
+        .cases
+        .iter()
+        .filter(|case| case.kind() == Some(Kind::Foreign))
+        .filter_map(|case| Some(case.shim.process()?.id))
+        .collect();
     for case in cases.cases.iter().filter(|case| wanted(look, case, wish)) {
         seen.insert(case.name.clone());
         let asked_for = wish.only.is_some_and(|only| only.contains(&case.name));
@@ -141,6 +148,16 @@ pub fn select<'a>(look: &'a Look, cases: &'a Cases<'a>, wish: &Wish<'_>) -> Sele
             Standing::Healthy(_) => {}
             Standing::No(why) => refuse(why, false),
             Standing::Lost(why) => refuse(why, true),
+            Standing::Needs {
+                predecessor: Some(shim),
+                ..
+            } if foreign.contains(&shim.id) => {
+                let pid = shim.id.pid;
+                refuse(
+                    format!("shim {pid} is no runc shim by another of its tasks: never touched"),
+                    false,
+                );
+            }
             Standing::Needs {
                 socket,
                 instance,

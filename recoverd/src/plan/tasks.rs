@@ -121,6 +121,11 @@ impl Planner<'_, '_> {
                 if !matches!(case.init, Init::None | Init::Dead(..)) {
                     return by_hand("one of its tasks lives or may live");
                 }
+                if case.kind() == Some(Kind::Foreign) {
+                    return by_hand(
+                        "foreign, never touched: by one of its tasks it is no runc shim",
+                    );
+                }
                 names.push(case.name.clone());
             }
         }

@@ -14,7 +14,7 @@ use crate::{
     correlate::correlate,
     facts::{
         Connection, FifoFolder, Phase, RecordFile, Reply,
-        fixture::{C1, OLD, SOCKET, SOCKET_DIR, ago, healthy, mount, process},
+        fixture::{C1, OLD, SOCKET, SOCKET_DIR, Task, ago, healthy, mount, process},
     },
 };
 
@@ -237,6 +237,45 @@ fn an_orphan_is_adopted_without_a_word_and_a_hung_shim_replaced_only_with_contai
     let step = only_step(&look);
     assert_eq!(step.does.ends(), [process(C1.shim, OLD)]);
     assert_eq!(step.destroys, Some(Word::Kill));
+}
+
+#[test]
+fn a_shim_that_is_foreign_by_one_of_its_tasks_is_not_ended_for_another() {
+    const APP: Task = Task {
+        instance: 0,
+        id: "app",
+        group: "c1",
+        shim: 6,
+        init: 8,
+    };
+    let pod = || {
+        let mut look = healthy();
+        look.add(&APP);
+        look.shim_of(&C1).name = "my-shim".into();
+        // Its name says nothing, and runc knows nothing of this one.
+        look.remove_runc(&C1);
+        look
+    };
+    let mut hung = pod();
+    hung.answer_of(&C1).greeting = Reply::Silent;
+    hung.answer_of(&C1).states.clear();
+    hung.shim_of(&C1).state = 'T';
+    down(&mut hung);
+    let mut leaked = pod();
+    for task in [&C1, &APP] {
+        leaked.end_init(task);
+        leaked.unlisted(task);
+    }
+    for look in [hung, leaked] {
+        let cases = correlate(&look, Path::new(SOCKET_DIR));
+        let kinds: Vec<_> = cases.cases.iter().map(|case| case.kind()).collect();
+        for kind in [Kind::Stock, Kind::Foreign] {
+            assert!(kinds.contains(&Some(kind)), "{kinds:?}");
+        }
+        let plan = planned(&look);
+        let ended = plan.steps.iter().flat_map(|step| step.does.ends());
+        assert_eq!(ended.collect::<Vec<_>>(), [], "{plan:#?}");
+    }
 }
 
 #[test]

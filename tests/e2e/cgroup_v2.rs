@@ -52,6 +52,7 @@ const SYSTEMD: &str = r#"
         sleep 0.2
     done
     grep -E '/tasks/(oom|exit)' /tmp/events
+    ! grep -q /tasks/oom /tmp/events || echo "sd: its OOM kill is told"
     ctr task delete sd || echo "deleted with $?"
     systemctl is-active recoverd-sd.scope || echo no scope
     echo $instances >/proc/sys/fs/inotify/max_user_instances
@@ -193,7 +194,7 @@ fn stats_and_oom_kills_are_told_on_cgroup_v2_in_a_vm() {
         "active\n",
         "/usr/local/bin/containerd-shim-runc-v2\n",
         "\"usage_limit\": 16777216",
-        "/tasks/oom",
+        "sd: its OOM kill is told\n",
         "\"exit_status\":137",
         "no scope\n",
         "late: /tasks/oom /tasks/exit ",

@@ -137,6 +137,9 @@ containerd runs it; by hand only -v and -info are of use.
                                                              gone (recoverd runs it)
   -namespace NS -address A -id ID -socket S tell             send the events that a shim has left
                                                              behind (delete runs it)
+  -namespace NS -id ID hold                                  keep what a client reads from ending
+                                                             with the shim (the shim runs it)
+  -namespace NS -id ID copy                                  write output to a file (the shim runs it)
   -v        print the version
   -info     print what this runtime can do, as protobuf (options on standard input)
 

@@ -90,6 +90,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// All steps are taken whatever fails, and the first failure is told.
     pub to_the_end: bool,
+    /// The file that it becomes, where that is not the first word of `argv`.
+    pub program: Option<&'static str>,
     /// What it becomes; none for a child that only does its steps.
     pub argv: Vec<String>,
     /// Its whole environment; none for ours.
@@ -127,10 +129,13 @@ impl Gate {
     }
 }
 
-/// How a child becomes another program that is this very image, whatever has been installed since.
+/// This very image, whatever has been installed since: for a child that becomes another program of
+/// ours.
+pub const OURSELVES: Option<&str> = Some("/proc/self/exe");
+
+/// Its words, by a name that says whose it is.
 pub fn ourselves(namespace: &str, id: &str, verb: &str) -> Vec<String> {
-    let exe = "/proc/self/exe";
-    [exe, "-namespace", namespace, "-id", id, verb]
+    [crate::NAME, "-namespace", namespace, "-id", id, verb]
         .map(str::to_owned)
         .into()
 }
@@ -375,10 +380,11 @@ fn execute(plan: &Plan) -> String {
     let (Some(argv), Some(env)) = (c_strings(argv), env) else {
         return format!("exec {program}: an argument contains a zero byte");
     };
-    let Some(file) = argv.first() else {
-        return "no program".to_owned();
+    let program = plan.program.unwrap_or(program);
+    let Ok(file) = CString::new(program) else {
+        return format!("exec {program}: it contains a zero byte");
     };
-    match execvpe(file, &argv, &env) {
+    match execvpe(&file, &argv, &env) {
         Ok(never) => match never {},
         Err(errno) => not_executed(program, &errno.into()),
     }
@@ -447,6 +453,7 @@ mod tests {
             folder: "/".into(),
             steps: Vec::new(),
             to_the_end: false,
+            program: None,
             argv: argv.iter().map(|word| (*word).to_owned()).collect(),
             env: None,
             extra_env: None,

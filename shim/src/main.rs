@@ -60,7 +60,12 @@ mod witness;
 use args::Invocation;
 use serve_args::ServeArgs;
 
+/// As which containerd finds it, and everybody a process of ours.
+const NAME: &str = "containerd-shim-recoverd-v1";
+
 fn main() -> ExitCode {
+    // Begun as /proc/self/exe, it would be "exe" to who looks; this is as long as the kernel keeps.
+    let _ = nix::sys::prctl::set_name(c"containerd-shim");
     let invocation = match args::parse(env::args_os().skip(1)) {
         Ok(invocation) => invocation,
         Err(refusal) => {

@@ -131,6 +131,7 @@ impl Shim {
             folder: bundle.to_owned(),
             steps: Vec::new(),
             to_the_end: false,
+            program: None,
             argv: Vec::new(),
             env: None,
             extra_env: None,

@@ -142,6 +142,7 @@ impl Shim {
             folder: "/".into(),
             steps: Vec::new(),
             to_the_end: false,
+            program: None,
             argv: vec![
                 executable.to_string_lossy().into_owned(),
                 "-handoff-check".to_owned(),

@@ -112,6 +112,7 @@ impl Holder {
             steps: Vec::new(),
             to_the_end: false,
             // As a copier: a program of its own, of this very image.
+            program: children::OURSELVES,
             argv: children::ourselves(namespace, &key.id, "hold"),
             env: None,
             extra_env: None,

@@ -137,6 +137,7 @@ pub(super) fn start_logger(
         folder: "/".into(),
         steps: Vec::new(),
         to_the_end: false,
+        program: None,
         argv: argv.clone(),
         env: Some(vec![
             format!("CONTAINER_ID={id}"),
@@ -215,6 +216,7 @@ fn spawn_copier(
         steps: Vec::new(),
         to_the_end: false,
         // A program of its own: without its shim, a mere fork would look like one.
+        program: children::OURSELVES,
         argv: children::ourselves(namespace, &key.id, "copy"),
         env: None,
         extra_env: None,

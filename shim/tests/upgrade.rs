@@ -318,6 +318,50 @@ fn an_image_that_dies_at_once_is_replaced_by_the_old_one_with_what_was_kept() {
     assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
 }
 
+/// An exec whose numbers are read from what this gives, until everything ends.
+fn counting(daemon: &Daemon) -> fs::File {
+    let stdout = daemon.fifo("out");
+    let end = daemon.dir.path().join("end");
+    let command = format!(
+        "n=0; until [ -e {} ]; do n=$((n+1)); echo $n; sleep 0.02; done",
+        end.display()
+    );
+    let request = task::ExecProcessRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+        stdout: stdout.to_str().unwrap().into(),
+        spec: Some(Any {
+            type_url: String::new(),
+            value: format!(r#"{{"args":["{command}"]}}"#).into_bytes(),
+        }),
+        ..Default::default()
+    };
+    daemon
+        .call::<task::ConnectResponse>("Exec", &request)
+        .unwrap();
+    daemon.start("c", "e");
+    fs::File::open(stdout).unwrap()
+}
+
+/// The state of each child of a process, and the last word of its command line.
+fn children(parent: u32) -> Vec<(String, String)> {
+    let entries = fs::read_dir("/proc").unwrap().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().into_string().ok());
+    pids.filter_map(|pid| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        let (_, rest) = stat.rsplit_once(") ")?;
+        let mut fields = rest.split(' ');
+        let state = fields.next()?.to_owned();
+        if fields.next()? != parent.to_string() {
+            return None;
+        }
+        let line = fs::read_to_string(format!("/proc/{pid}/cmdline")).ok()?;
+        let verb = line.trim_end_matches('\0').rsplit('\0').next()?;
+        Some((state, verb.to_owned()))
+    })
+    .collect()
+}
+
 /// A thousand times, or as often as RECOVERD_UPGRADES says.
 #[test]
 fn many_upgrades_in_a_row_leave_no_trace() {
@@ -328,6 +372,7 @@ fn many_upgrades_in_a_row_leave_no_trace() {
     let init = waiting(&daemon);
     daemon.create("c", &init, Path::new(NONE)).unwrap();
     daemon.start("c", "");
+    let mut reader = counting(&daemon);
     // A minute for each ten of them: the machine may be busy.
     let until_then = Instant::now() + Duration::from_secs(60 + 6 * u64::from(rounds));
     let client = || ShimClient::connect(&daemon.socket(), "ns", until_then).unwrap();
@@ -362,9 +407,24 @@ fn many_upgrades_in_a_row_leave_no_trace() {
         }
     }
     let (descriptors, memory) = early.unwrap();
-    assert_eq!(looks(pid).1, descriptors);
+    until("there are as many descriptors as before", || {
+        looks(pid).1 == descriptors
+    });
+    until(
+        "one process holds the exec's output, and all others are reaped",
+        || {
+            let children = children(pid);
+            let holders = children.iter().filter(|(_, verb)| verb == "hold");
+            holders.count() == 1 && children.iter().all(|(state, _)| state != "Z")
+        },
+    );
     // What it needed to begin is given back when it has nothing to do.
     until("it needs no more than before", || private() <= memory + 64);
     end(&daemon);
     assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
+    let mut text = String::new();
+    reader.read_to_string(&mut text).unwrap();
+    let numbers = text.lines().map(|line| line.parse::<u32>().unwrap());
+    assert!(numbers.eq((1..).take(text.lines().count())), "{text}");
+    assert!(!text.is_empty());
 }

@@ -82,7 +82,8 @@ struct Stream {
     path: PathBuf,
     count: String,
     reader: Reader,
-    kept: File,
+    /// A write end of the client's own: no shim's death is seen.
+    kept: Option<File>,
 }
 
 /// What is done next.
@@ -149,6 +150,7 @@ pub struct Life {
     options: Option<Any>,
     /// Pause and Resume were answered.
     thawed: bool,
+    sees_ends: bool,
 }
 
 /// As `numbers` of the harness, slower: many of these run beside each other.
@@ -225,7 +227,7 @@ impl Life {
                 reader: Reader::open(&path),
                 path,
                 count: format!("{round}-{name}"),
-                kept,
+                kept: Some(kept),
             });
         }
         let path = make_fifo(&ground.node, &format!("{round}-short-stdout"));
@@ -243,11 +245,29 @@ impl Life {
             runtime: ground.shim.clone(),
             options: None,
             thawed: false,
+            sees_ends: false,
         }
     }
 
     fn member(&mut self, who: Who) -> &mut Member {
         &mut self.members[who as usize]
+    }
+
+    /// The client of the session has no write end of its stream as soon as that runs: it would see the
+    /// end if nobody else had one.
+    pub fn sees_ends(&mut self) {
+        self.sees_ends = true;
+        self.let_see(Who::Session);
+    }
+
+    fn let_see(&mut self, who: Who) {
+        if self.sees_ends
+            && who == Who::Session
+            && self.stage(who) >= Stage::Started
+            && let Some(stream) = &mut self.member(who).stream
+        {
+            stream.kept = None;
+        }
     }
 
     /// The stage of one of them.
@@ -481,6 +501,7 @@ impl Life {
                     if let Ok(pid) = answer {
                         self.member(who).process = ground.node.process(pid);
                         self.member(who).stage = Stage::Started;
+                        self.let_see(who);
                     }
                     self.answered(ground, answer, armed)?;
                 }
@@ -682,6 +703,7 @@ impl Life {
             self.member(who).process = Some(living);
         }
         self.member(who).stage = now;
+        self.let_see(who);
     }
 
     /// Everything was deleted: nothing is lost, and nothing left.

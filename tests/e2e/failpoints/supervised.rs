@@ -56,6 +56,7 @@ pub fn play_next_image(ground: &mut Ground, armed: &Armed) -> bool {
 pub fn play_hook(ground: &mut Ground, armed: &Armed) -> bool {
     let supervisor = ground.supervise(Some(armed));
     let mut life = Life::new(ground);
+    life.sees_ends();
     let mut died = false;
     go(ground, &mut life, &RUNNING, armed, &mut died);
     ground.wait_watching(1);
@@ -80,6 +81,7 @@ fn play(ground: &mut Ground, armed: &Armed, victim: Victim) -> bool {
     }
     let supervisor = ground.supervise((victim == Victim::Supervisor).then_some(armed));
     let mut life = Life::new(ground);
+    life.sees_ends();
     let mut died = false;
     go(
         ground,
@@ -135,12 +137,12 @@ fn play(ground: &mut Ground, armed: &Armed, victim: Victim) -> bool {
     armed.was_hit(&ground.node)
 }
 
-/// A shell on a terminal, an exec of a task. The client keeps its fifos from ending: for a shim and a
-/// supervisor that die together nobody else does.
+/// A shell on a terminal, an exec of a task. The client keeps its stdin from ending: for a shim and a
+/// supervisor that die together nobody else does. What it reads is not to end either way.
 struct Typed {
     task: String,
     shown: Output,
-    kept: [File; 2],
+    keys: File,
 }
 
 impl Typed {
@@ -149,23 +151,20 @@ impl Typed {
         let name = ground.round();
         let fifos = Fifos::make_terminal(&ground.node, &name);
         let stdio = &fifos.stdio;
-        let kept = [&stdio.stdin, &stdio.stdout].map(|path| {
-            let file = File::options().read(true).write(true).open(path);
-            file.unwrap_or_else(|error| panic!("open {path}: {error}"))
-        });
+        let keys = File::options().read(true).write(true).open(&stdio.stdin);
+        let keys = keys.unwrap_or_else(|error| panic!("open {}: {error}", stdio.stdin));
         let mut process = oci_process(&["sh"]);
         process["terminal"] = true.into();
         ground.api().run_exec(task, "typed", &process, stdio);
         Typed {
             task: task.to_owned(),
             shown: fifos.stdout(),
-            kept,
+            keys,
         }
     }
 
     fn line(&mut self, line: &str) {
-        let [keys, _] = &mut self.kept;
-        let written = keys.write_all(format!("{line}\n").as_bytes());
+        let written = self.keys.write_all(format!("{line}\n").as_bytes());
         written.unwrap_or_else(|error| panic!("type: {error}"));
     }
 
@@ -185,7 +184,6 @@ impl Typed {
         assert_eq!(api.status(&self.task, "typed"), 4);
         let deleted = api.delete(&self.task, "typed");
         deleted.unwrap_or_else(|refused| panic!("delete exec: {refused:?}"));
-        drop(self.kept);
         self.shown.wait_end();
     }
 }

@@ -655,10 +655,12 @@ fn a_start_a_hook_and_two_repairs_at_once_have_one_winner(release: &Release) {
             containerd.run(&Container::new(&format!("orphan-{n}")).shim(shim))
         })
         .collect();
+    let hung = containerd.run(&Container::new("hung"));
     containerd.kill();
     for orphan in &orphans {
         node.kill(&orphan.shim);
     }
+    node.freeze(&hung.shim);
     let recoverd = node.built("recoverd").display().to_string();
     let repair = || {
         node.spawn(
@@ -694,7 +696,7 @@ fn a_start_a_hook_and_two_repairs_at_once_have_one_winner(release: &Release) {
             "--min-age",
             "0s",
         ]);
-        let settled = orphans.iter().all(|task| {
+        let settled = orphans.iter().chain([&hung]).all(|task| {
             let listed = containerd
                 .task("e2e", task.id())
                 .is_some_and(|row| row.status == "RUNNING");

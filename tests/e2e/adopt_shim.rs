@@ -323,6 +323,9 @@ fn a_stock_shims_task_becomes_ours_dead_stopped_or_at_work(release: &Release) {
             // It is met between two things that it does.
             _ => {}
         }
+        if lives {
+            stream.may_lose_a_buffer();
+        }
         let adopted = adopt_as(&containerd, &mut task, lives, Some(record));
         assert_eq!(adopted.remarks, [""; 0]);
         assert_eq!(adopted.tasks[0].remarks, [""; 0]);

@@ -44,16 +44,11 @@ fn eater(name: &str) -> ContainerSpec {
     ContainerSpec::shell(name, &format!("{waits}; exec tail /dev/zero")).memory_limit(16 << 20)
 }
 
-/// Fails unless the log goes from 1 to what the writer says that it has written, without a gap.
+/// Fails unless the log goes from 1 to what the writer says that it has written, without a gap but
+/// where a copier (containerd, a stock shim) was ended so many times while it was reading: what it
+/// had read and not yet written is lost with it.
 #[track_caller]
-fn assert_logged(cri: &Cri, node: &Node, pod: &Pod, name: &str) {
-    assert_logged_but(cri, node, pod, name, 0);
-}
-
-/// The same when containerd was ended so many times while it was reading: what it had read and not
-/// yet written is lost with it, whatever the shim does.
-#[track_caller]
-fn assert_logged_but(cri: &Cri, node: &Node, pod: &Pod, name: &str, ends: usize) {
+fn assert_logged(cri: &Cri, node: &Node, pod: &Pod, name: &str, ends: usize) {
     let count = node.count_in(&format!("{name}.count"));
     let last = count.to_string();
     wait_for("the last number in the log", || {
@@ -272,7 +267,9 @@ fn a_pod_outlives(release: &Release, shim: ShimUnderTest, fault: Fault) {
     node.tell("end");
     node.tell("eats");
     assert_eq!(cri.exited(&writer), (23, "Error".into()));
-    assert_logged(&cri, &node, &pod, "writer");
+    // A stock shim that is stopped has a buffer with it, once in a hundred times.
+    let stopped = shim == ShimUnderTest::Stock && fault == Fault::Hung;
+    assert_logged(&cri, &node, &pod, "writer", usize::from(stopped));
     cri.wait_oom_killed(&eats);
     cri.stop(&side, 30);
     assert_eq!(cri.exited(&side), (5, "Error".into()));
@@ -494,7 +491,7 @@ fn containerd_may_end(release: &Release, end: End) {
     node.count_in("bystander.count");
     node.tell("end");
     assert_eq!(cri.exited(&id), (23, "Error".into()));
-    assert_logged_but(&cri, &node, &pod, "bystander", all.len());
+    assert_logged(&cri, &node, &pod, "bystander", all.len());
     let said: Vec<String> = all
         .iter()
         .map(|request| format!("got {request:?}"))
@@ -684,7 +681,7 @@ fn a_pod_outlives_upgrades_of_containerd(release: &Release) {
     node.count_in("app.count");
     node.tell("end");
     assert_eq!(cri.exited(&id), (23, "Error".into()));
-    assert_logged_but(&cri, &node, &pod, "app", later.len());
+    assert_logged(&cri, &node, &pod, "app", later.len());
     for member in members {
         cri.stop(&member, 30);
         assert_eq!(cri.exited(&member), (3, "Error".into()));

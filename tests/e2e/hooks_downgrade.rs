@@ -136,8 +136,10 @@ fn there_and_back(newest: &Release, older: &Release) {
     assert!(said.contains(&line), "{said}");
 
     containerd.stop();
-    init_stream.away();
-    exec_stream.away();
+    for stream in [&init_stream, &exec_stream] {
+        stream.away();
+        stream.may_lose_a_buffer();
+    }
     containerd.switch_to(older);
     let living = [&single, &shell, &cat, &pod[0], &pod[1]];
     // Nobody says what is about to start, or it is one that speaks the third.

@@ -148,6 +148,10 @@ fn workloads_outlive(release: &Release, shim: ShimUnderTest, fault: Fault) {
     // A reader of a fifo whose only writer was the shim would see its end.
     init_stream.away();
     exec_stream.away();
+    if shim == ShimUnderTest::Stock && fault == Fault::Hung {
+        init_stream.may_lose_a_buffer();
+        exec_stream.may_lose_a_buffer();
+    }
     let mut all: Vec<&Task> = vec![&single];
     all.extend(&pod);
     all.extend(endings.iter().map(|ending| &ending.task));

@@ -394,7 +394,10 @@ mod tests {
         signal::{Signal, kill},
         wait::waitpid,
     };
-    use std::process::{Child, Command};
+    use std::{
+        env,
+        process::{Child, Command},
+    };
 
     fn key() -> Key {
         Key {
@@ -436,6 +439,15 @@ mod tests {
 
     #[test]
     fn one_that_cannot_be_started_is_tried_again_later_and_its_predecessor_stays() {
+        // The limit is the whole process's: it is one of its own.
+        const ALONE: &str = "RECOVERD_TEST_ALONE";
+        if env::var_os(ALONE).is_none() {
+            let name = "stdio::holder::tests::one_that_cannot_be_started_is_tried_again_later_and_its_predecessor_stays";
+            let mut alone = Command::new(env::current_exe().unwrap());
+            let status = alone.args(["--exact", name]).env(ALONE, "1").status();
+            assert!(status.unwrap().success());
+            return;
+        }
         let dir = tempfile::tempdir().unwrap();
         let mut earlier = sleeper();
         let mut stdio = stdio(&dir.path().join("fifo"), &earlier);

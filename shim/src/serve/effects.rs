@@ -280,8 +280,9 @@ impl Shim {
     /// The children that were started are on record: they begin. If it cannot be written, those
     /// begin whose work cannot wait; what holds an output over our death would never be found.
     pub(super) fn let_go(&mut self) {
-        if !self.journal_broken {
-            self.stdio.let_go();
+        match self.journal_broken {
+            true => self.stdio.hold_back(super::now().mono_ms),
+            false => self.stdio.let_go(),
         }
         self.stdio.begin_copiers();
         let waiting = self.children.values_mut();

@@ -56,7 +56,8 @@ pub(super) struct Holder {
 /// long, milliseconds.
 const RETRY_MS: u64 = 1_000;
 /// One that has ended, and was not to, is started again after this long, milliseconds: whoever ends
-/// it again and again would have us start others all the time.
+/// it again and again would have us start others all the time. So is one that could not be put on
+/// record.
 const AGAIN_MS: u64 = 10_000;
 /// So often one without its shim looks whether what is unread has been read.
 const LOOK: Duration = Duration::from_secs(1);
@@ -268,6 +269,18 @@ impl Stdio {
         }
     }
 
+    /// The record could not be written: who is not on it does not begin, for nobody would find it. It
+    /// would wait with copies of all that the shim has open. Another one is tried later.
+    pub fn hold_back(&mut self, now: u64) {
+        for held in self.held.values_mut() {
+            if let Some(waits) = held.holder.take_if(|holder| holder.gate.is_some()) {
+                end(waits.process());
+                self.dismissed.push((waits.dismissed(), NEVER));
+                held.retry_at = Some(now.saturating_add(AGAIN_MS));
+            }
+        }
+    }
+
     /// A predecessor's holder, which ends when one of ours has taken its place.
     pub fn relieve(&mut self, key: &Key, process: Process) {
         match self.held.get_mut(key) {
@@ -471,6 +484,29 @@ mod tests {
         stdio.let_go();
         assert_eq!(stdio.holders(&key()).len(), 1);
         earlier.wait().unwrap();
+        stdio.close(&key(), 0);
+    }
+
+    #[test]
+    fn one_that_is_on_no_record_ends_and_another_one_comes_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut earlier = sleeper();
+        let mut stdio = stdio(&dir.path().join("fifo"), &earlier);
+        let mut heard = Vec::new();
+        assert!(stdio.hold("ns", 0, &mut heard));
+        let first = stdio.held[&key()].holder.as_ref().unwrap().pid();
+        stdio.hold_back(5);
+        waitpid(first, None).unwrap();
+        assert!(earlier.try_wait().unwrap().is_none(), "nobody is there yet");
+        stdio.let_go();
+        assert!(earlier.try_wait().unwrap().is_none(), "nobody is there yet");
+        assert_eq!(stdio.deadline(), Some(5 + AGAIN_MS));
+        stdio.tick(5 + AGAIN_MS);
+        assert!(stdio.hold("ns", 5 + AGAIN_MS, &mut heard));
+        stdio.let_go();
+        earlier.wait().unwrap();
+        stdio.hold_back(6 + AGAIN_MS);
+        assert_eq!(stdio.holders(&key()).len(), 1, "it is on record");
         stdio.close(&key(), 0);
     }
 

@@ -25,5 +25,5 @@ run_tasks() { # how many, four at a time: creating is not what is measured
     printf 'node: containerd %s, %s tasks with our shim, %s cores, load %s\n' \
         "$(cat "$programs/VERSION")" "$1" "$(nproc)" "$(cut -d' ' -f1 /proc/loadavg)"
 }
-shims_now() { inside pgrep -f 'containerd-shim-recoverd-v1 -namespace bench' | sort; }
+shims_now() { inside pgrep -f 'containerd-shim-recoverd-v1 -namespace bench .*-address' | sort; }
 milliseconds() { printf '%d.%d ms' "$(($1 / 1000))" "$(($1 % 1000 / 100))"; }

@@ -15,7 +15,8 @@ run() {
 }
 exits_with() { echo "trap 'exit $1' TERM; while :; do sleep 1000 & wait \$!; done"; }
 init_of() { cat "/run/containerd/io.containerd.runtime.v2.task/default/$1/init.pid"; }
-shims() { pgrep --full "containerd-shim-$1 .*-namespace" || :; }
+# Those that serve: what holds their outputs has no address.
+shims() { pgrep --full "containerd-shim-$1 .*-address" || :; }
 # LIMIT in seconds, then a command that must succeed within them
 within() {
     local until=$((SECONDS + $1))

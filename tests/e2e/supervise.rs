@@ -7,6 +7,7 @@ use std::process::Stdio;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use recoverd_common::pb::task::Status;
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
     Container, Containerd, Events, HeldRunc, HeldStdio, Node, Process, Reader, Release,
@@ -317,6 +318,11 @@ fn a_hung_supervisor_holds_back_no_end_of_an_output(release: &Release) {
         "session",
         &["sh", "-c", &counting("/mnt/exec-stop", 7), "session"],
     );
+    // A start in the middle would be refused.
+    wait_for("the exec to run", || {
+        let state = task.exec_state("session")?;
+        (state.status() == Status::Running).then_some(())
+    });
     supervisor.wait_watching("ours", 2);
     // Once more: what it has not been told it finds by looking.
     for task in [&task, &terminal] {

@@ -210,7 +210,7 @@ fn life(release: &Release, handler: Handler) {
         );
     }
     cri.stop_pod(&pod);
-    assert_eq!(cri.pod_ready(&pod), Some(false));
+    cri.wait_pod_down(&pod);
     node.wait_gone(&pause.shim);
     cri.remove_pod(&pod);
     assert_eq!(cri.pod_ready(&pod), None);
@@ -404,9 +404,7 @@ fn members_die_one_by_one(release: &Release, shim: ShimUnderTest) {
     cri.remove(one.id());
     // The pause first: the others are told of it and nothing else happens to them.
     node.kill(&pause.init);
-    wait_for("a pod that is not ready", || {
-        (cri.pod_ready(&pod) == Some(false)).then_some(())
-    });
+    cri.wait_pod_down(&pod);
     for task in [&two, &three] {
         task.assert_init_alive();
         task.assert_shim_alive();

@@ -138,7 +138,7 @@ fn a_downtime_costs_no_exit_and_no_oom(release: &Release) {
     }
     assert_eq!(cri.exited(&seen), (137, "OOMKilled".into()));
     assert_eq!(cri.pod_ready(&pod), Some(true));
-    assert_eq!(cri.pod_ready(&headless), Some(false));
+    cri.wait_pod_down(&headless);
     orphan.assert_init_alive();
     cri.assert_running(&lives);
     assert_eq!(cri.sh(&lives, "echo well"), (0, "well\n".into()));

@@ -422,6 +422,15 @@ impl Cri {
         Some(row.state() == pb::PodSandboxState::SandboxReady)
     }
 
+    /// Waits until a pod is not ready: containerd 2.x says that it has stopped one before it has
+    /// heard of its end.
+    #[track_caller]
+    pub fn wait_pod_down(&self, pod: &Pod) {
+        wait_for("a pod that is not ready", || {
+            (self.pod_ready(pod) == Some(false)).then_some(())
+        });
+    }
+
     /// StopPodSandbox.
     pub fn try_stop_pod(&self, id: &str) -> Result<(), Refused> {
         let request = pb::StopPodSandboxRequest {

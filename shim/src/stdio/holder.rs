@@ -437,6 +437,16 @@ mod tests {
         stdio
     }
 
+    /// The predecessor's holder, and the first one of ours, which waits for the record.
+    fn begun(dir: &std::path::Path) -> (Child, Stdio, Pid) {
+        let earlier = sleeper();
+        let mut stdio = stdio(&dir.join("fifo"), &earlier);
+        let mut heard = Vec::new();
+        assert!(stdio.hold("ns", 0, &mut heard) && heard.is_empty());
+        let first = stdio.held[&key()].holder.as_ref().unwrap().pid();
+        (earlier, stdio, first)
+    }
+
     fn sleeper() -> Child {
         Command::new("sleep").arg("60").spawn().unwrap()
     }
@@ -457,8 +467,9 @@ mod tests {
         if env::var_os(ALONE).is_none() {
             let name = "stdio::holder::tests::one_that_cannot_be_started_is_tried_again_later_and_its_predecessor_stays";
             let mut alone = Command::new(env::current_exe().unwrap());
-            let status = alone.args(["--exact", name]).env(ALONE, "1").status();
-            assert!(status.unwrap().success());
+            let output = alone.args(["--exact", name]).env(ALONE, "1").output();
+            let said = String::from_utf8(output.unwrap().stdout).unwrap();
+            assert!(said.contains("1 passed"), "{said}");
             return;
         }
         let dir = tempfile::tempdir().unwrap();
@@ -490,11 +501,8 @@ mod tests {
     #[test]
     fn one_that_is_on_no_record_ends_and_another_one_comes_later() {
         let dir = tempfile::tempdir().unwrap();
-        let mut earlier = sleeper();
-        let mut stdio = stdio(&dir.path().join("fifo"), &earlier);
+        let (mut earlier, mut stdio, first) = begun(dir.path());
         let mut heard = Vec::new();
-        assert!(stdio.hold("ns", 0, &mut heard));
-        let first = stdio.held[&key()].holder.as_ref().unwrap().pid();
         stdio.hold_back(5);
         waitpid(first, None).unwrap();
         assert!(earlier.try_wait().unwrap().is_none(), "nobody is there yet");
@@ -513,11 +521,8 @@ mod tests {
     #[test]
     fn one_that_somebody_has_ended_is_started_again_and_not_at_once() {
         let dir = tempfile::tempdir().unwrap();
-        let mut earlier = sleeper();
-        let mut stdio = stdio(&dir.path().join("fifo"), &earlier);
+        let (mut earlier, mut stdio, first) = begun(dir.path());
         let mut heard = Vec::new();
-        assert!(stdio.hold("ns", 0, &mut heard));
-        let first = stdio.held[&key()].holder.as_ref().unwrap().pid();
         kill(first, Signal::SIGKILL).unwrap();
         waitpid(first, None).unwrap();
         assert!(stdio.holder_exited(first, 5, &mut heard));

@@ -633,8 +633,12 @@ impl Life {
                 stream.reader.wait_advance();
             }
         }
-        // It is not only there: it works.
-        if self.stage(Who::First) == Stage::Started {
+        // It is not only there: it works, until it is told to end.
+        let told = match &self.members[Who::First as usize].ends {
+            Ends::Told(file) => ground.node.folder().join(file).exists(),
+            Ends::ByItself | Ends::Killed => false,
+        };
+        if self.stage(Who::First) == Stage::Started && !told {
             let process = oci_process(&["sh", "-c", "exit 3"]);
             let api = ground.api();
             let pid = api.run_exec(&first, "again", &process, &Stdio::default());
@@ -652,7 +656,19 @@ impl Life {
         if stage == Stage::Nothing {
             return;
         }
-        let answer = ground.api().state(&id, &exec_id);
+        // What was told to end, or ends by itself, does so at any moment: also between an answer
+        // and the look at its process. It is asked for again then.
+        let may_end = stage == Stage::Ending || who == Who::Short;
+        let (answer, living) = wait_for(&format!("{label}: its end, or it"), || {
+            let answer = ground.api().state(&id, &exec_id);
+            let Ok(state) = &answer else {
+                return Some((answer, None));
+            };
+            let living = ground.node.process(state.pid);
+            let alive = living.as_ref().is_some_and(|it| ground.node.alive(it));
+            let settled = alive || !may_end || state.status() != Status::Running;
+            settled.then_some((answer, living))
+        });
         let state = match answer {
             Err(refused) if refused.code == Code::NotFound => {
                 // The init that a call half done has made does not stay behind either.
@@ -672,7 +688,6 @@ impl Life {
             Err(refused) => panic!("{label}: {refused:?}"),
             Ok(state) => state,
         };
-        let living = ground.node.process(state.pid);
         let now = match (stage, state.status()) {
             (Stage::Creating | Stage::Created | Stage::Starting, Status::Created) => Stage::Created,
             (Stage::Starting | Stage::Started | Stage::Ending, Status::Running)

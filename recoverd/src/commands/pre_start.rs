@@ -3,21 +3,18 @@
 //! containerd of another release needs; what is orphaned; whose shim that release cannot speak to;
 //! what does not answer; what would stop containerd. Never keeps containerd from starting: it exits 0 unless told otherwise.
 
+mod clear;
+mod tally;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, Write},
     time::{Duration, Instant},
 };
 
-use nix::sys::signal::Signal;
-use recoverd_common::{
-    failpoint,
-    proc::{FileId, Proc, ProcessId},
-    record,
-    seen::Seen,
-    supervision,
-};
+use recoverd_common::{failpoint, proc::ProcessId, seen::Seen};
 use serde_json::{Map, Value, json};
+use tally::{Tally, note};
 
 use super::{
     adopt::{AT_ONCE, Complaint, begin, intend, tell},
@@ -29,21 +26,16 @@ use crate::{
     cli,
     config::Config,
     correlate::{Case, Cases},
-    ending::{self, NotEnded},
-    facts::{Api, Instance, Look, Shim, TaskName},
+    facts::{Api, Instance, Look},
     findings::{Code, Subject},
     history::{Event, History},
     hooks::{
         baseline::{self, Baseline, Did},
         batches,
         coming::{self, Named},
-        downgrade,
-        foreign::{self, Foreigner},
-        stoppers, twins,
+        downgrade, twins,
     },
     lock,
-    permit::{Permits, Word},
-    quarantine,
     report::Narrow,
     verify::{Again, Examined},
 };
@@ -58,8 +50,6 @@ const LAST_WORDS: (u32, Duration) = (10, Duration::from_millis(500));
 
 /// Why containerd cannot talk to a shim that lives.
 const UNREACHABLE: [Code; 3] = [Code::UnresponsiveShim, Code::SocketMissing, Code::Foreign];
-/// A process that was sent SIGKILL has this long to be gone.
-const GONE_WITHIN: Duration = Duration::from_secs(1);
 
 /// Runs the hook. What it prints is one line, for the journal.
 pub fn run(
@@ -230,12 +220,10 @@ impl<'a> Hook<'a> {
         }
         failpoint!("prestart.aside.after");
         remarks.extend(self.keep(&baseline));
-        let tally = Tally {
-            twins,
-            foreign: ended,
-            hung: aside.shims.len(),
-            ..Tally::of(&baseline, &decision)
-        };
+        let mut tally = Tally::of(&baseline, &decision);
+        tally.twins = twins;
+        tally.foreign = ended;
+        tally.hung = aside.shims.len();
         let done = Done {
             verdict: tally.verdict(),
             line: tally.line(&remarks),
@@ -383,189 +371,6 @@ impl<'a> Hook<'a> {
         outcomes
     }
 
-    /// Foreign shims that hang, and whether they are to be ended.
-    fn foreign(
-        &self,
-        look: &Look,
-        cases: &Cases<'_>,
-        at: usize,
-        hung: &BTreeSet<ProcessId>,
-        at_once: usize,
-    ) -> Vec<Foreigner> {
-        let Some(instance) = look.instances.get(at) else {
-            return Vec::new();
-        };
-        let of_instance = cases.cases.iter().filter(|case| case.instance == Some(at));
-        let allowed = self.config.pre_start.foreign;
-        foreign::foreigners(instance, of_instance, hung, allowed, at_once)
-    }
-
-    /// Ends those; how many. What becomes of their tasks is containerd's and their runtime's.
-    fn end_foreign(
-        &self,
-        foreigners: &[Foreigner],
-        baseline: &mut Baseline,
-        complaint: &mut Complaint,
-    ) -> usize {
-        let allowed: &[Word] = match self.config.pre_start.foreign {
-            true => &[Word::Kill],
-            false => &[],
-        };
-        let permits = Permits::of(allowed);
-        let proc = Proc::new(&self.plan.roots.proc);
-        let mut ended = 0_usize;
-        for one in foreigners {
-            let pid = one.shim.pid;
-            let names: Vec<String> = one
-                .tasks
-                .iter()
-                .map(|t| format!("{}/{}", t.0, t.1))
-                .collect();
-            let subject = names.join(" ");
-            let mut tell = |event, text: &str| {
-                complaint.of(self.history.tell(event, &subject, text, Map::new()));
-            };
-            let why = match (&one.left, permits.kill()) {
-                (Some(why), _) => why.clone(),
-                // `left` says so as well.
-                (None, Err(missing)) => missing.to_string(),
-                (None, Ok(_)) if Instant::now() >= self.until() => {
-                    format!("foreign shim {pid} does not answer, and no time was left to end it")
-                }
-                (None, Ok(leave)) => {
-                    let what = format!("{} {pid}, which does not answer", one.runtime);
-                    tell(Event::Intended, &format!("send SIGKILL to {what}"));
-                    let kill = [Signal::SIGKILL];
-                    match ending::end(&proc, one.shim, &kill, GONE_WITHIN, leave) {
-                        Ok(_) => {
-                            ended = ended.saturating_add(1);
-                            tell(Event::Done, &format!("ended {what}"));
-                            format!("its foreign shim {pid} did not answer, and was ended")
-                        }
-                        Err(why @ NotEnded::Changed { .. }) => {
-                            tell(Event::Skipped, &why.to_string());
-                            why.to_string()
-                        }
-                        Err(why @ NotEnded::Failed(_)) => {
-                            tell(Event::Failed, &why.to_string());
-                            why.to_string()
-                        }
-                    }
-                }
-            };
-            for name in &one.tasks {
-                if let Some(task) = baseline.task_mut(name) {
-                    task.why.clone_from(&why);
-                }
-            }
-        }
-        ended
-    }
-
-    /// Sets bundles aside that would stop containerd, and ends those of their shims that serve
-    /// nothing. The shim goes first: whoever dies in between leaves a bundle that stops nobody.
-    fn set_aside(
-        &self,
-        look: &Look,
-        cases: &Cases<'_>,
-        at: usize,
-        hung: &BTreeSet<ProcessId>,
-        outcomes: &[Outcome],
-        complaint: &mut Complaint,
-    ) -> SetAside {
-        let served: BTreeSet<&TaskName> = outcomes
-            .iter()
-            .filter(|outcome| !matches!(outcome.verdict, adopt::Verdict::Failed(_)))
-            .flat_map(|outcome| outcome.order.members.iter().map(|member| &member.name))
-            .collect();
-        let mut done = SetAside::default();
-        let Some(instance) = look.instances.get(at) else {
-            return done;
-        };
-        let Some(state) = &instance.state else {
-            return done;
-        };
-        let left = cases
-            .cases
-            .iter()
-            .filter(|case| case.instance == Some(at) && !served.contains(&case.name));
-        let proc = Proc::new(&self.plan.roots.proc);
-        for stopper in stoppers::stoppers(look, left, hung) {
-            let subject = format!("{}/{}", stopper.name.0, stopper.name.1);
-            let mut tell = |event, text: &str| {
-                complaint.of(self.history.tell(event, &subject, text, Map::new()));
-            };
-            let (shim, pid) = (stopper.shim, stopper.shim.id.pid);
-            let mut why = stopper.why;
-            if !done.shims.contains(&shim.id) {
-                let still = proc
-                    .living(shim.id)
-                    .present()
-                    .map(|now| stoppers::is_still(shim, now));
-                if still != Some(true) || Instant::now() >= self.until() {
-                    tell(
-                        Event::Skipped,
-                        &format!("shim {pid} is not what it was: not set aside"),
-                    );
-                    continue;
-                }
-                if stoppers::serves_nothing(look, &cases.cases, instance, shim) {
-                    tell(
-                        Event::Intended,
-                        &format!("send SIGKILL to shim {pid}: {why}"),
-                    );
-                    match self.end_stopper(&proc, shim) {
-                        Ok(()) => {
-                            tell(Event::Done, &format!("ended shim {pid}"));
-                            why.push_str("; it was ended");
-                            done.shims.insert(shim.id);
-                        }
-                        Err(failed) => tell(Event::Failed, &failed.to_string()),
-                    }
-                }
-            }
-            // By its identity now: whatever stands there later stays.
-            let Seen::Present(file) = FileId::of_entry(&stopper.bundle) else {
-                continue;
-            };
-            let thing = quarantine::Thing {
-                path: &stopper.bundle,
-                file,
-                name: &format!("{}-{}", stopper.name.0, stopper.name.1),
-                why: &why,
-                run: self.history.run(),
-            };
-            match quarantine::set_aside(state, &thing) {
-                Ok(path) => {
-                    tell(
-                        Event::Done,
-                        &format!("set aside as {}: {why}", path.display()),
-                    );
-                    done.bundles.push((stopper.name, why));
-                }
-                Err(kept) => tell(Event::Failed, &kept.to_string()),
-            }
-        }
-        done
-    }
-
-    /// What is asked for by running the hook: SPEC lets it replace such a shim, and there is nothing
-    /// to put in its place.
-    fn end_stopper(&self, proc: &Proc, shim: &Shim) -> Result<(), NotEnded> {
-        let permits = Permits::of(&[Word::Kill]);
-        let leave = permits
-            .kill()
-            .map_err(|missing| NotEnded::Failed(missing.to_string()))?;
-        let process = record::Process {
-            pid: shim.id.pid.unsigned_abs(),
-            start_time: shim.id.start_time,
-        };
-        for socket in &shim.listens {
-            supervision::announce_end(&self.config.run_dir, socket.as_ref(), process);
-        }
-        ending::end(proc, shim.id, &[Signal::SIGKILL], GONE_WITHIN, leave).map(drop)
-    }
-
     fn end(&self, tally: &Tally, line: &str) -> Result<(), crate::history::NotWritten> {
         for (name, why) in &tally.not_adopted {
             let subject = format!("{}/{}", name.0, name.1);
@@ -615,123 +420,4 @@ fn unresponsive(examined: &Examined, cases: &Cases<'_>, at: usize) -> BTreeSet<P
         .filter(ill)
         .filter_map(|case| Some(case.shim.process()?.id))
         .collect()
-}
-
-/// Notes in the baseline what was done.
-fn note(baseline: &mut Baseline, decision: &Decision, outcomes: &[Outcome]) {
-    for outcome in outcomes {
-        let lived = outcome.order.adoption.predecessor.is_some();
-        for member in &outcome.order.members {
-            let Some(task) = baseline.task_mut(&member.name) else {
-                continue;
-            };
-            (task.did, task.why) = match &outcome.verdict {
-                adopt::Verdict::Adopted(adopted) => {
-                    let did = if lived { Did::Replaced } else { Did::Adopted };
-                    let mut remarks = Vec::new();
-                    let of_task = adopted.tasks.iter().filter(|t| t.id == member.name.1);
-                    for adopted in of_task {
-                        remarks.extend(adopted.remarks.iter().cloned());
-                    }
-                    (did, remarks.join("; "))
-                }
-                adopt::Verdict::StoodBack(why) => (Did::Nothing, why.clone()),
-                adopt::Verdict::Failed(why) => (Did::Failed, why.to_string()),
-            };
-        }
-    }
-    for refused in &decision.refused {
-        if let Some(task) = baseline.task_mut(&refused.name) {
-            task.why.clone_from(&refused.why);
-        }
-    }
-}
-
-/// What was taken out of containerd's way.
-#[derive(Default)]
-struct SetAside {
-    /// Whose bundles; why, each.
-    bundles: Vec<(TaskName, String)>,
-    /// Shims that were ended.
-    shims: BTreeSet<ProcessId>,
-}
-
-/// What the one line counts.
-#[derive(Default)]
-struct Tally {
-    tasks: usize,
-    adopted: usize,
-    replaced: usize,
-    set_aside: usize,
-    hung: usize,
-    foreign: usize,
-    lost: usize,
-    twins: usize,
-    not_adopted: Vec<(TaskName, String)>,
-}
-
-impl Tally {
-    fn of(baseline: &Baseline, decision: &Decision) -> Self {
-        let did = |did| baseline.tasks.iter().filter(|task| task.did == did).count();
-        let mut not_adopted: Vec<(TaskName, String)> = baseline
-            .tasks
-            .iter()
-            .filter(|task| task.did == Did::Failed)
-            .map(|task| ((task.namespace.clone(), task.id.clone()), task.why.clone()))
-            .collect();
-        // The baseline knows more of it, where something was done about it.
-        not_adopted.extend(decision.refused.iter().map(|refused| {
-            let task = baseline.task(&refused.name);
-            let why = task
-                .map(|task| task.why.as_str())
-                .filter(|why| !why.is_empty());
-            (refused.name.clone(), why.unwrap_or(&refused.why).to_owned())
-        }));
-        Self {
-            tasks: baseline.tasks.len(),
-            adopted: did(Did::Adopted),
-            replaced: did(Did::Replaced),
-            set_aside: did(Did::SetAside),
-            lost: decision.refused.iter().filter(|r| r.lost).count(),
-            not_adopted,
-            ..Self::default()
-        }
-    }
-
-    fn verdict(&self) -> Verdict {
-        if self.not_adopted.is_empty() {
-            Verdict::Clean
-        } else {
-            Verdict::Unkept
-        }
-    }
-
-    fn line(&self, remarks: &[String]) -> String {
-        const SHOWN: usize = 5;
-        let mut line = format!("{} tasks", self.tasks);
-        let others = self.not_adopted.len().saturating_sub(self.lost);
-        for (count, word) in [
-            (self.adopted, "adopted"),
-            (self.replaced, "replaced"),
-            (self.twins, "address files written"),
-            (self.set_aside, "bundles set aside"),
-            (self.hung, "hung shims ended"),
-            (self.foreign, "foreign shims ended"),
-            (self.lost, "lost before"),
-            (others, "not adopted"),
-        ] {
-            if count > 0 {
-                line.push_str(&format!(", {count} {word}"));
-            }
-        }
-        let whys = self.not_adopted.iter().take(SHOWN);
-        let mut told: Vec<String> = whys
-            .map(|(name, why)| format!("{}/{}: {why}", name.0, name.1))
-            .collect();
-        told.extend(remarks.iter().cloned());
-        if !told.is_empty() {
-            line.push_str(&format!(" ({})", told.join("; ")));
-        }
-        line
-    }
 }

@@ -30,8 +30,11 @@ use nix::{
 };
 
 use super::{
-    Copies, Held, Hold, Logger, NewRelay, Opened, RelayKind, Stdio, Target, Wanted, is_fifo,
-    logger::start_copier, open_fifo, set_nonblocking,
+    Copies, Held, Hold, Logger, Opened, RelayKind, Stdio, Target, Wanted,
+    logger::start_copier,
+    open::{NewRelay, is_fifo},
+    pipes::open_fifo,
+    set_nonblocking,
 };
 use crate::{adopt::Loot, supervised::Tell};
 

@@ -424,7 +424,7 @@ mod tests {
         nix::unistd::mkfifo(path, nix::sys::stat::Mode::S_IRWXU).unwrap();
         let mut stdio = Stdio::new();
         let held = Held {
-            output: Some(super::super::open_fifo(path, (0, 0)).unwrap()),
+            output: Some(super::super::pipes::open_fifo(path, (0, 0)).unwrap()),
             ..Held::default()
         };
         stdio.held.insert(key(), held);

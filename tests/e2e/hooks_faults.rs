@@ -30,6 +30,8 @@ recoverd_tests::tests! {
     once_with_each_shim: [a_logger_reads_on_whoever_its_shim_is],
     once: [
         one_that_cannot_be_replaced_costs_no_other_its_task,
+        a_containerd_that_comes_meanwhile_loses_no_other_shim,
+        what_is_orphaned_is_adopted_whoever_holds_the_lock,
         what_there_was_no_time_for_is_said_and_an_orphan_comes_first,
         a_start_a_hook_and_two_repairs_at_once_have_one_winner,
         a_verb_of_a_containerd_that_is_gone_ends_no_workload,
@@ -529,6 +531,109 @@ fn one_that_cannot_be_replaced_costs_no_other_its_task(release: &Release) {
     }
     let report = containerd.post_start();
     assert_eq!(report.fate("hung-0").became, "lost", "{report:#?}");
+}
+
+/// Somebody starts it by hand while the hook is at work: nobody else is ended.
+fn a_containerd_that_comes_meanwhile_loses_no_other_shim(release: &Release) {
+    const AT_ONCE: usize = 5;
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    // The eldest come first.
+    let tasks: Vec<Task> = (0..AT_ONCE + 2)
+        .map(|n| containerd.run(&Container::new(&format!("hung-{n}"))))
+        .collect();
+    let (first, others) = tasks.split_at(AT_ONCE);
+    containerd.kill();
+    for task in &tasks {
+        node.freeze(&task.shim);
+    }
+    // Their successors begin when they are told to.
+    let began = node.folder().join("began");
+    let waits = node.folder().join("shim-that-waits");
+    let script = format!(
+        "#!/bin/sh\ntouch {}\nwhile [ ! -e {} ]; do sleep 0.05; done\nexec {} \"$@\"\n",
+        began.display(),
+        node.folder().join("go").display(),
+        node.built("containerd-shim-recoverd-v1").display(),
+    );
+    fs::write(&waits, script).unwrap_or_else(|error| panic!("{error}"));
+    node.run("chmod", ["+x".as_ref(), waits.as_os_str()]);
+    let config = node.folder().join("waits.toml");
+    let text = format!("[adopt]\nbinary = {waits:?}\ndeadline = \"60s\"\n");
+    fs::write(&config, text).unwrap_or_else(|error| panic!("{error}"));
+    let mut args = vec!["--config".to_owned(), config.display().to_string()];
+    args.extend(containerd.flags());
+    args.extend(["pre-start", "--deadline", "120s"].map(str::to_owned));
+    let mut hook = node.spawn(node.built("recoverd").display().to_string(), &args);
+    wait_for("the first successors", || began.exists().then_some(()));
+    containerd.launch();
+    // It may have connected to some of the first by now, and miss their shims.
+    containerd.freeze();
+    node.tell("go");
+    assert_eq!(hook.wait().code(), Some(0), "{}", hook.text());
+    let said = hook.text();
+    let pid = containerd.process().pid;
+    for words in [
+        format!("{AT_ONCE} replaced, {} not adopted", others.len()),
+        format!("is not down any more: {pid} starts or ends"),
+    ] {
+        assert!(said.contains(&words), "{words:?}: {said}");
+    }
+    for task in first {
+        assert!(!node.alive(&task.shim), "{}", task.name());
+    }
+    for task in others {
+        task.assert_shim_alive();
+        node.signal(&task.shim, "CONT");
+    }
+    containerd.thaw();
+    containerd.await_answer();
+    for task in others {
+        wait_for("containerd to know it", || {
+            let row = containerd.task("e2e", task.id())?;
+            (row.status == "RUNNING").then_some(())
+        });
+        task.assert_init_alive();
+    }
+}
+
+/// Another recoverd is at work, and for longer than the hook may wait.
+fn what_is_orphaned_is_adopted_whoever_holds_the_lock(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let orphan = containerd.run(&Container::new("orphan"));
+    let hung = containerd.run(&Container::new("hung"));
+    containerd.kill();
+    node.kill(&orphan.shim);
+    node.freeze(&hung.shim);
+    let lock = "/run/recoverd/lock";
+    let held = node.folder().join("held");
+    node.shell("mkdir -p -m 700 /run/recoverd");
+    let line = format!("touch {}; exec sleep 1000", held.display());
+    let _holder = node.spawn("flock", [lock, "sh", "-c", &line]);
+    wait_for("the lock", || held.exists().then_some(()));
+    let mut args = containerd.flags();
+    // It waits for a quarter of that.
+    args.extend(["pre-start", "--strict", "--deadline", "40s"].map(str::to_owned));
+    let output = node.recoverd(&args);
+    assert_eq!(output.status.code(), Some(4), "{output:?}");
+    let line = String::from_utf8_lossy(&output.stdout).into_owned();
+    for words in [
+        "2 tasks, 1 adopted, 1 not adopted (e2e/hung: /run/recoverd/lock is held by",
+        "only orphaned tasks were seen to",
+    ] {
+        assert!(line.contains(words), "{words:?}: {output:?}");
+    }
+    assert_ne!(orphan.shim_now(), orphan.shim);
+    // Nobody is ended.
+    hung.assert_shim_alive();
+    node.signal(&hung.shim, "CONT");
+    containerd.start();
+    for task in [&orphan, &hung] {
+        task.assert_init_alive();
+        let row = containerd.task("e2e", task.id()).map(|row| row.status);
+        assert_eq!(row.as_deref(), Some("RUNNING"), "{}", task.name());
+    }
 }
 
 /// Whatever hangs takes all the time that there is, and more is left.

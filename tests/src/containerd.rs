@@ -168,6 +168,12 @@ impl Containerd {
     #[track_caller]
     pub fn start(&mut self) {
         self.launch();
+        self.await_answer();
+    }
+
+    /// Returns when it answers, after a start.
+    #[track_caller]
+    pub fn await_answer(&mut self) {
         let limit = Duration::from_secs(120);
         wait_within(limit, "containerd to answer", || {
             let running = self.running.as_mut()?;

@@ -83,6 +83,20 @@ pub enum Verdict {
     Failed(Failed),
 }
 
+impl Verdict {
+    /// Whether somebody serves the tasks, or may: a successor that was late, or was not understood,
+    /// had begun.
+    pub fn may_serve(&self) -> bool {
+        match self {
+            Verdict::Adopted(_) | Verdict::StoodBack(_) => true,
+            Verdict::Failed(failed) => match failed {
+                Failed::Start { .. } | Failed::NoTime | Failed::Refused(_) => false,
+                Failed::Late(_) | Failed::Answer(_) | Failed::Verify(_) | Failed::Talk(_) => true,
+            },
+        }
+    }
+}
+
 /// Why a group was not adopted.
 #[derive(Debug, thiserror::Error)]
 pub enum Failed {

@@ -44,16 +44,8 @@ pub fn holds(requirement: &Requirement, hands: &Hands<'_>) -> Result<(), String>
             Seen::Absent => Err("it is gone".into()),
             Seen::Unknown(why) => Err(why),
         },
-        Requirement::NobodyListens(address) => nobody_listens(address),
-        Requirement::Down(address) => {
-            nobody_listens(address)?;
-            // While it starts it listens nowhere, and is connected to shims already.
-            match observe::containerd_at(&hands.roots, address) {
-                Seen::Absent => Ok(()),
-                Seen::Present(pid) => Err(format!("{pid} starts or ends")),
-                Seen::Unknown(why) => Err(why),
-            }
-        }
+        Requirement::NobodyListens(address) => grounds::nobody_listens(address),
+        Requirement::Down(address) => observe::down(&hands.roots, address),
         Requirement::NobodyConnected(address) => match grounds::connections(proc, address) {
             Seen::Present(0) => Ok(()),
             Seen::Present(count) => Err(format!("{count} are")),
@@ -101,15 +93,6 @@ pub fn holds(requirement: &Requirement, hands: &Hands<'_>) -> Result<(), String>
                 None => Ok(()),
             }
         }
-    }
-}
-
-fn nobody_listens(address: &str) -> Result<(), String> {
-    match grounds::nobody_listens(address) {
-        Seen::Present(true) => Ok(()),
-        Seen::Present(false) => Err("somebody does".into()),
-        Seen::Absent => Err("cannot be told".into()),
-        Seen::Unknown(why) => Err(why),
     }
 }
 

@@ -35,7 +35,7 @@ use crate::{
         coming::{self, Named},
         downgrade, twins,
     },
-    lock,
+    lock, observe,
     report::Narrow,
     verify::{Again, Examined},
 };
@@ -71,10 +71,11 @@ pub fn run(
             // A journal that is away does not keep containerd from starting.
             let written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
             failpoint!("prestart.said.after");
-            match (args.strict, written) {
-                (true, Err(error)) => Err(error.into()),
-                (true, Ok(())) => Ok(done.verdict),
-                (false, _) => Ok(Verdict::Clean),
+            match (args.strict, written, done.held) {
+                (false, _, _) => Ok(Verdict::Clean),
+                (true, Err(error), _) => Err(error.into()),
+                (true, Ok(()), Some(held)) => Err(Failure::Held(held)),
+                (true, Ok(()), None) => Ok(done.verdict),
             }
         }
         Err(failure) if args.strict => Err(failure),
@@ -103,16 +104,20 @@ fn give_up_at(deadline: Duration, strict: bool) {
 struct Hook<'a> {
     args: &'a cli::PreStart,
     config: Config,
-    plan: crate::observe::Plan,
+    plan: observe::Plan,
     narrow: Narrow,
     address: String,
     began: Instant,
     history: History,
+    /// Who holds the lock, if it is not us.
+    held: Option<String>,
 }
 
 struct Done {
     line: String,
     verdict: Verdict,
+    /// By whom the lock is held, if the rest was therefore left alone.
+    held: Option<String>,
 }
 
 impl Done {
@@ -120,6 +125,7 @@ impl Done {
         Self {
             line: line.into(),
             verdict,
+            held: None,
         }
     }
 }
@@ -149,20 +155,25 @@ impl<'a> Hook<'a> {
             address,
             began,
             history,
+            held: None,
         })
     }
 
-    fn run(self) -> Result<Done, Failure> {
+    fn run(mut self) -> Result<Done, Failure> {
         let deadline = self.config.pre_start.deadline;
         let mut complaint = Complaint::default();
         let mut remarks = Vec::new();
         let lock = lock::take_within(&self.config.run_dir, "pre-start", deadline / PATIENCE);
         let _lock = match lock {
             Ok(lock) => Some(lock),
+            // What is orphaned dies at containerd's start, whoever is at work: that is adopted, for
+            // which each group has a lock of its own. Nobody is ended, and nothing else touched.
             Err(held @ lock::Refused::Held { .. }) => {
-                return Err(Failure::Held(held.to_string()));
+                remarks.push(format!("{held}: only orphaned tasks were seen to"));
+                self.held = Some(held.to_string());
+                None
             }
-            // On a full /run there is nobody else either: shims have locks of their own.
+            // On a full /run there is nobody else either.
             Err(failed @ lock::Refused::Failed { .. }) => {
                 remarks.push(failed.to_string());
                 None
@@ -202,7 +213,10 @@ impl<'a> Hook<'a> {
             baseline.learn(look, order);
         }
         remarks.extend(self.keep(&baseline));
-        let twins = self.write_twins(&cases, at, &mut complaint);
+        let twins = match &self.held {
+            None => self.write_twins(&cases, at, &mut complaint),
+            Some(_) => 0,
+        };
         let shims = look.shims.iter();
         let shims = shims.filter(|s| look.instances.get(at).is_some_and(|i| i.is(&s.address)));
         let at_once = batches::at_once(shims.count());
@@ -227,6 +241,7 @@ impl<'a> Hook<'a> {
         let done = Done {
             verdict: tally.verdict(),
             line: tally.line(&remarks),
+            held: self.held.clone(),
         };
         complaint.of(self.end(&tally, &done.line));
         complaint.say();
@@ -262,6 +277,20 @@ impl<'a> Hook<'a> {
             Seen::Present(_) | Seen::Absent | Seen::Unknown(_) => BTreeMap::new(),
         };
         downgrade::decide(&suspects, &release, &spoken)
+    }
+
+    /// Looked at again before anybody is ended or anything set aside: whether nobody else is at work,
+    /// time is left, and containerd is down. Somebody may have started it meanwhile, by hand, and it
+    /// ends the task of each shim that it loses.
+    fn goes_on(&self) -> Result<(), String> {
+        if let Some(held) = &self.held {
+            return Err(held.clone());
+        }
+        if Instant::now() >= self.until() {
+            return Err("no time was left for it".into());
+        }
+        observe::down(&self.plan.roots, &self.address)
+            .map_err(|why| format!("containerd at {} is not down any more: {why}", self.address))
     }
 
     fn until(&self) -> Instant {
@@ -308,12 +337,8 @@ impl<'a> Hook<'a> {
             Ok(binary) => binary,
             Err(why) => {
                 complaint.of(self.history.tell(Event::Failed, "", &why, Map::new()));
-                let failed = |order: &Order| Outcome {
-                    order: order.clone(),
-                    verdict: adopt::Verdict::Failed(adopt::run::Failed::Refused(why.clone())),
-                    took: Duration::ZERO,
-                };
-                return decision.orders.iter().map(failed).collect();
+                let orders = decision.orders.iter().cloned();
+                return orders.map(|order| refused(order, &why)).collect();
             }
         };
         complaint.of(begin(&self.history, decision.orders.len()));
@@ -347,26 +372,21 @@ impl<'a> Hook<'a> {
             outcomes.extend(done);
             goes_on
         };
+        // For these nobody is ended.
         go(orphaned, &mut outcomes);
-        go(unheard, &mut outcomes);
-        let mut goes_on = true;
-        for batch in hung.chunks(at_once) {
-            let in_time = Instant::now() < how.until;
-            if goes_on && in_time {
-                goes_on = go(batch.to_vec(), &mut outcomes);
-                continue;
-            }
-            let left = |order: &Order| Outcome {
-                order: order.clone(),
-                verdict: adopt::Verdict::Failed(match in_time {
-                    true => adopt::run::Failed::Refused(
-                        "not tried: every replacement just before it failed".into(),
-                    ),
-                    false => adopt::run::Failed::NoTime,
-                }),
-                took: Duration::ZERO,
+        let mut well = true;
+        let unheard = Some(unheard).filter(|unheard| !unheard.is_empty());
+        let batches = hung.chunks(at_once).map(|batch| (true, batch.to_vec()));
+        for (hang, batch) in unheard.map(|all| (false, all)).into_iter().chain(batches) {
+            let why = match self.goes_on() {
+                Ok(()) if well => {
+                    well = go(batch, &mut outcomes) || !hang;
+                    continue;
+                }
+                Ok(()) => "not tried: every replacement just before it failed".into(),
+                Err(why) => why,
             };
-            outcomes.extend(batch.iter().map(left));
+            outcomes.extend(batch.into_iter().map(|order| refused(order, &why)));
         }
         outcomes
     }
@@ -381,6 +401,14 @@ impl<'a> Hook<'a> {
             _ => Map::new(),
         };
         self.history.tell(Event::Ended, "", line, details)
+    }
+}
+
+fn refused(order: Order, why: &str) -> Outcome {
+    Outcome {
+        order,
+        verdict: adopt::Verdict::Failed(adopt::run::Failed::Refused(why.to_owned())),
+        took: Duration::ZERO,
     }
 }
 

@@ -1,13 +1,17 @@
-//! What only `repair` asks for, beside a look: which file stands at a path now, who is connected
+//! What only `repair` and the hooks ask for, beside a look: which file stands at a path now, who is connected
 //! to a shim, where a shim's containerd takes events. Read before a plan, and again before each
 //! step. Takes no lock and opens nothing for writing.
 
 use std::{
     collections::BTreeMap,
-    os::unix::net::UnixStream,
+    os::fd::AsRawFd,
     path::{Path, PathBuf},
 };
 
+use nix::{
+    errno::Errno,
+    sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket},
+};
 use recoverd_common::{
     event_log,
     paths::Beside,
@@ -111,21 +115,22 @@ pub fn connections(proc: &Proc, address: &str) -> Seen<usize> {
     })
 }
 
-/// Nobody listens on a path. *Unknown* when it cannot be tried.
-pub fn nobody_listens(address: &str) -> Seen<bool> {
+/// Whether nobody listens on a path. `Err` says why that is not so, or not known.
+pub fn nobody_listens(address: &str) -> Result<(), String> {
     if address.starts_with('@') {
-        return Seen::Unknown("has no file".into());
+        return Err("has no file".into());
     }
-    match UnixStream::connect(address) {
-        Ok(_) => Seen::Present(false),
-        Err(error) => match error.kind() {
-            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
-                Seen::Present(true)
-            }
-            // A full queue is a listener's.
-            std::io::ErrorKind::WouldBlock => Seen::Present(false),
-            _ => Seen::Unknown(error.to_string()),
-        },
+    let tried = UnixAddr::new(address).and_then(|address| {
+        // Does not wait for a place in a full queue.
+        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+        let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+        connect(socket.as_raw_fd(), &address)
+    });
+    match tried {
+        Err(Errno::ENOENT | Errno::ECONNREFUSED) => Ok(()),
+        // A full queue is a listener's.
+        Ok(()) | Err(Errno::EAGAIN) => Err("somebody does".into()),
+        Err(error) => Err(error.to_string()),
     }
 }
 

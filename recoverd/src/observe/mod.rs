@@ -136,7 +136,7 @@ pub fn states(plan: &Plan) -> BTreeSet<PathBuf> {
 }
 
 /// The process of the containerd at `address`, which need not listen there yet, or any more.
-pub fn containerd_at(roots: &Roots, address: &str) -> Seen<i32> {
+fn containerd_at(roots: &Roots, address: &str) -> Seen<i32> {
     let proc = Proc::new(&roots.proc);
     let mut gaps = Vec::new();
     let host = host::observe(roots, &mut Vec::new());
@@ -145,6 +145,18 @@ pub fn containerd_at(roots: &Roots, address: &str) -> Seen<i32> {
         return Seen::Unknown(format!("{}: {}", gap.what, gap.why));
     }
     instances::daemon_at(&seen.daemons, address)
+}
+
+/// Whether the containerd at `address` is down: nobody listens there, and no process is it. `Err`
+/// says why that is not so, or not known.
+pub fn down(roots: &Roots, address: &str) -> Result<(), String> {
+    grounds::nobody_listens(address)?;
+    // While it starts it listens nowhere, and is connected to shims already.
+    match containerd_at(roots, address) {
+        Seen::Absent => Ok(()),
+        Seen::Present(pid) => Err(format!("{pid} starts or ends")),
+        Seen::Unknown(why) => Err(why),
+    }
 }
 
 /// Looks once. `progress` is told, in a few words, what is being looked at.

@@ -1,10 +1,7 @@
 //! What stands in the way of the containerd that is about to start, and is not to be mended:
 //! foreign shims that hang, and bundles whose shim it would wait for in vain.
 
-use std::{
-    collections::BTreeSet,
-    time::{Duration, Instant},
-};
+use std::{collections::BTreeSet, time::Duration};
 
 use nix::sys::signal::Signal;
 use recoverd_common::{
@@ -17,7 +14,7 @@ use serde_json::Map;
 
 use super::{super::adopt::Complaint, Hook};
 use crate::{
-    adopt::{self, Outcome},
+    adopt::Outcome,
     correlate::Cases,
     ending::{self, NotEnded},
     facts::{Look, Shim, TaskName},
@@ -90,29 +87,29 @@ impl Hook<'_> {
                 (Some(why), _) => why.clone(),
                 // `left` says so as well.
                 (None, Err(missing)) => missing.to_string(),
-                (None, Ok(_)) if Instant::now() >= self.until() => {
-                    format!("foreign shim {pid} does not answer, and no time was left to end it")
-                }
-                (None, Ok(leave)) => {
-                    let what = format!("{} {pid}, which does not answer", one.runtime);
-                    tell(Event::Intended, &format!("send SIGKILL to {what}"));
-                    let kill = [Signal::SIGKILL];
-                    match ending::end(&proc, one.shim, &kill, GONE_WITHIN, leave) {
-                        Ok(_) => {
-                            ended = ended.saturating_add(1);
-                            tell(Event::Done, &format!("ended {what}"));
-                            format!("its foreign shim {pid} did not answer, and was ended")
-                        }
-                        Err(why @ NotEnded::Changed { .. }) => {
-                            tell(Event::Skipped, &why.to_string());
-                            why.to_string()
-                        }
-                        Err(why @ NotEnded::Failed(_)) => {
-                            tell(Event::Failed, &why.to_string());
-                            why.to_string()
+                (None, Ok(leave)) => match self.goes_on() {
+                    Err(why) => format!("foreign shim {pid} does not answer: {why}"),
+                    Ok(()) => {
+                        let what = format!("{} {pid}, which does not answer", one.runtime);
+                        tell(Event::Intended, &format!("send SIGKILL to {what}"));
+                        let kill = [Signal::SIGKILL];
+                        match ending::end(&proc, one.shim, &kill, GONE_WITHIN, leave) {
+                            Ok(_) => {
+                                ended = ended.saturating_add(1);
+                                tell(Event::Done, &format!("ended {what}"));
+                                format!("its foreign shim {pid} did not answer, and was ended")
+                            }
+                            Err(why @ NotEnded::Changed { .. }) => {
+                                tell(Event::Skipped, &why.to_string());
+                                why.to_string()
+                            }
+                            Err(why @ NotEnded::Failed(_)) => {
+                                tell(Event::Failed, &why.to_string());
+                                why.to_string()
+                            }
                         }
                     }
-                }
+                },
             };
             for name in &one.tasks {
                 if let Some(task) = baseline.task_mut(name) {
@@ -136,7 +133,7 @@ impl Hook<'_> {
     ) -> SetAside {
         let served: BTreeSet<&TaskName> = outcomes
             .iter()
-            .filter(|outcome| !matches!(outcome.verdict, adopt::Verdict::Failed(_)))
+            .filter(|outcome| outcome.verdict.may_serve())
             .flat_map(|outcome| outcome.order.members.iter().map(|member| &member.name))
             .collect();
         let mut done = SetAside::default();
@@ -159,11 +156,15 @@ impl Hook<'_> {
             let (shim, pid) = (stopper.shim, stopper.shim.id.pid);
             let mut why = stopper.why;
             if !done.shims.contains(&shim.id) {
+                if let Err(why) = self.goes_on() {
+                    tell(Event::Skipped, &format!("not set aside: {why}"));
+                    continue;
+                }
                 let still = proc
                     .living(shim.id)
                     .present()
                     .map(|now| stoppers::is_still(shim, now));
-                if still != Some(true) || Instant::now() >= self.until() {
+                if still != Some(true) {
                     tell(
                         Event::Skipped,
                         &format!("shim {pid} is not what it was: not set aside"),

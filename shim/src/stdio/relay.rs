@@ -153,42 +153,41 @@ impl Relay {
     }
 
     fn carry(&mut self, master: Option<&OwnedFd>) -> Result<usize, Errno> {
+        self.write_pending(master)?;
         let mut buffer = [0; 4096];
-        let mut pending = std::mem::take(&mut self.pending);
-        let result = self.carry_with(master, &mut buffer, &mut pending);
-        self.pending = pending;
-        result
-    }
-
-    fn carry_with(
-        &self,
-        master: Option<&OwnedFd>,
-        buffer: &mut [u8],
-        pending: &mut Vec<u8>,
-    ) -> Result<usize, Errno> {
         let from = self.from(master).ok_or(Errno::EIO)?;
         let Some(to) = self.to(master) else {
             return match self.kind {
-                RelayKind::Output => nix::unistd::read(from, buffer),
+                RelayKind::Output => nix::unistd::read(from, &mut buffer),
                 RelayKind::Input(_) => Err(Errno::EIO),
             };
         };
-        while !pending.is_empty() {
-            let written = nix::unistd::write(to, pending)?;
-            pending.drain(..written.min(pending.len()));
-        }
         let flags = SpliceFFlags::SPLICE_F_NONBLOCK | SpliceFFlags::SPLICE_F_MOVE;
         match splice(from, None, to, None, CHUNK, flags) {
             // Neither end is a pipe (a terminal to a file), or a kernel that does not splice
             // terminals.
             Err(Errno::EINVAL) => {
-                let count = nix::unistd::read(from, buffer)?;
-                // Written by the next call: what cannot be written now must not be lost.
-                pending.extend_from_slice(buffer.get(..count).unwrap_or_default());
+                let count = nix::unistd::read(from, &mut buffer)?;
+                // What cannot be written now must not be lost; what can be is, as nothing wakes us
+                // for it once all is read.
+                let read = buffer.get(..count).unwrap_or_default();
+                self.pending.extend_from_slice(read);
+                self.write_pending(master)?;
                 Ok(count)
             }
             other => other,
         }
+    }
+
+    fn write_pending(&mut self, master: Option<&OwnedFd>) -> Result<(), Errno> {
+        while !self.pending.is_empty() {
+            let Some(to) = self.to(master) else {
+                return Ok(());
+            };
+            let written = nix::unistd::write(to, &self.pending)?;
+            self.pending.drain(..written.min(self.pending.len()));
+        }
+        Ok(())
     }
 
     /// Which end waits?
@@ -243,6 +242,11 @@ mod tests {
             watched: None,
             room: None,
         }
+    }
+
+    fn append(path: &std::path::Path) -> OwnedFd {
+        let mut options = std::fs::File::options();
+        options.append(true).create(true).open(path).unwrap().into()
     }
 
     fn pipe() -> (OwnedFd, OwnedFd) {
@@ -301,16 +305,27 @@ mod tests {
     fn a_file_is_never_waited_for() {
         let dir = tempfile::tempdir().unwrap();
         let out = dir.path().join("out");
-        let mut options = std::fs::File::options();
-        let file = options.append(true).create(true).open(&out).unwrap();
         let (from, source) = pipe();
-        let mut relay = relay(from, file.into(), RelayKind::Output);
+        let mut relay = relay(from, append(&out), RelayKind::Output);
         assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         // Written between the read that found nothing and the look at why.
         nix::unistd::write(&source, b"late").unwrap();
         assert!(matches!(relay.blocked(None), Turn::Again));
         assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         assert_eq!(std::fs::read(&out).unwrap(), b"late");
+    }
+
+    #[test]
+    fn what_a_turn_has_read_it_has_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let (from, source) = pipe();
+        let mut relay = relay(from, append(&out), RelayKind::Output);
+        // All that a turn can copy, and nothing more: nothing would begin another one.
+        let sent = vec![b'x'; 16 * 4096];
+        assert_eq!(nix::unistd::write(&source, &sent), Ok(sent.len()));
+        assert!(matches!(relay.turn(None), Turn::Again));
+        assert_eq!(std::fs::read(&out).unwrap().len(), sent.len());
     }
 
     #[test]

@@ -233,6 +233,7 @@ impl Stdio {
             pending: Vec::new(),
             watched: None,
             room: None,
+            refused: None,
         };
         let mut held = self.held.get_mut(key);
         let master = held.as_ref().and_then(|held| held.master.as_ref());
@@ -387,7 +388,17 @@ impl Stdio {
         };
         let held = self.held.get(&relay.key);
         let master = held.and_then(|held| held.master.as_ref());
-        match relay.turn(master) {
+        let refused = relay.refused;
+        let turn = relay.turn(master);
+        // Once: a disk that is full is so for long.
+        if refused.is_none()
+            && let Some(why) = relay.refused
+        {
+            let id = &relay.key.id;
+            let text = format!("write output of {id}: {why}; what is not written is dropped");
+            heard.push(Heard::Warning(text));
+        }
+        match turn {
             Turn::Again => {}
             Turn::Wait(end) => {
                 if let Err(e) = relay.watch(Some(end), number, epoll, master) {
@@ -708,6 +719,31 @@ fn is_named_fifo(fd: &OwnedFd) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_file_that_takes_nothing_is_told_of_once() {
+        let epoll = Epoll::new(nix::sys::epoll::EpollCreateFlags::EPOLL_CLOEXEC).unwrap();
+        let (from, source) = nix::unistd::pipe().unwrap();
+        set_nonblocking(&from);
+        let full = File::options().append(true).open("/dev/full").unwrap();
+        let mut stdio = Stdio::new();
+        let key = Key::init("c");
+        stdio.held.insert(key.clone(), Held::default());
+        let to = Some(full.into());
+        stdio
+            .relay(&key, from, to, RelayKind::Output, &epoll)
+            .unwrap();
+        let token = stdio.last;
+        let mut heard = Vec::new();
+        for _ in 0..2 {
+            nix::unistd::write(&source, b"lost").unwrap();
+            heard.extend(stdio.ready(token, &epoll));
+        }
+        let text = "write output of c: ENOSPC: No space left on device; \
+                    what is not written is dropped";
+        assert_eq!(heard, [Heard::Warning(text.into())]);
+        assert!(stdio.relays.contains_key(&token));
+    }
 
     #[test]
     fn a_logger_is_asked_to_end_and_the_owner_of_its_reused_pid_is_not() {

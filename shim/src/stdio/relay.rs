@@ -45,6 +45,9 @@ pub(super) struct Relay {
     /// watched already, for what it gives.
     #[serde(skip)]
     pub(super) room: Option<OwnedFd>,
+    /// Why its file did not take something, the first time that it did not.
+    #[serde(skip)]
+    pub(super) refused: Option<Errno>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -179,13 +182,24 @@ impl Relay {
         }
     }
 
+    /// A file that does not take it (its disk is full) costs what was to be written, and not the
+    /// writer: nobody else would read what it writes next.
     fn write_pending(&mut self, master: Option<&OwnedFd>) -> Result<(), Errno> {
         while !self.pending.is_empty() {
             let Some(to) = self.to(master) else {
                 return Ok(());
             };
-            let written = nix::unistd::write(to, &self.pending)?;
-            self.pending.drain(..written.min(self.pending.len()));
+            match nix::unistd::write(to, &self.pending) {
+                Ok(written) => {
+                    self.pending.drain(..written.min(self.pending.len()));
+                }
+                Err(wait @ (Errno::EAGAIN | Errno::EINTR)) => return Err(wait),
+                Err(why) if self.kind == RelayKind::Output && !is_pipe(to) => {
+                    self.pending.clear();
+                    self.refused.get_or_insert(why);
+                }
+                Err(why) => return Err(why),
+            }
         }
         Ok(())
     }
@@ -241,6 +255,7 @@ mod tests {
             pending: Vec::new(),
             watched: None,
             room: None,
+            refused: None,
         }
     }
 
@@ -313,6 +328,27 @@ mod tests {
         assert!(matches!(relay.blocked(None), Turn::Again));
         assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
         assert_eq!(std::fs::read(&out).unwrap(), b"late");
+    }
+
+    #[test]
+    fn a_full_disk_costs_what_is_written_and_not_the_writer() {
+        let dir = tempfile::tempdir().unwrap();
+        let (from, source) = pipe();
+        let mut relay = relay(from, append("/dev/full".as_ref()), RelayKind::Output);
+        for _ in 0..2 {
+            nix::unistd::write(&source, b"lost").unwrap();
+            assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
+            assert_eq!(relay.refused, Some(Errno::ENOSPC));
+            assert_eq!(crate::sys::waiting_bytes(source.as_fd()).unwrap(), 0);
+        }
+        // There is room again.
+        let out = dir.path().join("out");
+        relay.to = Some(append(&out));
+        nix::unistd::write(&source, b"kept").unwrap();
+        assert!(matches!(relay.turn(None), Turn::Wait(End::From)));
+        assert_eq!(std::fs::read(&out).unwrap(), b"kept");
+        drop(source);
+        assert!(matches!(relay.turn(None), Turn::Over));
     }
 
     #[test]

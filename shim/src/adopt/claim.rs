@@ -208,7 +208,7 @@ impl Claim {
             }
             loot = loot::take(Path::new("/proc"), *pid, pidfd);
             failpoint!("adopt.kill.before");
-            sys::pidfd_signal(pidfd.as_fd(), libc::SIGKILL).map_err(|e| failed("end", e))?;
+            signal(pidfd, libc::SIGKILL).map_err(|e| failed("end", e))?;
             failpoint!("adopt.kill.after");
             if !witness::await_end(pidfd, ENDS) {
                 remarks.push(format!("shim {pid} was sent SIGKILL and is still there"));
@@ -225,6 +225,16 @@ impl Claim {
     }
 }
 
+/// Signals the predecessor. Absent: it has ended by itself since it was claimed, as what was pending
+/// may make it do when it goes on for a moment; then all is as with one that was found dead.
+fn signal(pidfd: &OwnedFd, number: libc::c_int) -> io::Result<Seen<()>> {
+    match sys::pidfd_signal(pidfd.as_fd(), number) {
+        Ok(()) => Ok(Seen::Present(())),
+        Err(e) if e.raw_os_error() == Some(libc::ESRCH) => Ok(Seen::Absent),
+        Err(e) => Err(e),
+    }
+}
+
 /// Stops the predecessor, at rest if it can be met there; where it was met.
 fn stop(pid: i32, pidfd: &OwnedFd) -> io::Result<Seen<Stop>> {
     let proc = Proc::new("/proc");
@@ -233,13 +243,15 @@ fn stop(pid: i32, pidfd: &OwnedFd) -> io::Result<Seen<Stop>> {
     let until = Instant::now() + RESTS;
     loop {
         failpoint!("adopt.stop.before");
-        sys::pidfd_signal(pidfd.as_fd(), libc::SIGSTOP)?;
+        if signal(pidfd, libc::SIGSTOP)? == Seen::Absent {
+            return Ok(Seen::Absent);
+        }
         failpoint!("adopt.stop.after");
         let met = await_stop(&proc, pid);
         if stopped || met != Seen::Present(Stop::Midway) || Instant::now() >= until {
             return Ok(met);
         }
-        sys::pidfd_signal(pidfd.as_fd(), libc::SIGCONT)?;
+        signal(pidfd, libc::SIGCONT)?;
         thread::sleep(Duration::from_millis(1));
     }
 }
@@ -253,6 +265,45 @@ fn await_stop(proc: &Proc, pid: i32) -> Seen<Stop> {
                 thread::sleep(Duration::from_millis(2));
             }
             met => return met,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    /// Of a predecessor that had the lock or, as a stock shim, had none.
+    fn claim_of(pid: i32, pidfd: OwnedFd, waits: bool, beside: &Beside) -> Claim {
+        let attempt = match waits {
+            true => lock::attempt_next(&beside.lock),
+            false => lock::attempt(&beside.lock),
+        };
+        let Attempt::Taken(lock) = attempt.unwrap() else {
+            panic!("held")
+        };
+        Claim {
+            lock,
+            waits,
+            beside: beside.clone(),
+            predecessor: Some((pid, pidfd)),
+        }
+    }
+
+    #[test]
+    fn a_predecessor_that_ended_by_itself_since_it_was_claimed_is_as_good_as_ended() {
+        for waits in [false, true] {
+            let dir = tempfile::tempdir().unwrap();
+            let beside = Beside::of(&dir.path().join("s"));
+            let mut process = Command::new("sleep").arg("60").spawn().unwrap();
+            let pid = i32::try_from(process.id()).unwrap();
+            let claim = claim_of(pid, sys::pidfd_open(pid).unwrap(), waits, &beside);
+            process.kill().unwrap();
+            process.wait().unwrap();
+            let (lock, _, remarks) = claim.enforce(true).unwrap();
+            assert_eq!(remarks, [""; 0]);
+            assert!(lock::is_at(&lock, &beside.lock).unwrap());
         }
     }
 }

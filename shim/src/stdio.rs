@@ -372,7 +372,10 @@ impl Stdio {
         };
         let (output, input) = (held.output.take(), held.input.take());
         let name = format!("master:{}", handoff_key(key));
-        self.tell.push(Tell::Keep(name, master.try_clone()?));
+        // Out of descriptors: then without a spare, as in `tell_ends`, and not without the terminal.
+        if let Ok(spare) = master.try_clone() {
+            self.tell.push(Tell::Keep(name, spare));
+        }
         held.master = Some(master);
         // Without an output it still has to be read, or the terminal fills up and stops.
         self.relay(key, None, output, RelayKind::Output, epoll)?;

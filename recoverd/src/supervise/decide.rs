@@ -279,6 +279,18 @@ impl Group {
         }
     }
 
+    /// Its record has gone, and nobody is left who serves or could be served.
+    fn is_over(&self) -> bool {
+        self.recordless
+            && match self.stage {
+                // What it has announced is dropped with its end, if it retires.
+                Stage::Serves | Stage::Resumes => self.sighting.kind == Kind::Stock,
+                // Who has not had a successor yet is to have one, with or without its record.
+                Stage::Waits(_) | Stage::GivenUp => self.sighting.members.is_empty(),
+                Stage::Ended => true,
+            }
+    }
+
     /// This shim has ended. When the next try is due; none: enough.
     fn next_try(&mut self, process: Process, now: u64) -> Option<u64> {
         if self.remembered.take() != Some(process) {
@@ -382,15 +394,10 @@ impl State {
                 self.seen(socket, sighting, &mut out);
             }
             Input::Gone(socket) => {
-                if let Some(group) = self.groups.get_mut(&socket)
-                    && matches!(group.stage, Stage::Serves | Stage::Resumes)
-                    && group.sighting.kind == Kind::Ours
-                {
-                    // What it has announced is dropped with its end, if it retires.
+                if let Some(group) = self.groups.get_mut(&socket) {
                     group.recordless = true;
-                } else if let Some(group) = self.groups.remove(&socket) {
-                    forget(socket, &group, &mut out);
                 }
+                self.forget_if_over(socket, &mut out);
             }
             Input::TaskGone(socket, id) => {
                 let Some(group) = self.groups.get_mut(&socket) else {
@@ -424,8 +431,9 @@ impl State {
                     if group.sighting.kind == Kind::Stock {
                         // A stock shim cannot say that it has closed them, and nobody is there
                         // any more who would write.
-                        out.push(Output::DropMember(socket, member));
+                        out.push(Output::DropMember(socket.clone(), member));
                     }
+                    self.forget_if_over(socket, &mut out);
                 }
             }
             Input::Tried(socket, of, tried) => self.tried(&socket, of, tried, now, &mut out),
@@ -589,6 +597,14 @@ impl State {
             },
         }
         out.push(Output::Look(socket.to_owned()));
+    }
+
+    fn forget_if_over(&mut self, socket: PathBuf, out: &mut Vec<Output>) {
+        if self.groups.get(&socket).is_some_and(Group::is_over)
+            && let Some(group) = self.groups.remove(&socket)
+        {
+            forget(socket, &group, out);
+        }
     }
 }
 

@@ -198,6 +198,50 @@ fn a_record_that_somebody_took_away_is_nobodys_end_and_one_that_retires_has_none
 }
 
 #[test]
+fn whose_record_is_lost_has_as_many_tries_as_any_and_is_kept_while_it_lives() {
+    let gone = |state: &mut State, now| state.step(Input::Gone(S.into()), now);
+    let mut state = watching(Kind::Ours);
+    gone(&mut state, 0);
+    assert!(resumes(&state.step(ended(1, KILLED), 0)));
+    let mut now = 0;
+    for _ in 0..4 {
+        let out = state.step(tried_for(1, Tried::Failed), now);
+        assert_eq!(out, [Output::Look(S.into())]);
+        assert_eq!(gone(&mut state, now), []);
+        now = state.deadline().unwrap();
+        assert!(resumes(&state.step(Input::Tick, now)));
+    }
+    let out = state.step(tried_for(1, Tried::Failed), now);
+    assert_eq!(follows(&out), Some(Follows::NoneCame));
+    // It can be adopted by hand, with all that is kept.
+    assert_eq!(gone(&mut state, now), []);
+    assert_eq!(state.count(Kind::Ours).given_up, 1);
+    // Until its last process has ended.
+    let last = || Input::MemberEnded(S.into(), m("a", ""), p(10));
+    let out = state.step(last(), now);
+    assert_eq!(out, [Output::DropAll(S.into())]);
+    assert_eq!(state.sockets().count(), 0);
+
+    // Deleted while it waits for the next try: there is nothing to be resumed, whichever of the
+    // two is heard of first.
+    for order in [[0, 1], [1, 0]] {
+        let mut state = watching(Kind::Ours);
+        state.step(ended(1, KILLED), 0);
+        state.step(tried_for(1, Tried::Failed), 0);
+        let due = state.deadline().unwrap();
+        for which in order {
+            match which {
+                0 => gone(&mut state, 1),
+                _ => state.step(last(), 1),
+            };
+        }
+        assert_eq!(state.deadline(), None);
+        assert_eq!(state.step(Input::Tick, due), []);
+        assert_eq!(state.sockets().count(), 0);
+    }
+}
+
+#[test]
 fn the_record_of_a_shim_that_left_brings_it_not_back() {
     let mut state = watching(Kind::Ours);
     let out = state.step(ended(1, How::Exited(0)), 5);

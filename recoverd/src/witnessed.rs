@@ -25,8 +25,10 @@ use crate::{facts::TaskName, own_dir};
 /// The file below the run folder.
 pub const FILE: &str = "witnessed.json";
 const FORMAT: u32 = 1;
-/// Exits that are remembered, the latest: more than a node has tasks.
-const MAX_EXITS: usize = 4096;
+/// Exits of inits that are remembered, the latest: more than a node has tasks.
+const MAX_INITS: usize = 4096;
+/// And of execs: probes come every few seconds.
+const MAX_EXECS: usize = 512;
 /// Ends of shims that are remembered.
 const MAX_DEATHS: usize = 512;
 
@@ -118,8 +120,18 @@ impl Witnessed {
     /// One more exit.
     pub fn exited(&mut self, exit: SeenExit) {
         self.exits.push(exit);
-        let surplus = self.exits.len().saturating_sub(MAX_EXITS);
-        self.exits.drain(..surplus);
+        self.keep_latest(MAX_INITS, |exit| exit.exec_id.is_empty());
+        self.keep_latest(MAX_EXECS, |exit| !exit.exec_id.is_empty());
+    }
+
+    fn keep_latest(&mut self, most: usize, is_one: impl Fn(&SeenExit) -> bool) {
+        let count = self.exits.iter().filter(|exit| is_one(exit)).count();
+        let mut surplus = count.saturating_sub(most);
+        self.exits.retain(|exit| {
+            let goes = surplus > 0 && is_one(exit);
+            surplus = surplus.saturating_sub(usize::from(goes));
+            !goes
+        });
     }
 
     /// One more end of a shim.
@@ -315,7 +327,23 @@ mod tests {
         for pid in 0..5000 {
             witnessed.exited(exit(pid, Some(0)));
         }
-        assert_eq!(witnessed.exits.len(), MAX_EXITS);
+        assert_eq!(witnessed.exits.len(), MAX_INITS);
         assert_eq!(witnessed.exits.last().unwrap().process.0, 4999);
+    }
+
+    #[test]
+    fn probes_push_out_no_exit_of_an_init() {
+        let mut witnessed = Witnessed::default();
+        witnessed.exited(exit(1, Some(23)));
+        for pid in 2..5002 {
+            witnessed.exited(SeenExit {
+                exec_id: "probe".into(),
+                ..exit(pid, Some(0))
+            });
+        }
+        assert_eq!(witnessed.exits.len(), 1 + MAX_EXECS);
+        assert_eq!(witnessed.exit_of((1, 7)).unwrap().status, Some(23));
+        assert_eq!(witnessed.exit_of((5001, 7)).unwrap().status, Some(0));
+        assert_eq!(witnessed.exit_of((2, 7)), None, "the oldest go first");
     }
 }

@@ -135,6 +135,8 @@ pub async fn run(setup: Setup) -> io::Result<()> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let watchdog = store::watchdog().map(|period| period / 3);
+    // Not with each round: every hint of a change is one.
+    let mut watchdog_at = Instant::now();
     let mut textfile_at = Instant::now();
     daemon.look_around();
     daemon.settle();
@@ -146,8 +148,11 @@ pub async fn run(setup: Setup) -> io::Result<()> {
         let now = Instant::now();
         let mut due = daemon.due();
         if let Some(period) = watchdog {
-            store::tell(&[NotifyState::Watchdog]);
-            due = due.min(now + period);
+            if watchdog_at <= now {
+                watchdog_at = now + period;
+                store::tell(&[NotifyState::Watchdog]);
+            }
+            due = due.min(watchdog_at);
         }
         if let Some(path) = &daemon.setup.textfile {
             if textfile_at <= now {

@@ -117,6 +117,7 @@ struct Daemon {
     tries: JoinSet<TryEnded>,
     places_to_try: Arc<Semaphore>,
     bundles: JoinSet<(Place, Found)>,
+    /// When the shim there ended, the last time: for how long it takes to give it a successor.
     ends: BTreeMap<PathBuf, Instant>,
     inbox: Vec<Input>,
 }
@@ -375,6 +376,7 @@ impl Daemon {
             Output::Resume(socket) => self.resume(socket),
             Output::DropAll(socket) => {
                 self.records.remove(&socket);
+                self.ends.remove(&socket);
                 let given = self.bag.give_up(&socket, |_| true);
                 store::remove_connections(&socket);
                 self.given_up(&socket, given);

@@ -516,9 +516,12 @@ impl State {
             return;
         }
         let announced = |(announced, until): (Process, u64)| announced == process && now < until;
-        let meant = group.meant.is_some_and(announced) || how == How::Exited(0);
+        let living = !group.sighting.members.is_empty();
+        // A stock shim that is told to end by SIGTERM does so with 0, and leaves its containers.
+        let orderly = how == How::Exited(0) && (group.sighting.kind == Kind::Ours || !living);
+        let meant = group.meant.is_some_and(announced) || orderly;
         // One that retires has nothing that lives. Whose record was taken away has.
-        let retired = group.recordless && group.sighting.members.is_empty();
+        let retired = group.recordless && !living;
         let nothing = group.sighting.tasks == 0 || retired;
         let follows = match group.sighting.kind {
             _ if meant || nothing => Follows::Nothing,

@@ -116,7 +116,8 @@ fn only_a_crash_of_our_shim_has_a_successor_and_at_once() {
         (Kind::Ours, How::Exited(1), Follows::Successor),
         (Kind::Ours, How::Exited(0), Follows::Nothing),
         (Kind::Stock, KILLED, Follows::Loss),
-        (Kind::Stock, How::Exited(0), Follows::Nothing),
+        // SIGTERM: what it leaves lives.
+        (Kind::Stock, How::Exited(0), Follows::Loss),
     ];
     for (kind, how, expected) in table {
         let mut state = watching(kind);
@@ -405,6 +406,15 @@ fn a_lost_stock_shim_is_forgotten_with_its_last_task() {
     state.step(ended(1, KILLED), 0);
     let out = state.step(Input::TaskGone(S.into(), "a".into()), 0);
     assert!(out.contains(&Output::DropAll(S.into())), "{out:?}");
+    // One with nothing that lives has no loss; nor has one whose end was announced.
+    let mut state = watching(Kind::Stock);
+    state.step(Input::MemberEnded(S.into(), m("a", ""), p(10)), 0);
+    let out = state.step(ended(1, How::Exited(0)), 0);
+    assert_eq!(follows(&out), Some(Follows::Nothing));
+    let mut state = watching(Kind::Stock);
+    state.step(Input::Leave(S.into(), p(1)), 0);
+    let out = state.step(ended(1, How::Exited(0)), 0);
+    assert_eq!(follows(&out), Some(Follows::Nothing));
     // Or our shim has adopted it.
     let mut state = watching(Kind::Stock);
     state.step(ended(1, KILLED), 0);

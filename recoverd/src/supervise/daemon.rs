@@ -23,7 +23,7 @@ use tokio::{
 
 use super::{
     bag::{self, Bag, Kept},
-    decide::{How, Input, Output, State},
+    decide::{How, Input, Member, Output, State},
     look::{Found, Place, Version},
     metrics::Metrics,
     serve_metrics, store,
@@ -94,6 +94,8 @@ struct Daemon {
     listener: OwnedFd,
     watches: HashMap<u64, Watch>,
     tokens: HashMap<(u32, u64, bool), u64>,
+    /// Who is to be watched and could not be, though he may be there: with the next look.
+    unwatched: HashMap<(u32, u64, bool), (PathBuf, Option<Member>)>,
     /// Who tells how they ended, and of whom it has not done so yet.
     teller: Teller,
     unanswered: Vec<Ended>,
@@ -366,6 +368,7 @@ impl Daemon {
             Output::Unwatch(process) => {
                 for shim in [false, true] {
                     let key = (process.pid, process.start_time, shim);
+                    self.unwatched.remove(&key);
                     if let Some(token) = self.tokens.remove(&key)
                         && let Some(watch) = self.watches.remove(&token)
                     {

@@ -142,6 +142,7 @@ impl Daemon {
             listener,
             watches: HashMap::new(),
             tokens: HashMap::new(),
+            unwatched: HashMap::new(),
             peers: HashMap::new(),
             teller,
             unanswered: Vec::new(),

@@ -13,14 +13,16 @@ use std::{
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 use recoverd_common::{
     failpoint,
+    proc::Proc,
     record::Process,
+    seen::Seen,
     supervision,
     timestamp::Timestamp,
     witness::{self, Answer, Teller},
 };
 
 use super::{
-    super::decide::{How, Input, Kind, Member},
+    super::decide::{How, Input, Kind, Member, Output},
     Daemon,
     peers::Peer,
 };
@@ -38,6 +40,19 @@ pub(super) struct Watch {
     pub(super) member: Option<Member>,
     pub(super) process: Process,
     pub(super) pidfd: OwnedFd,
+}
+
+/// This very process is not there, for certain.
+fn is_gone(proc: &Proc, process: Process) -> bool {
+    let Ok(pid) = i32::try_from(process.pid) else {
+        // No process has this number.
+        return true;
+    };
+    match proc.stat(pid) {
+        Seen::Present(stat) => stat.id.start_time != process.start_time,
+        Seen::Absent => true,
+        Seen::Unknown(_) => false,
+    }
 }
 
 /// One that has ended, and nobody knows yet how.
@@ -75,14 +90,22 @@ impl Daemon {
         let pids = watched.map(|watch| watch.process.pid);
         let pids: Vec<u32> = pids.chain([process.pid]).collect();
         self.teller.add(&pids, process.pid);
-        let Ok(pidfd) = witness::open(&self.proc, process) else {
-            return false;
+        let pidfd = match witness::open(&self.proc, process) {
+            Ok(pidfd) => pidfd,
+            Err(_) if is_gone(&self.proc, process) => return false,
+            Err(why) => {
+                // We are short of descriptors, for one.
+                tracing::error!(pid = process.pid, why, "watch process");
+                self.unwatched.insert(key, (socket.to_owned(), member));
+                return true;
+            }
         };
         self.last = self.last.saturating_add(1);
         let token = self.last;
         let event = EpollEvent::new(EpollFlags::EPOLLIN, token);
         if let Err(error) = self.epoll.add(&pidfd, event) {
             tracing::error!(pid = process.pid, %error, "watch process");
+            self.unwatched.insert(key, (socket.to_owned(), member));
             return true;
         }
         self.tokens.insert(key, token);
@@ -94,6 +117,17 @@ impl Daemon {
         };
         self.watches.insert(token, watch);
         true
+    }
+
+    /// Tries again with those who could not be watched.
+    pub(super) fn watch_the_rest(&mut self) {
+        for ((pid, start_time, _), (socket, member)) in std::mem::take(&mut self.unwatched) {
+            let process = Process { pid, start_time };
+            self.perform(match member {
+                Some(member) => Output::WatchMember(socket, member, process),
+                None => Output::WatchShim(socket, process),
+            });
+        }
     }
 
     /// One has ended.
@@ -219,5 +253,36 @@ impl Daemon {
         self.read_record(&socket);
         let how = How::of_status(status);
         self.inbox.push(Input::ShimEnded(socket, process, how));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    #[test]
+    fn who_cannot_be_seen_is_not_gone() {
+        let own = Proc::new("/proc");
+        let pid = i32::try_from(std::process::id()).unwrap();
+        let Seen::Present(stat) = own.stat(pid) else {
+            panic!("no word of ourselves");
+        };
+        let this = Process {
+            pid: pid.unsigned_abs(),
+            start_time: stat.id.start_time,
+        };
+        assert!(!is_gone(&own, this));
+        let another = Process {
+            start_time: this.start_time + 1,
+            ..this
+        };
+        assert!(is_gone(&own, another));
+        let dir = tempfile::tempdir().unwrap();
+        let proc = Proc::new(dir.path());
+        assert!(is_gone(&proc, this));
+        // Nothing that could be read.
+        fs::create_dir_all(dir.path().join(pid.to_string()).join("stat")).unwrap();
+        assert!(!is_gone(&proc, this));
     }
 }

@@ -74,6 +74,7 @@ impl Daemon {
     pub(super) fn look_around(&mut self) {
         let now = Instant::now();
         self.metrics.looked();
+        self.watch_the_rest();
         let blind = self.watcher.is_none();
         self.look_at = now + if blind { LOOK_BLIND } else { LOOK };
         if self.instances_at <= now {

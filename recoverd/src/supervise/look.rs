@@ -13,7 +13,7 @@ use recoverd_common::{
     bundle::Bundle,
     ids::{Id, Namespace},
     paths::{self, Beside, RUNC_ROOT},
-    proc::Proc,
+    proc::{FileId, Proc},
     read::{MAX_FILE, read_file},
     record::{
         self, Process, Record,
@@ -141,6 +141,12 @@ pub fn bundles(states: &BTreeSet<PathBuf>) -> (BTreeSet<Place>, BTreeSet<PathBuf
         }
     }
     (places, folders)
+}
+
+/// Nothing is at `path`, for certain: where its containerd is not seen to run, or a folder could not
+/// be read, a bundle is not found, and is there all the same.
+pub fn is_gone(path: &Path) -> bool {
+    FileId::of_entry(path).is_absent()
 }
 
 /// Looks at one bundle.
@@ -308,5 +314,13 @@ mod tests {
         let place = places.first().unwrap();
         let found = bundle(&Proc::new("/proc"), Path::new(""), place);
         assert!(matches!(found, Found::NotYet));
+        // Its containerd is not found any more, or the folder is nothing that can be read.
+        assert!(bundles(&BTreeSet::new()).0.is_empty());
+        assert!(!is_gone(&place.path));
+        fs::remove_dir_all(&folder).unwrap();
+        fs::write(&folder, "").unwrap();
+        assert!(!is_gone(&place.path));
+        fs::remove_file(&folder).unwrap();
+        assert!(is_gone(&place.path));
     }
 }

@@ -104,7 +104,7 @@ impl Daemon {
         let gone: Vec<Place> = self
             .places
             .keys()
-            .filter(|place| !places.contains(place))
+            .filter(|place| !places.contains(place) && look::is_gone(&place.path))
             .cloned()
             .collect();
         for place in gone {

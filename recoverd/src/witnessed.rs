@@ -7,7 +7,7 @@ use std::{
     fs,
     io::{self, Write},
     os::unix::fs::OpenOptionsExt,
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use recoverd_common::{
@@ -94,6 +94,9 @@ pub struct Words {
     pub namespace: String,
     /// The container.
     pub id: String,
+    /// Its bundle: gone with the task.
+    #[serde(default)]
+    pub bundle: PathBuf,
     /// Its init's pid and start time.
     pub init: (u32, u64),
     /// A path or URI; empty for none.
@@ -141,11 +144,23 @@ impl Witnessed {
         self.deaths.drain(..surplus);
     }
 
-    /// What a stock shim said; replaces what it said before.
-    pub fn said(&mut self, words: Words) {
+    /// What a stock shim said; replaces what it said before. False: it said the same.
+    pub fn said(&mut self, words: Words) -> bool {
+        if self.stdio.contains(&words) {
+            return false;
+        }
         self.stdio
             .retain(|old| (&old.namespace, &old.id) != (&words.namespace, &words.id));
         self.stdio.push(words);
+        true
+    }
+
+    /// Forgets what was said of tasks whose bundle is `gone`: a successor needs it until then, also
+    /// when the init has ended. False: there are none.
+    pub fn forget(&mut self, gone: impl Fn(&Path) -> bool) -> bool {
+        let before = self.stdio.len();
+        self.stdio.retain(|words| !gone(&words.bundle));
+        self.stdio.len() != before
     }
 
     /// Every exit whose status is known, for a successor.
@@ -294,6 +309,7 @@ mod tests {
         witnessed.said(Words {
             namespace: "n".into(),
             id: "a".into(),
+            bundle: "/b/n/a".into(),
             init: (1, 7),
             stdin: String::new(),
             stdout: "/f/out".into(),
@@ -345,5 +361,25 @@ mod tests {
         assert_eq!(witnessed.exit_of((1, 7)).unwrap().status, Some(23));
         assert_eq!(witnessed.exit_of((5001, 7)).unwrap().status, Some(0));
         assert_eq!(witnessed.exit_of((2, 7)), None, "the oldest go first");
+    }
+
+    #[test]
+    fn what_was_said_of_a_task_is_forgotten_with_its_bundle() {
+        let words = |id: &str, pid| Words {
+            namespace: "n".into(),
+            id: id.into(),
+            bundle: Path::new("/b/n").join(id),
+            init: (pid, 7),
+            stdin: String::new(),
+            stdout: String::new(),
+            stderr: String::new(),
+        };
+        let mut witnessed = Witnessed::default();
+        assert!(witnessed.said(words("a", 1)) && witnessed.said(words("b", 2)));
+        assert!(!witnessed.said(words("a", 1)));
+        assert!(witnessed.said(words("a", 3)), "another task by this name");
+        assert!(!witnessed.forget(|_| false));
+        assert!(witnessed.forget(|bundle| bundle == Path::new("/b/n/a")));
+        assert_eq!(witnessed.stdio, [words("b", 2)]);
     }
 }

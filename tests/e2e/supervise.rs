@@ -583,6 +583,12 @@ fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
         let losses = deaths.iter().filter(|death| death["follows"] == "loss");
         (losses.count() == 3).then_some(())
     });
+    let said = || node.witnessed()["stdio"].as_array().map_or(0, Vec::len);
+    assert_eq!(
+        said(),
+        3,
+        "their exits may be told yet, and what they wrote be read"
+    );
     writer.assert_init_alive();
     terminal.assert_init_alive();
     let hook = containerd.pre_start();
@@ -603,6 +609,9 @@ fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
     containerd.delete(&writer, 23);
     containerd.remove(&terminal);
     nothing_is_kept(&supervisor);
+    wait_for("what the shims said to be forgotten", || {
+        (said() == 0).then_some(())
+    });
 }
 
 fn intended_ends_are_not_hidden_and_nothing_is_kept(release: &Release) {

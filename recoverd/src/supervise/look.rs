@@ -259,6 +259,7 @@ fn ask(proc: &Proc, bundle: &Bundle, socket: PathBuf, init: Process) -> Found {
         words: Words {
             namespace,
             id,
+            bundle: bundle.path.clone(),
             init: (init.pid, init.start_time),
             stdin: state.stdin,
             stdout: state.stdout,

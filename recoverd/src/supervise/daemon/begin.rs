@@ -98,6 +98,8 @@ impl Daemon {
         };
         witnessed.boot_id = boot_id;
         witnessed.since = Some(Timestamp::now());
+        // Tasks that went while nobody looked.
+        witnessed.forget(look::is_gone);
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let listener = listen_below(&setup.run_dir)?;
         epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, LISTENER))?;

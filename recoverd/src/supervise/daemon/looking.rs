@@ -107,6 +107,9 @@ impl Daemon {
             .filter(|place| !places.contains(place) && look::is_gone(&place.path))
             .cloned()
             .collect();
+        if !gone.is_empty() {
+            self.dirty |= self.witnessed.forget(look::is_gone);
+        }
         for place in gone {
             if let Some(Standing::Task(socket)) = self.places.remove(&place) {
                 let id = place.id.to_string();
@@ -208,8 +211,7 @@ impl Daemon {
                 Standing::Waits(Instant::now() + pause, looks)
             }
             Found::Task(task) => {
-                self.witnessed.said(task.words);
-                self.dirty = true;
+                self.dirty |= self.witnessed.said(task.words);
                 let socket = task.socket;
                 self.inbox
                     .push(Input::SeenAlso(socket.clone(), task.sighting));

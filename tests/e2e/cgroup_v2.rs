@@ -77,12 +77,13 @@ const LATE: &str = r#"
     /e2e/recoverd --address /run/containerd/containerd.sock pre-start --deadline 120s
     systemctl start containerd
     ctr events >/tmp/late-events &
+    # Who comes in the middle of the first telling hears of both at the second.
+    told() { grep -oE '/tasks/(oom|exit)' /tmp/late-events | tail -n 2 | tr '\n' ' '; }
     for try in $(seq 300); do
-        # Who comes between the two hears of both at the second telling.
-        if grep -q /tasks/oom /tmp/late-events && grep -q /tasks/exit /tmp/late-events; then break; fi
+        if [ "$(told)" = '/tasks/oom /tasks/exit ' ]; then break; fi
         sleep 0.2
     done
-    echo "late: $(grep -oE '/tasks/(oom|exit)' /tmp/late-events | tail -n 2 | tr '\n' ' ')"
+    echo "late: $(told)"
 "#;
 
 /// Pods in systemd's cgroups by every release, each configured as the README says. The image of

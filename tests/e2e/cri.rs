@@ -328,8 +328,12 @@ fn a_session_has_its_streams_and_its_exit_code(release: &Release, shim: ShimUnde
     second.wait_for("got bye\n");
     second.finish();
     assert_eq!(cri.exited(&plain).0, 7);
-    let mut said = cri.log(&pod, "plain", "stdout");
-    said.retain(|line| line != "got ?");
+    // containerd writes the log beside everything else that it does.
+    let said = wait_for("the last line in the log", || {
+        let said = cri.log(&pod, "plain", "stdout");
+        (said.last().map(String::as_str) == Some("got bye")).then_some(said)
+    });
+    let said: Vec<String> = said.into_iter().filter(|line| line != "got ?").collect();
     assert_eq!(said, ["got one", "got two", "got bye"]);
     terminal.write("bye\n");
     terminal.finish();

@@ -48,11 +48,11 @@ fn terminal_and_exec_and_pod_run(release: &Release) {
     let terminal = containerd.run(&Container::new("terminal").terminal());
     let terminals = node.run("ls", ["-l", &format!("/proc/{}/fd/0", terminal.init.pid)]);
     assert!(terminals.contains("/dev/pts/"), "{terminals}");
-    containerd.exec(&app, "extra", &["sleep", "1000"]);
+    containerd.exec(&app, "extra", &["sleep", "3000"]);
     // The runtime answers before its child is the program.
     recoverd_tests::wait_for("the exec to run", || {
         let mut all = node.processes().into_iter();
-        all.find(|process| process.argv == ["sleep", "1000"])
+        all.find(|process| process.argv == ["sleep", "3000"])
     });
 }
 

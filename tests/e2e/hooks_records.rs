@@ -202,7 +202,11 @@ fn repair_takes_bad_records_as_the_hook_does(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
     let orphans = orphans_with_bad_records(&node, &mut containerd);
-    let output = node.recoverd(["repair", "--apply"]);
+    // How long it takes is not what is proven here.
+    let config = node.folder().join("patient.toml");
+    fs::write(&config, "[adopt]\ndeadline = \"60s\"\n").unwrap_or_else(|error| panic!("{error}"));
+    let config = config.display().to_string();
+    let output = node.recoverd(["--config", &config, "repair", "--apply"]);
     assert_eq!(output.status.code(), Some(0), "{output:?}");
     // What was wrong is kept for whoever wants to know, and is a finding no more.
     let kept = node.shell("ls /run/containerd/recoverd-quarantine");

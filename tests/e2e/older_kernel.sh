@@ -130,8 +130,10 @@ mkdir $out/seen/records
 cp /run/containerd/s/*.record $out/seen/records/
 
 # An end between the supervisor's order and the successor's look.
-run window io.containerd.recoverd.v1 "$(exits_with 44)"
+run window io.containerd.recoverd.v1 "trap 'exit 44' TERM; : >/mnt/window; while :; do sleep 1000 & wait \$!; done"
 window=$(init_of window)
+# Its trap is set: the signal comes at once, and once.
+within 60 test -e share/window
 within 60 watched "$window"
 echo "$window" >share/between
 kill -KILL "$(pgrep --full -- '-id [w]indow ')"

@@ -83,11 +83,11 @@ fn healthy_tasks_of_every_kind_have_no_finding(release: &Release) {
     let plain = containerd.run(&Container::new("plain"));
     let image = containerd.run(&Container::new("image").image());
     let busy = containerd.run(&Container::new("busy"));
-    let mut exec = containerd.exec_attached(&busy, "job", &["sleep", "1000"]);
+    let mut exec = containerd.exec_attached(&busy, "job", &["sleep", "3000"]);
     wait_for("the exec to run", || {
         node.processes()
             .into_iter()
-            .find(|process| process.argv == ["sleep", "1000"])
+            .find(|process| process.argv == ["sleep", "3000"])
     });
     let terminal = containerd.run(&Container::new("terminal").terminal());
     let paused = containerd.run(&Container::new("paused"));

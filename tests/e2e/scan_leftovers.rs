@@ -248,11 +248,11 @@ fn exec_whose_client_is_gone_is_leaked(release: &Release, shim: ShimUnderTest) {
     let node = Node::start();
     let containerd = node.containerd(release);
     let task = containerd.run(&Container::new("bystander").shim(shim));
-    let mut held = containerd.exec_attached(&task, "held", &["sleep", "1000"]);
+    let mut held = containerd.exec_attached(&task, "held", &["sleep", "3000"]);
     wait_for("the exec to run", || {
         node.processes()
             .into_iter()
-            .find(|process| process.argv == ["sleep", "1000"])
+            .find(|process| process.argv == ["sleep", "3000"])
     });
     node.scan_of_any_age().assert_clean();
     // A detached one: its client ended with nobody at the other end of its fifos.

@@ -578,7 +578,7 @@ fn scan_and_show_know_our_shim(release: &Release) {
     let mut containerd = node.containerd(release);
     containerd.import_image("e2e");
     let running = containerd.run(&ours("running").image());
-    let client = containerd.exec_attached(
+    let mut client = containerd.exec_attached(
         &running,
         "session",
         &["sh", "-c", "sleep 100000; :", "session"],
@@ -630,7 +630,8 @@ fn scan_and_show_know_our_shim(release: &Release) {
     assert_shown(&node, &stopped, "stopped");
     // An exec without its client would be a finding, and a true one.
     node.kill(&session);
-    drop(client);
+    // It removes its fifos itself.
+    client.wait();
     containerd.kill();
     look(&containerd, "running");
     node.signal(&late.init, "TERM");

@@ -288,7 +288,9 @@ fn ends_are_not_held_back_by_a_supervisor_that_came_later_or_a_shim_that_died(re
         node.tell(name);
     }
     streams.iter().for_each(Reader::wait_advance);
-    node.kill(&pod.shim_now());
+    let shim = pod.shim_now();
+    supervisor.wait_watches(&[&shim, &pod.init, &ends.init, &session]);
+    node.kill(&shim);
     for name in ["ends.stop", "e.stop"] {
         node.tell(name);
     }
@@ -428,6 +430,7 @@ fn what_is_asked_for_when_a_shim_dies_is_done_once_or_refused(release: &Release)
     // A shim that dies five times in a minute would be given up.
     let second = containerd.run(&of("second"));
     let task = containerd.run(&of("victim").group("second"));
+    node.wait_trap(&task.init);
     let (done, text, _) = dies_at(
         &second,
         "kill",

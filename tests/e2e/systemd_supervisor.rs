@@ -243,11 +243,10 @@ fn a_service_that_crashes_or_hangs_comes_back_with_what_it_kept() {
     let mut scene = Scene::set(&host);
     wait_watching(&host, 3.0);
     // A listener and containerd's connection for each shim, and the terminal's master.
-    let stored = host.property(UNIT, "NFileDescriptorStore");
-    assert!(
-        stored.parse::<u32>().is_ok_and(|n| n >= 7),
-        "{stored} stored"
-    );
+    wait_for("seven descriptors in the store", || {
+        let stored = host.property(UNIT, "NFileDescriptorStore");
+        stored.parse::<u32>().is_ok_and(|n| n >= 7).then_some(())
+    });
     says_that_it_lives(&host);
     for (signal, word) in [("KILL", "crashed"), ("STOP", "hung")] {
         let old = supervisor(&host);

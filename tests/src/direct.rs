@@ -15,7 +15,7 @@ use crate::node::Node;
 use crate::process::Process;
 
 /// Generous, yet a call that hangs fails its test and not the whole run.
-pub(crate) const ANSWERS_WITHIN: Duration = Duration::from_secs(60);
+pub(crate) const ANSWERS_WITHIN: Duration = Duration::from_secs(180);
 
 /// Calls `method` of the task service at `socket`, a path of the node: v2, and v3 of a shim that has
 /// no other.

@@ -33,6 +33,8 @@ pub struct Sent {
     pub exec_id: String,
     /// containerd has said that it has it.
     pub acknowledged: bool,
+    /// On which connection it came, by their count: a successor has a later one.
+    pub connection: usize,
 }
 
 /// Everything that shims have sent by way of it, in order.
@@ -55,10 +57,10 @@ impl EventRelay {
         let of_thread = Arc::clone(&sent);
         // Lives as long as this test's process, and does nothing without clients.
         thread::spawn(move || {
-            for client in listener.incoming().flatten() {
+            for (connection, client) in listener.incoming().flatten().enumerate() {
                 // Nobody there: the client meets the end that it would meet.
                 if let Ok(service) = UnixStream::connect(&service) {
-                    relay(client, service, &of_thread);
+                    relay(client, service, connection, &of_thread);
                 }
             }
         });
@@ -92,7 +94,7 @@ impl EventRelay {
 }
 
 /// Both directions, until one ends.
-fn relay(client: UnixStream, service: UnixStream, sent: &Arc<Mutex<Vec<Sent>>>) {
+fn relay(client: UnixStream, service: UnixStream, connection: usize, sent: &Arc<Mutex<Vec<Sent>>>) {
     let (Ok(client_too), Ok(service_too)) = (client.try_clone(), service.try_clone()) else {
         return;
     };
@@ -100,7 +102,7 @@ fn relay(client: UnixStream, service: UnixStream, sent: &Arc<Mutex<Vec<Sent>>>) 
     let (asks, all) = (Arc::clone(&waiting), Arc::clone(sent));
     thread::spawn(move || {
         frames(client, service, |header, payload| {
-            let Some(event) = event_in(payload) else {
+            let Some(event) = event_in(payload, connection) else {
                 return;
             };
             let mut all = all.lock().unwrap_or_else(PoisonError::into_inner);
@@ -143,7 +145,7 @@ fn frames(mut from: UnixStream, mut to: UnixStream, look: impl Fn(Header, &[u8])
     }
 }
 
-fn event_in(payload: &[u8]) -> Option<Sent> {
+fn event_in(payload: &[u8], connection: usize) -> Option<Sent> {
     let request = Request::decode(payload).ok()?;
     let envelope = ForwardRequest::decode(request.payload.as_slice())
         .ok()?
@@ -183,5 +185,6 @@ fn event_in(payload: &[u8]) -> Option<Sent> {
         topic: envelope.topic,
         exec_id,
         acknowledged: false,
+        connection,
     })
 }

@@ -43,7 +43,8 @@ pub fn keep(pid: u32) -> Vec<OwnedFd> {
         };
         let fifo = fs::metadata(&path).is_ok_and(|meta| meta.file_type().is_fifo());
         if target.to_string_lossy().starts_with("socket:") || fifo {
-            kept.push(sys::pidfd_getfd(pidfd.as_fd(), number).unwrap());
+            // It may have been closed since.
+            kept.extend(sys::pidfd_getfd(pidfd.as_fd(), number));
         }
     }
     kept

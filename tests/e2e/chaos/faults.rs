@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use recoverd_tests::{OTHER, Process, VERSION, record_at, wait_for};
 
 use crate::World;
-use crate::told::Told;
 
 /// A shim may be killed this often in a minute: the supervisor gives up at five.
 const KILLS: usize = 3;
@@ -169,7 +168,7 @@ impl World<'_> {
         let hook = self.recoverd(&["pre-start", "--strict", "--deadline", "120s"]);
         assert!(hook.status.success(), "{hook:?}");
         self.containerd.start();
-        self.told = Told::new(&self.containerd);
+        self.told = self.told.anew(&self.containerd);
     }
 
     /// The other version is installed, and every shim told to become it.
@@ -232,6 +231,13 @@ impl World<'_> {
         }
         let status = asker.wait().code();
         let said = asker.text();
+        if meanwhile == Meanwhile::AskerDies {
+            // A shim that it has asked goes on, and refuses others until it is done.
+            wait_for("the upgrade that it began", || {
+                let rest = self.recoverd(&["upgrade", "--all"]);
+                rest.status.success().then_some(())
+            });
+        }
         self.note(format!("it ended with {status:?}: {}", said.trim()));
         self.faults += 1;
         if let Some(echo) = echo {

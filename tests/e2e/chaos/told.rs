@@ -34,6 +34,14 @@ impl Told {
         }
     }
 
+    /// The next subscription. Who was told of an end in the middle of that, is told once more.
+    pub fn anew(&mut self, containerd: &Containerd) -> Told {
+        Told {
+            told_twice: std::mem::take(&mut self.told_twice),
+            ..Told::new(containerd)
+        }
+    }
+
     /// This has happened while somebody listened.
     pub fn expect(&mut self, id: &str, topic: &'static str, exec_id: &str, status: Option<u32>) {
         self.seen.insert(id.to_owned());

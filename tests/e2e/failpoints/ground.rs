@@ -14,6 +14,9 @@ use recoverd_tests::{
 /// The containerd namespace of everything here.
 pub const NAMESPACE: &str = "e2e";
 
+/// How long a successor takes is not what is proven here.
+const PATIENT: &str = "[adopt]\ndeadline = \"60s\"\n";
+
 pub struct Ground {
     pub node: Arc<Node>,
     pub containerd: Containerd,
@@ -44,7 +47,7 @@ impl Ground {
         let config = config(&node);
         fs::write(
             config,
-            "[scan]\nsettle = \"0s\"\n[pre-start]\ndeadline = \"120s\"\n",
+            format!("[scan]\nsettle = \"0s\"\n[pre-start]\ndeadline = \"120s\"\n{PATIENT}"),
         )
         .unwrap_or_else(|error| panic!("write configuration: {error}"));
         let events = EventRelay::of(&containerd);
@@ -153,7 +156,7 @@ impl Ground {
         let metrics = self.node.folder().join("recoverd.prom");
         let config = self.node.folder().join("supervise.toml");
         let text = format!(
-            "[supervise]\ntextfile = {:?}\n",
+            "[supervise]\ntextfile = {:?}\n{PATIENT}",
             metrics.display().to_string()
         );
         fs::write(&config, text).unwrap_or_else(|error| panic!("write configuration: {error}"));

@@ -420,6 +420,7 @@ impl Life {
 
     #[track_caller]
     fn backlog(&mut self, ground: &Ground, armed: Option<&Armed>) -> Result<(), Died> {
+        self.answered(ground, Ok(()), armed)?;
         ground.containerd.freeze();
         for who in [Who::Session, Who::Second] {
             self.member(who).stage = Stage::Ending;
@@ -665,8 +666,13 @@ impl Life {
                 return Some((answer, None));
             };
             let living = ground.node.process(state.pid);
-            let alive = living.as_ref().is_some_and(|it| ground.node.alive(it));
-            let settled = alive || !may_end || state.status() != Status::Running;
+            let living = living.filter(|it| ground.node.alive(it));
+            let settled = match state.status() {
+                // containerd waits two seconds for a shim; a successor may need longer.
+                Status::Unknown => false,
+                Status::Running => living.is_some() || !may_end,
+                _ => true,
+            };
             settled.then_some((answer, living))
         });
         let state = match answer {
@@ -706,8 +712,7 @@ impl Life {
         if now == Stage::Ended {
             self.assert_status(ground, who, state.exit_status);
         } else if now != Stage::Created || exec_id.is_empty() {
-            let living = living.unwrap_or_else(|| panic!("{label}: no process {}", state.pid));
-            assert!(ground.node.alive(&living), "{label}: {living:?}");
+            let living = living.unwrap_or_else(|| panic!("{label}: {} does not live", state.pid));
             if let Some(before) = &self.member(who).process {
                 let (before, now) = (
                     (before.pid, before.start_time),
@@ -786,10 +791,13 @@ impl Life {
             assert!(has_all(&sent), "of {expected:?} only {sent:#?}");
             // Whoever was not there for an exit hears of it once more, as long as its task is there.
             // What a shim has sent just before it died may be read after its successor's first
-            // words, which said it again; nobody takes it any more.
+            // words, which said it again.
             let mut order: Vec<usize> = Vec::new();
+            let mut newest = 0;
             for (sent, at) in sent.iter().filter_map(|sent| Some((sent, place(sent)?))) {
-                if !sent.acknowledged && order.contains(&at) {
+                let late = sent.connection < newest;
+                newest = newest.max(sent.connection);
+                if (late || !sent.acknowledged) && order.contains(&at) {
                     continue;
                 }
                 let deleted = order.last().is_some_and(|last| last + 1 == expected.len());

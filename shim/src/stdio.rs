@@ -42,7 +42,7 @@ use nix::{
 };
 
 use crate::{carry, reaper, service::Key, supervised::Tell, sys, tasks::Process, witness};
-pub use adopted::Living;
+pub use adopted::{Living, stdin_has_ended};
 use console::{Console, Progress};
 use holder::Holder;
 pub use holder::{end as end_holder, hold};

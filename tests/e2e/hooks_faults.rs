@@ -16,6 +16,7 @@ use recoverd_tests::{
 recoverd_tests::tests! {
     with_each_shim: [
         a_held_terminal_and_stdin_outlive_a_hung_shim,
+        an_end_of_stdin_outlives_a_hung_shim,
         a_log_file_goes_on_with_what_is_known_of_it,
         an_exit_that_nobody_saw_is_unknown_and_not_guessed,
         a_shim_whose_socket_was_removed_is_replaced,
@@ -71,6 +72,42 @@ fn a_held_terminal_and_stdin_outlive_a_hung_shim(release: &Release, shim: ShimUn
         assert!(!node.alive(&task.shim), "{}", task.name());
     }
     held.assert_goes_on(&containerd);
+}
+
+/// The client has ended it, and the process has not come to that yet.
+fn an_end_of_stdin_outlives_a_hung_shim(release: &Release, shim: ShimUnderTest) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let line = "trap '' TERM; while [ ! -e /mnt/go ]; do usleep 20000; done; cat >/mnt/got; exit 9";
+    let reads = Container::new("reads").shim(shim).shares(&node);
+    let (task, mut client) = containerd.run_given(&reads.command(["sh", "-c", line]), "all of it");
+    let theirs = fs::read_link(node.path(format!("/proc/{}/fd/0", task.init.pid)));
+    let theirs = theirs.unwrap_or_else(|error| panic!("its stdin: {error}"));
+    wait_for("the shim to have closed its side", || {
+        let shim = node.path(format!("/proc/{}", task.shim.pid));
+        let all = fs::read_dir(shim.join("fd")).unwrap_or_else(|error| panic!("{error}"));
+        let writes = all.filter_map(Result::ok).any(|entry| {
+            let info = fs::read_to_string(shim.join("fdinfo").join(entry.file_name()));
+            let is_it = fs::read_link(entry.path()).is_ok_and(|target| target == theirs);
+            // Octal, and the last digit is 1 or 2 for who writes.
+            let reads = info.is_ok_and(|info| {
+                let mut flags = info.lines().filter_map(|line| line.strip_prefix("flags:"));
+                flags.any(|flags| flags.ends_with(['0', '4']))
+            });
+            is_it && !reads
+        });
+        (!writes).then_some(())
+    });
+    containerd.kill();
+    client.wait();
+    node.freeze(&task.shim);
+    start_with_hooks(&mut containerd, &[&task]);
+    assert!(!node.alive(&task.shim));
+    node.tell("go");
+    assert_eq!(task.wait("").exit_status, 9);
+    let got = fs::read_to_string(node.folder().join("got"));
+    assert_eq!(got.ok().as_deref(), Some("all of it"));
+    containerd.delete(&task, 9);
 }
 
 fn a_log_file_goes_on_with_what_is_known_of_it(release: &Release, shim: ShimUnderTest) {

@@ -428,6 +428,24 @@ impl Containerd {
         self.attached(container, running)
     }
 
+    /// Runs a container with `ctr` attached to it, whose stdin ends after these words; running when
+    /// this returns.
+    #[track_caller]
+    pub fn run_given(&self, container: &Container, words: &str) -> (Task, Running) {
+        let mut args: Vec<String> = vec!["run".into()];
+        args.extend(container.run_args());
+        let (given, mut giver) = std::io::pipe().unwrap_or_else(|e| panic!("make pipe: {e}"));
+        let mut command = self.ctr(container.namespace(), &args);
+        command.stdin(given);
+        let running = self.node.spawn_command(command);
+        let written = giver.write_all(words.as_bytes());
+        written.unwrap_or_else(|e| panic!("write to {}: {e}", container.id()));
+        // Only when it runs does `ctr` pass on an end.
+        let started = self.attached(container, running);
+        drop(giver);
+        started
+    }
+
     /// Runs a container with `ctr` attached to it, whose stdin ends after these words, to its end.
     #[track_caller]
     pub fn run_to_end(&self, container: &Container, words: &str) -> Output {

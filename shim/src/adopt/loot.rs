@@ -30,6 +30,8 @@ pub struct Loot {
     pipes: Vec<(FileId, OwnedFd)>,
     /// Masters: the file system that the terminal is of, its number there.
     terminals: Vec<((u64, u32), OwnedFd)>,
+    /// These are all that a predecessor had while it was stopped.
+    whole: bool,
 }
 
 /// Takes every pipe, fifo and terminal of the stopped process `pid`, whose pidfd this is.
@@ -38,6 +40,7 @@ pub fn take(proc: &Path, pid: i32, pidfd: &OwnedFd) -> Loot {
     let Seen::Present(descriptors) = Proc::new(proc).descriptors(pid) else {
         return loot;
     };
+    loot.whole = descriptors.len() <= MAX_TAKEN;
     for descriptor in descriptors.into_iter().take(MAX_TAKEN) {
         let target = descriptor.target.to_string_lossy();
         let path = proc.join(format!("{pid}/fd/{}", descriptor.number));
@@ -47,6 +50,7 @@ pub fn take(proc: &Path, pid: i32, pidfd: &OwnedFd) -> Loot {
             continue;
         }
         let Ok(fd) = sys::pidfd_getfd(pidfd.as_fd(), descriptor.number) else {
+            loot.whole = false;
             continue;
         };
         loot.add(fd);
@@ -73,6 +77,7 @@ impl Loot {
     pub fn append(&mut self, mut other: Self) {
         self.pipes.append(&mut other.pipes);
         self.terminals.append(&mut other.terminals);
+        self.whole |= other.whole;
     }
 
     /// True if the predecessor had an end of this pipe.
@@ -82,13 +87,23 @@ impl Loot {
 
     /// True if the predecessor could read this pipe.
     pub fn reads_pipe(&self, id: FileId) -> bool {
-        let writes_only = |fd: &OwnedFd| {
-            // What the kernel does not say counts as read: then nobody else is taken for a reader.
-            fcntl(fd, FcntlArg::F_GETFL)
-                .is_ok_and(|flags| flags & libc::O_ACCMODE == libc::O_WRONLY)
+        self.opens_pipe(id, libc::O_WRONLY)
+    }
+
+    /// True if the predecessor lived, and for certain could not write to this pipe. A stock shim
+    /// keeps the read end of a stdin all along.
+    pub fn has_no_writer(&self, id: FileId) -> bool {
+        self.whole && !self.opens_pipe(id, libc::O_RDONLY)
+    }
+
+    /// Has an end of this pipe that is not for `other` alone. What the kernel does not say counts as
+    /// such: nobody else is taken for a reader then, and nothing for ended.
+    fn opens_pipe(&self, id: FileId, other: libc::c_int) -> bool {
+        let only = |fd: &OwnedFd| {
+            fcntl(fd, FcntlArg::F_GETFL).is_ok_and(|flags| flags & libc::O_ACCMODE == other)
         };
         let mut pipes = self.pipes.iter();
-        pipes.any(|(other, fd)| *other == id && !writes_only(fd))
+        pipes.any(|(pipe, fd)| *pipe == id && !only(fd))
     }
 
     /// The read end of the pipe without a name that has this inode.

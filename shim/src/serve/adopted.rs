@@ -38,7 +38,7 @@ use crate::{
     service::Key,
     socket,
     state::Input,
-    stdio::{Living, Logger, Wanted, end_holder},
+    stdio::{self, Living, Logger, Wanted, end_holder},
     sys,
     tasks::{Adoptee, Event, ExecPhase, Phase, Process},
     witness::{self, Answer, Teller},
@@ -270,20 +270,20 @@ impl Shim {
     /// Reopens the stdio of every process of a task that lives.
     fn reopen(
         &mut self,
-        adoptee: &Adoptee,
+        adoptee: &mut Adoptee,
         record: &Record,
         look: &mut Look,
         loot: &mut Loot,
     ) -> Vec<String> {
         let mut lines = Vec::new();
-        let init = (Key::init(&adoptee.id), &adoptee.init);
-        let execs = adoptee.execs.iter().map(|(exec_id, exec)| {
+        let init = (Key::init(&adoptee.id), &mut adoptee.init);
+        let execs = adoptee.execs.iter_mut().map(|(exec_id, exec)| {
             let key = Key {
                 id: adoptee.id.clone(),
                 exec_id: exec_id.clone(),
             };
             let lives = matches!(exec.phase, ExecPhase::Starting | ExecPhase::Running);
-            (lives, (key, &exec.member))
+            (lives, (key, &mut exec.member))
         });
         let init_lives = adoptee.phase != Phase::Creating;
         for (lives, (key, member)) in std::iter::once((init_lives, init)).chain(execs) {
@@ -294,6 +294,10 @@ impl Shim {
             let Some(process) = member.process.filter(|_| lives && alive) else {
                 continue;
             };
+            if !member.stdio.terminal && !member.stdio.stdin.is_empty() {
+                let proc = &self.roots.proc;
+                member.stdin_closed |= stdio::stdin_has_ended(proc, process.pid, loot);
+            }
             let wanted = Wanted {
                 key: &key,
                 wish: &member.stdio,

@@ -342,6 +342,14 @@ impl Stdio {
     }
 }
 
+/// Whether the stdin of a process has had its end, which its predecessor gave by closing its own
+/// side: a stock shim has written down nothing of it. What the process has not read yet of what came
+/// before, and the end itself, are in the pipe.
+pub fn stdin_has_ended(proc: &Path, pid: u32, loot: &Loot) -> bool {
+    Theirs::look(proc, pid, 0)
+        .is_some_and(|theirs| theirs.is_pipe() && loot.has_no_writer(theirs.id()))
+}
+
 /// A copier that nobody waits for: the process has long started. The predecessor's own ends when
 /// it has written what it was given.
 fn copier(

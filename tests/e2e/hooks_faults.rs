@@ -12,6 +12,7 @@ use recoverd_tests::{
     Container, Containerd, HeldStdio, Node, Process, Release, ShimUnderTest, Task, Traces, built,
     numbers, wait_for,
 };
+use serde_json::{Value, json};
 
 recoverd_tests::tests! {
     with_each_shim: [
@@ -329,6 +330,10 @@ fn a_shim_whose_socket_was_removed_is_replaced(release: &Release, shim: ShimUnde
     let hook = containerd.pre_start();
     assert_eq!(hook.exit, 0, "{hook:?}");
     assert!(hook.line.contains("1 address files written"), "{hook:?}");
+    assert_names_its_socket(
+        &well,
+        shim == ShimUnderTest::Recoverd || release.major() < 2,
+    );
     node.wait_gone(&task.shim);
     containerd.start();
     for task in [&task, &well] {
@@ -340,6 +345,22 @@ fn a_shim_whose_socket_was_removed_is_replaced(release: &Release, shim: ShimUnde
     let report = containerd.post_start();
     assert_eq!(report.fate("lost").became, "adopted", "{report:#?}");
     assert_eq!(report.fate("moved").became, "kept", "{report:#?}");
+}
+
+/// One file is enough for whoever can speak to its shim: `address` for every containerd, and
+/// `bootstrap.json` where the shim has the third API only, which 1.x could do nothing with.
+#[track_caller]
+fn assert_names_its_socket(task: &Task, speaks_second: bool) {
+    let text = |name: &str| fs::read_to_string(task.node().path(task.bundle()).join(name)).ok();
+    let socket = format!("unix://{}", task.socket().display());
+    let (address, bootstrap) = (text("address"), text("bootstrap.json"));
+    if speaks_second {
+        assert_eq!((address, bootstrap), (Some(socket), None));
+        return;
+    }
+    let json: Option<Value> = bootstrap.and_then(|text| serde_json::from_str(&text).ok());
+    let expected = json!({"version": 3, "address": socket, "protocol": "ttrpc"});
+    assert_eq!((address, json), (None, Some(expected)));
 }
 
 fn fifty_orphans_are_adopted_half_ours_half_stock(release: &Release) {

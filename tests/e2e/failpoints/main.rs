@@ -135,11 +135,7 @@ fn trials(names: Vec<String>, built: &Failpoints) -> Vec<Trial> {
     let turn = releases.iter().cycle();
     let newest = Release::available().pop();
     let newest = newest.ok_or_else(|| "no release of containerd is there".to_owned());
-    let others: [(&str, Whole); 3] = [
-        (
-            "killed_at_random_instants",
-            random::killed_at_random_instants,
-        ),
+    let others: [(&str, Whole); 2] = [
         (
             "calls_are_done_or_undone",
             half_done::calls_are_done_or_undone,
@@ -152,6 +148,16 @@ fn trials(names: Vec<String>, built: &Failpoints) -> Vec<Trial> {
     let others = others.map(|(name, run)| {
         let (built, newest) = (built.clone(), newest.clone());
         recoverd_tests::trial(name.into(), newest, move |release| run(release, &built))
+    });
+    let random = releases.map(|release| {
+        let built = built.clone();
+        let title = format!(
+            "killed_at_random_instants::containerd_{}",
+            release.replace('.', "_")
+        );
+        recoverd_tests::trial(title, Release::find(release), move |release| {
+            random::killed_at_random_instants(release, &built);
+        })
     });
     steps
         .into_iter()
@@ -169,6 +175,7 @@ fn trials(names: Vec<String>, built: &Failpoints) -> Vec<Trial> {
             })
         })
         .chain(others)
+        .chain(random)
         .collect()
 }
 

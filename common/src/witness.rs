@@ -36,7 +36,10 @@ pub fn status_of_wait(raw: i32) -> u32 {
 pub fn open(proc: &Proc, process: Process) -> Result<OwnedFd, String> {
     let pid = i32::try_from(process.pid).map_err(|e| e.to_string())?;
     let gone = || "it ended while no shim was there to see it".to_owned();
-    let pidfd = sys::pidfd_open(pid).map_err(|_| gone())?;
+    let pidfd = sys::pidfd_open(pid).map_err(|error| match error.raw_os_error() {
+        Some(nix::libc::ESRCH) => gone(),
+        _ => format!("open pid {pid}: {error}"),
+    })?;
     // The descriptor first: its process cannot be exchanged for another one between the two.
     match proc.stat(pid) {
         Seen::Present(stat) if stat.id.start_time == process.start_time => Ok(pidfd),

@@ -19,6 +19,8 @@ use recoverd_common::{own_file, timestamp::Timestamp};
 
 use crate::{facts::one_line, own_dir};
 
+/// The lock of whoever changes the host.
+pub const ALL: &str = "lock";
 /// How long between two tries of a caller that waits. Holders work for seconds.
 const AGAIN: Duration = Duration::from_millis(50);
 /// A line is shorter.
@@ -53,7 +55,7 @@ pub enum Refused {
 
 /// Tries once. `who` is the command, as its line will say.
 pub fn take(run_dir: &Path, who: &str) -> Result<Lock, Refused> {
-    take_named(run_dir, "lock", who)
+    take_named(run_dir, ALL, who)
 }
 
 /// As [`take`], a lock of another name: of what there is to be one only, whatever others do.
@@ -85,10 +87,15 @@ pub fn take_named(run_dir: &Path, name: &str, who: &str) -> Result<Lock, Refused
 }
 
 /// Tries until `patience` is over: for a hook that may not give up at once.
-pub fn take_within(run_dir: &Path, who: &str, patience: Duration) -> Result<Lock, Refused> {
+pub fn take_within(
+    run_dir: &Path,
+    name: &str,
+    who: &str,
+    patience: Duration,
+) -> Result<Lock, Refused> {
     let began = Instant::now();
     loop {
-        match take(run_dir, who) {
+        match take_named(run_dir, name, who) {
             Err(Refused::Held { .. }) if began.elapsed() < patience => std::thread::sleep(AGAIN),
             other => return other,
         }
@@ -123,10 +130,10 @@ mod tests {
             said.contains(&format!("repair, pid {}", std::process::id())),
             "{said}"
         );
-        let waited = take_within(&dir, "pre-start", Duration::from_millis(80));
+        let waited = take_within(&dir, ALL, "pre-start", Duration::from_millis(80));
         assert!(matches!(waited, Err(Refused::Held { .. })));
         drop(lock);
-        take_within(&dir, "pre-start", Duration::ZERO).unwrap();
+        take_within(&dir, ALL, "pre-start", Duration::ZERO).unwrap();
     }
 
     #[test]
@@ -138,7 +145,7 @@ mod tests {
                 std::thread::sleep(Duration::from_millis(100));
                 drop(lock);
             });
-            take_within(temporary.path(), "pre-start", Duration::from_secs(30)).unwrap();
+            take_within(temporary.path(), ALL, "pre-start", Duration::from_secs(30)).unwrap();
         });
     }
 

@@ -159,7 +159,10 @@ impl Witnessed {
     /// when the init has ended. False: there are none.
     pub fn forget(&mut self, gone: impl Fn(&Path) -> bool) -> bool {
         let before = self.stdio.len();
-        self.stdio.retain(|words| !gone(&words.bundle));
+        // What an earlier version wrote names none: it stays until it is said anew.
+        let named = |words: &Words| !words.bundle.as_os_str().is_empty();
+        self.stdio
+            .retain(|words| !(named(words) && gone(&words.bundle)));
         self.stdio.len() != before
     }
 

@@ -84,14 +84,15 @@ pub enum Verdict {
 }
 
 impl Verdict {
-    /// Whether somebody serves the tasks, or may: a successor that was late, or was not understood,
-    /// had begun.
+    /// Whether somebody serves the tasks, or may: a successor that was not understood has begun.
     pub fn may_serve(&self) -> bool {
         match self {
             Verdict::Adopted(_) | Verdict::StoodBack(_) => true,
             Verdict::Failed(failed) => match failed {
-                Failed::Start { .. } | Failed::NoTime | Failed::Refused(_) => false,
-                Failed::Late(_) | Failed::Answer(_) | Failed::Verify(_) | Failed::Talk(_) => true,
+                Failed::Start { .. } | Failed::Late(_) | Failed::NoTime | Failed::Refused(_) => {
+                    false
+                }
+                Failed::Answer(_) | Failed::Verify(_) | Failed::Talk(_) => true,
             },
         }
     }

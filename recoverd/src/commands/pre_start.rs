@@ -48,6 +48,11 @@ const LOOKING: u32 = 3;
 /// the baseline and the history are written.
 const LAST_WORDS: (u32, Duration) = (10, Duration::from_millis(500));
 
+/// Between two looks at what may have been there for a moment only.
+const AGAIN: Duration = Duration::from_millis(500);
+/// The baseline is another hook's for as long as it writes it.
+const WRITES: Duration = Duration::from_secs(1);
+
 /// Why containerd cannot talk to a shim that lives.
 const UNREACHABLE: [Code; 3] = [Code::UnresponsiveShim, Code::SocketMissing, Code::Foreign];
 
@@ -163,7 +168,12 @@ impl<'a> Hook<'a> {
         let deadline = self.config.pre_start.deadline;
         let mut complaint = Complaint::default();
         let mut remarks = Vec::new();
-        let lock = lock::take_within(&self.config.run_dir, "pre-start", deadline / PATIENCE);
+        let lock = lock::take_within(
+            &self.config.run_dir,
+            lock::ALL,
+            "pre-start",
+            deadline / PATIENCE,
+        );
         let _lock = match lock {
             Ok(lock) => Some(lock),
             // What is orphaned dies at containerd's start, whoever is at work: that is adopted, for
@@ -250,6 +260,11 @@ impl<'a> Hook<'a> {
 
     /// Writes the baseline; without one post-start has less to say, and that is all.
     fn keep(&self, baseline: &Baseline) -> Option<String> {
+        // On a full /run there is no lock, and no other hook either.
+        let turn = lock::take_within(&self.config.run_dir, "baseline.lock", "pre-start", WRITES);
+        if let Err(held @ lock::Refused::Held { .. }) = &turn {
+            return Some(format!("write baseline: {held}"));
+        }
         baseline::write(&self.config.run_dir, &self.address, baseline)
             .err()
             .map(|error| format!("write baseline: {error}"))
@@ -289,8 +304,18 @@ impl<'a> Hook<'a> {
         if Instant::now() >= self.until() {
             return Err("no time was left for it".into());
         }
-        observe::down(&self.plan.roots, &self.address)
-            .map_err(|why| format!("containerd at {} is not down any more: {why}", self.address))
+        let down = || observe::down(&self.plan.roots, &self.address);
+        // Somebody may only have asked its program for its version.
+        let down = down().or_else(|_| {
+            std::thread::sleep(AGAIN);
+            down()
+        });
+        down.map_err(|why| {
+            format!(
+                "containerd at {} is not certainly down: {why}",
+                self.address
+            )
+        })
     }
 
     fn until(&self) -> Instant {
@@ -372,12 +397,12 @@ impl<'a> Hook<'a> {
             outcomes.extend(done);
             goes_on
         };
-        // For these nobody is ended.
+        // For these nobody is ended. For all others somebody is, so they go a few at a time.
         go(orphaned, &mut outcomes);
         let mut well = true;
-        let unheard = Some(unheard).filter(|unheard| !unheard.is_empty());
-        let batches = hung.chunks(at_once).map(|batch| (true, batch.to_vec()));
-        for (hang, batch) in unheard.map(|all| (false, all)).into_iter().chain(batches) {
+        let unheard = unheard.chunks(AT_ONCE).map(|batch| (false, batch.to_vec()));
+        let hung = hung.chunks(at_once).map(|batch| (true, batch.to_vec()));
+        for (hang, batch) in unheard.chain(hung) {
             let why = match self.goes_on() {
                 Ok(()) if well => {
                     well = go(batch, &mut outcomes) || !hang;

@@ -292,6 +292,18 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_said_of_what_one_had_that_has_ended() {
+        let mut process = Command::new("sleep").arg("60").spawn().unwrap();
+        let pid = i32::try_from(process.id()).unwrap();
+        let pidfd = sys::pidfd_open(pid).unwrap();
+        assert!(loot::take(Path::new("/proc"), pid, &pidfd).has_no_writer((0, 0)));
+        process.kill().unwrap();
+        assert!(witness::await_end(&pidfd, ENDS));
+        assert!(!loot::take(Path::new("/proc"), pid, &pidfd).has_no_writer((0, 0)));
+        process.wait().unwrap();
+    }
+
+    #[test]
     fn a_predecessor_that_ended_by_itself_since_it_was_claimed_is_as_good_as_ended() {
         for waits in [false, true] {
             let dir = tempfile::tempdir().unwrap();

@@ -15,7 +15,7 @@ use std::{
 use nix::fcntl::{FcntlArg, fcntl};
 use recoverd_common::{proc::Proc, seen::Seen};
 
-use crate::sys;
+use crate::{sys, witness};
 
 /// More descriptors than any shim has.
 const MAX_TAKEN: usize = 4096;
@@ -55,6 +55,8 @@ pub fn take(proc: &Path, pid: i32, pidfd: &OwnedFd) -> Loot {
         };
         loot.add(fd);
     }
+    // One that has ended meanwhile shows no descriptors, or not all.
+    loot.whole &= !witness::has_ended(pidfd);
     loot
 }
 

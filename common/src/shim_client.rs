@@ -3,7 +3,10 @@
 
 use std::{
     io::{self, Read, Write},
-    os::unix::net::UnixStream,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::net::UnixStream,
+    },
     path::Path,
     time::{Duration, Instant},
 };
@@ -11,7 +14,7 @@ use std::{
 use nix::{
     errno::Errno,
     sys::socket::{
-        AddressFamily, SockFlag, SockType, UnixAddr, connect, getsockopt, socket,
+        AddressFamily, SockFlag, SockType, UnixAddr, UnixCredentials, connect, getsockopt, socket,
         sockopt::PeerCredentials,
     },
 };
@@ -90,24 +93,34 @@ pub struct ShimClient {
     joins: bool,
 }
 
+/// The process that made the listener at `path`: it need not live any more, as others may keep what it
+/// made (SO_PEERCRED, unix(7)).
+pub fn listener_of(path: &Path) -> Result<i32, CallError> {
+    Ok(dial(path)?.1.pid())
+}
+
+fn dial(path: &Path) -> Result<(OwnedFd, UnixCredentials), CallError> {
+    // Non-blocking: with a full backlog a plain connect(2) would wait for the listener.
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)
+        .map_err(|e| CallError::Io(e.into()))?;
+    let address = UnixAddr::new(path).map_err(|e| CallError::Io(e.into()))?;
+    match connect(fd.as_raw_fd(), &address) {
+        Ok(()) => {}
+        Err(e @ (Errno::ENOENT | Errno::ECONNREFUSED)) => {
+            return Err(CallError::NobodyListens(e.into()));
+        }
+        Err(Errno::EAGAIN) => return Err(CallError::Silent),
+        Err(e) => return Err(CallError::Io(e.into())),
+    }
+    let peer = getsockopt(&fd, PeerCredentials).map_err(|e| CallError::Io(e.into()))?;
+    Ok((fd, peer))
+}
+
 impl ShimClient {
     /// Connects to `path`; everything until the client is dropped has to happen by `deadline`.
     pub fn connect(path: &Path, namespace: &str, deadline: Instant) -> Result<Self, CallError> {
-        // Non-blocking: with a full backlog a plain connect(2) would wait for the listener.
-        let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
-        let fd = socket(AddressFamily::Unix, SockType::Stream, flags, None)
-            .map_err(|e| CallError::Io(e.into()))?;
-        let address = UnixAddr::new(path).map_err(|e| CallError::Io(e.into()))?;
-        use std::os::fd::AsRawFd as _;
-        match connect(fd.as_raw_fd(), &address) {
-            Ok(()) => {}
-            Err(e @ (Errno::ENOENT | Errno::ECONNREFUSED)) => {
-                return Err(CallError::NobodyListens(e.into()));
-            }
-            Err(Errno::EAGAIN) => return Err(CallError::Silent),
-            Err(e) => return Err(CallError::Io(e.into())),
-        }
-        let peer = getsockopt(&fd, PeerCredentials).map_err(|e| CallError::Io(e.into()))?;
+        let (fd, peer) = dial(path)?;
         if peer.uid() != nix::unistd::geteuid().as_raw() {
             return Err(CallError::Foreign(peer.uid()));
         }

@@ -40,9 +40,10 @@ use recoverd_common::{
     cgroup::Roots,
     failpoint,
     paths::{self, Beside},
+    proc::Proc,
     read::{self, read_file},
     seen::Seen,
-    shim_client::{CallError, ShimClient},
+    shim_client::{self, CallError, ShimClient},
     supervision,
 };
 
@@ -91,6 +92,16 @@ pub enum StartError {
     /// Something that is no socket is in its place.
     #[error("{} is in the way: it is not a socket", .0.display())]
     NotASocket(PathBuf),
+    /// Somebody serves the group who is none of ours, and does not answer.
+    #[error("shim of group {group:?} is unresponsive ({cause}): it listens on {}", socket.display())]
+    Slow {
+        /// The group.
+        group: String,
+        /// Why not.
+        cause: CallError,
+        /// Where.
+        socket: PathBuf,
+    },
     /// Somebody is responsible for the group and does not answer.
     #[error("shim of group {group:?} is unresponsive ({cause}): {} is locked", lock.display())]
     Unresponsive {
@@ -251,7 +262,7 @@ fn claim(socket: &Path, flags: &Flags, group: &str) -> Result<Claim, StartError>
         match lock::attempt(&beside.lock).map_err(failed("lock", &beside.lock))? {
             Attempt::Taken(lock) => {
                 failpoint!("start.lock.after");
-                let claim = claim_locked(socket, flags, lock);
+                let claim = claim_locked(socket, flags, group, lock);
                 if !matches!(claim, Ok(Claim::Ours(_))) {
                     // A stock shim's group, or no group at all: leave no file of ours.
                     let _ = fs::remove_file(&beside.lock);
@@ -277,7 +288,12 @@ fn claim(socket: &Path, flags: &Flags, group: &str) -> Result<Claim, StartError>
 }
 
 /// Nobody of ours is responsible: what is at the path is a stock shim's, or stale.
-fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, StartError> {
+fn claim_locked(
+    socket: &Path,
+    flags: &Flags,
+    group: &str,
+    lock: File,
+) -> Result<Claim, StartError> {
     match fs::symlink_metadata(socket) {
         Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Claim::Ours(lock)),
         Err(e) => return Err(failed("look at", socket)(e)),
@@ -286,8 +302,21 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
         }
         Ok(_) => {}
     }
-    if let Ok(version) = ask(socket, flags, Instant::now() + STRANGER_ANSWERS) {
-        return Ok(Claim::Served(version));
+    match ask(socket, flags, Instant::now() + STRANGER_ANSWERS) {
+        Ok(version) => return Ok(Claim::Served(version)),
+        Err(CallError::NobodyListens(_)) => {}
+        // A supervisor keeps the listener of a shim that died: its successor is to have it.
+        Err(_) if adopt::has_living(socket) => return Ok(Claim::Ours(lock)),
+        // A stock shim that is slow has tasks, which nobody would find without its socket.
+        Err(cause) if listener_lives(socket) => {
+            let (group, socket) = (group.to_owned(), socket.to_owned());
+            return Err(StartError::Slow {
+                group,
+                cause,
+                socket,
+            });
+        }
+        Err(_) => {}
     }
     failpoint!("start.stale.before");
     match fs::remove_file(socket) {
@@ -296,6 +325,20 @@ fn claim_locked(socket: &Path, flags: &Flags, lock: File) -> Result<Claim, Start
             failpoint!("start.stale.after");
             Ok(Claim::Ours(lock))
         }
+    }
+}
+
+/// Whoever listens there lives, as far as can be told.
+fn listener_lives(socket: &Path) -> bool {
+    match shim_client::listener_of(socket) {
+        Err(CallError::NobodyListens(_)) => false,
+        // Its queue is full, for one.
+        Err(_) => true,
+        Ok(pid) => match Proc::new("/proc").stat(pid) {
+            Seen::Present(stat) => stat.alive(),
+            Seen::Absent => false,
+            Seen::Unknown(_) => true,
+        },
     }
 }
 

@@ -7,7 +7,10 @@ use std::{
     io::{Read, Write},
     os::{
         fd::AsRawFd,
-        unix::{fs::PermissionsExt, net::UnixListener},
+        unix::{
+            fs::{MetadataExt, PermissionsExt},
+            net::UnixListener,
+        },
     },
     path::{Path, PathBuf},
     process::{Child, Command, Output, Stdio},
@@ -852,6 +855,27 @@ fn a_stopped_shim_is_neither_joined_nor_replaced() {
     daemon.signal(Signal::SIGCONT);
     assert!(node.start("c", None).status.success());
     assert_eq!(shim_at(&socket), daemon.0);
+}
+
+#[test]
+fn a_stranger_that_does_not_answer_keeps_its_socket_while_it_lives() {
+    let node = Node::new();
+    node.make_bundle("c", "{}");
+    let socket = node.socket("c");
+    fs::create_dir_all(socket.parent().unwrap()).unwrap();
+    // A stock shim that is slow: it listens, and has no lock.
+    let listener = UnixListener::bind(&socket).unwrap();
+    let before = fs::metadata(&socket).unwrap().ino();
+    assert_refused(
+        &node.start("c", None),
+        1,
+        "shim of group \"c\" is unresponsive",
+    );
+    assert_eq!(fs::metadata(&socket).unwrap().ino(), before);
+    assert!(!Beside::of(&socket).lock.exists());
+    drop(listener);
+    assert!(node.start("c", None).status.success());
+    let _daemon = Daemon::at(&socket);
 }
 
 // ---- delete ----

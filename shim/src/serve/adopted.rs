@@ -151,7 +151,8 @@ fn take_over(
         shim.log.say(Level::Warning, remark);
     }
     let tasks = shim.take_over(&record, look, kept);
-    let listener = match listener {
+    // Whoever had the lock before us may have taken the socket for stale.
+    let listener = match listener.filter(|_| place.exists()) {
         Some(listener) => listener,
         None => bind_anew(&place)?,
     };

@@ -27,6 +27,7 @@ use crate::{
 use message::{message, subject};
 
 /// The topic after which nothing is told of a task.
+const CREATE: &str = "/tasks/create";
 const DELETE: &str = "/tasks/delete";
 const SERVICE: &str = "containerd.services.events.ttrpc.v1.Events";
 /// A larger event fits into no frame with its service and method, bytes.
@@ -130,7 +131,7 @@ impl Outbox {
         for (number, echo, payload) in entries {
             self.last = self.last.max(number);
             if let Some((topic, id)) = subject(&payload)
-                && topic == DELETE
+                && [CREATE, DELETE].contains(&topic.as_str())
             {
                 // As far as we know nothing of it was told yet: nothing is given up.
                 let _nothing = self.deleted(&id);

@@ -399,7 +399,8 @@ impl LoopState {
         {
             return;
         }
-        if let Notice::Delete { id, .. } = notice {
+        // Whoever makes it anew knows how the one before it ended, and would take that for its end.
+        if let Notice::Delete { id, .. } | Notice::Create { id, .. } = notice {
             post(self.outbox.deleted(id), out);
         }
         let entry = self.outbox.push(notice, &self.namespace, now);

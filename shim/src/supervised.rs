@@ -103,6 +103,10 @@ impl Supervised {
     }
 
     fn deliver(&mut self, word: &Word, files: &[BorrowedFd<'_>]) -> bool {
+        // Answers that nobody waited for would fill up the other side's room.
+        while let Some(link) = &self.link
+            && matches!(link.receive(), Ok(Some(_)))
+        {}
         if let Some(link) = &self.link
             && link.send(word, files).is_ok()
         {

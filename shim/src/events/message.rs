@@ -4,7 +4,7 @@ use prost::Message;
 use prost_types::Any;
 use recoverd_common::pb::{events, task, type_url};
 
-use super::DELETE;
+use super::{CREATE, DELETE};
 use crate::{
     service::{Mount, proto_time},
     tasks::Notice,
@@ -34,7 +34,7 @@ pub(super) fn message(notice: &Notice) -> (&'static str, Any) {
             checkpoint,
             pid,
         } => (
-            "/tasks/create",
+            CREATE,
             any(
                 type_url::TASK_CREATE,
                 &events::TaskCreate {

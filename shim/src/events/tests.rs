@@ -1,7 +1,7 @@
 //! What leaves the outbox, in which order, whatever containerd does.
 
 use super::*;
-use crate::service::{Ended, Key};
+use crate::service::{Ended, Key, StdioWish};
 use recoverd_common::timestamp::Timestamp;
 
 fn at(mono_ms: u64) -> Now {
@@ -85,8 +85,19 @@ fn nothing_is_said_again_of_a_task_that_is_deleted() {
             at: None,
         },
     };
+    // Nor of one that another is made in the place of, whose end it would be taken for.
+    let create = Notice::Create {
+        id: "a".into(),
+        bundle: String::new(),
+        rootfs: Vec::new(),
+        stdio: StdioWish::default(),
+        checkpoint: String::new(),
+        pid: 2,
+    };
     // Before it was told, after it was told, and by a successor.
-    for (told, successor) in [(false, false), (true, false), (false, true)] {
+    let whens = [(false, false), (true, false), (false, true)];
+    let all = [&delete, &create].map(|last| whens.map(|when| (last, when)));
+    for (last, (told, successor)) in all.into_iter().flatten() {
         let mut outbox = Outbox::default();
         outbox.lost(at(0), "away");
         let ended = push(&mut outbox, &exit("a"));
@@ -103,7 +114,7 @@ fn nothing_is_said_again_of_a_task_that_is_deleted() {
             &[]
         };
         assert_eq!(given_up, expected);
-        let deleted = push(&mut outbox, &delete);
+        let deleted = push(&mut outbox, last);
         if successor {
             let left = outbox.entries.iter();
             let left = left.map(|e| (e.number, e.number < deleted, e.payload.clone()));

@@ -38,7 +38,6 @@ use crate::{
     children::{self, ChildFile, Plan, Spawned},
     info,
     log::{Level, Log},
-    oom::OomWatch,
     reaper,
     state::Input,
     sys,
@@ -326,7 +325,7 @@ impl Shim {
             .watch(&self.epoll)
             .map_err(failed("watch stdio"))?;
         for (id, seen) in coming.oom {
-            self.watch_oom_again(id, seen);
+            self.watch_oom(id, Some(seen));
         }
         self.listen_to(coming.teller);
         for witness in coming.witnesses {
@@ -337,17 +336,6 @@ impl Shim {
         self.noted(requests);
         self.listen(coming.listener.0)?;
         Ok(coming.lock.0)
-    }
-
-    fn watch_oom_again(&mut self, id: String, seen: u64) {
-        let cgroup = self
-            .state
-            .tasks
-            .get(&id)
-            .and_then(|task| task.cgroup.clone());
-        if let Some(cgroup) = cgroup {
-            self.add_oom_watch(id, OomWatch::new(&cgroup, Some(seen)));
-        }
     }
 }
 

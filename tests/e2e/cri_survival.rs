@@ -524,7 +524,10 @@ fn containerd_may_end(release: &Release, end: End) {
         let mut left = before.new_since(&node);
         // A containerd that is stopped while it removes a bundle leaves it for ever, under the name
         // that it has then.
-        left.retain(|trace| !trace.contains("/io.containerd.runtime.v2.task/k8s.io/."));
+        let half_removed = |trace: &String| {
+            trace.starts_with("file ") && trace.contains("/io.containerd.runtime.v2.task/k8s.io/.")
+        };
+        left.retain(|trace| !half_removed(trace));
         if repair.status.code() == Some(0) && left.is_empty() {
             break;
         }

@@ -14,6 +14,8 @@ pub struct Told {
     seen: BTreeSet<String>,
     /// Whose end came in a downtime. A subscription may begin in the middle of its first telling.
     told_twice: BTreeSet<String>,
+    /// Those of the last one.
+    lately: BTreeSet<String>,
 }
 
 /// One event of a container: its topic, of which exec (empty: the init), its exit status.
@@ -31,13 +33,14 @@ impl Told {
             late: Vec::new(),
             seen: BTreeSet::new(),
             told_twice: BTreeSet::new(),
+            lately: BTreeSet::new(),
         }
     }
 
     /// The next subscription. Who was told of an end in the middle of that, is told once more.
     pub fn anew(&mut self, containerd: &Containerd) -> Told {
         Told {
-            told_twice: std::mem::take(&mut self.told_twice),
+            told_twice: self.lately.clone(),
             ..Told::new(containerd)
         }
     }
@@ -58,6 +61,7 @@ impl Told {
         self.expect(id, "/tasks/exit", exec_id, status);
         self.late.extend(self.due.pop());
         self.told_twice.insert(id.to_owned());
+        self.lately.insert(id.to_owned());
     }
 
     /// All that has happened was told, that without containerd as well.

@@ -63,10 +63,11 @@ pub fn killed_at_random_instants(release: &Release, built: &Failpoints) {
             }
             running.wait();
         }
-        // Successors that the last one has started are on their way, and hold their locks; a
-        // `repair` that stands back from them says that it has not done it.
+        // Successors that the last one has started may be on their way, and hold their locks: whoever
+        // stands back from them says that it has not done it. The hook has one run only.
+        let again = if command[0] == "pre-start" { 0 } else { 3 };
         let mut output = ground.recoverd(command, None);
-        for _ in 0..3 {
+        for _ in 0..again {
             if output.status.success() {
                 break;
             }

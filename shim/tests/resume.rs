@@ -16,20 +16,21 @@ use std::{
 
 use daemon::{
     Daemon,
-    keeper::{Call, adopt, asked, begin, calls, die, end, keep, settled, slow, wait, waiting},
+    keeper::{
+        Call, adopt, asked, begin, calls, die, end, half_read, keep, settled, slow, wait, waiting,
+    },
+    raw::{answered, frame},
     until,
 };
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
-    paths::Beside,
-    pb::{task, ttrpc as envelope},
-    shim_client::{CallError, ShimClient, TASK_SERVICES},
-    ttrpc::{HEADER, Header, Kind, code},
+    pb::task,
+    shim_client::{CallError, ShimClient},
+    ttrpc::code,
 };
 
 const NONE: &str = "";
@@ -42,35 +43,6 @@ fn refused<R: std::fmt::Debug>(result: Result<R, CallError>, what: &str) {
         }
         other => panic!("{other:?}"),
     }
-}
-
-fn frame(stream: u32, method: &str, request: &impl Message) -> Vec<u8> {
-    let payload = envelope::Request {
-        service: TASK_SERVICES[0].into(),
-        method: method.into(),
-        payload: request.encode_to_vec(),
-        ..Default::default()
-    }
-    .encode_to_vec();
-    let header = Header {
-        length: u32::try_from(payload.len()).unwrap(),
-        stream,
-        kind: Kind::Request,
-        flags: 0,
-    };
-    [&header.bytes()[..], &payload].concat()
-}
-
-/// The stream of the next answer.
-fn answered(stream: &mut UnixStream) -> u32 {
-    let timeout = std::time::Duration::from_secs(20);
-    stream.set_read_timeout(Some(timeout)).unwrap();
-    let mut head = [0; HEADER];
-    stream.read_exact(&mut head).unwrap();
-    let header = Header::parse(&head).unwrap();
-    let mut body = vec![0; usize::try_from(header.length).unwrap()];
-    stream.read_exact(&mut body).unwrap();
-    header.stream
 }
 
 #[test]
@@ -379,10 +351,7 @@ fn the_rest_of_a_giant_request_is_not_taken_for_requests() {
     };
     let bytes = frame(1, "Connect", &giant);
     raw.write_all(&bytes[..150_000]).unwrap();
-    until("it has begun", || {
-        let bytes = fs::read(Beside::of(&daemon.socket()).requests).unwrap();
-        bytes.chunks(512).skip(1).any(|slot| slot[0] == 4)
-    });
+    until("it has begun", || half_read(&daemon));
     let kept = die(&mut daemon);
     let _successor = adopt(&daemon, &kept);
     let timeout = std::time::Duration::from_secs(20);

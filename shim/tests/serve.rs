@@ -19,13 +19,17 @@ use prost_types::Any;
 use recoverd_common::{
     pb::{task, ttrpc as envelope},
     record::{Exit, Phase},
-    ttrpc::{HEADER, Header, Kind},
 };
 
 mod daemon;
 mod logged;
 
-use daemon::{Daemon, keeper::keep, until};
+use daemon::{
+    Daemon,
+    keeper::keep,
+    raw::{acknowledge, read_frame},
+    until,
+};
 use logged::logged;
 
 #[test]
@@ -231,28 +235,11 @@ fn an_event_larger_than_the_sockets_buffer_arrives_and_so_do_those_after_it() {
         command.env("TTRPC_ADDRESS", address);
     });
     let (mut peer, _) = listener.unwrap().accept().unwrap();
-    peer.set_read_timeout(Some(Duration::from_secs(20)))
-        .unwrap();
     for expected in [&large[..], b"small"] {
-        let mut header = [0; HEADER];
-        peer.read_exact(&mut header).unwrap();
-        let request = Header::parse(&header).unwrap();
-        let mut body = vec![0; usize::try_from(request.length).unwrap()];
-        peer.read_exact(&mut body).unwrap();
+        let (header, body) = read_frame(&mut peer).unwrap();
         let asked = envelope::Request::decode(body.as_slice()).unwrap();
         assert!(asked.payload == expected);
-        let answer = envelope::Response {
-            status: Some(envelope::Status::default()),
-            payload: Vec::new(),
-        }
-        .encode_to_vec();
-        let header = Header {
-            length: u32::try_from(answer.len()).unwrap(),
-            kind: Kind::Response,
-            ..request
-        };
-        peer.write_all(&[&header.bytes()[..], &answer].concat())
-            .unwrap();
+        acknowledge(&mut peer, header).unwrap();
     }
     drop(daemon);
 }

@@ -6,23 +6,38 @@ mod daemon;
 use std::{
     fs,
     io::{Read, Write},
-    os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
+    os::{
+        fd::AsRawFd,
+        unix::{
+            fs::{MetadataExt, OpenOptionsExt, PermissionsExt},
+            net::{UnixListener, UnixStream},
+        },
+    },
     path::{Path, PathBuf},
+    sync::mpsc::{Receiver, channel},
     thread,
     time::{Duration, Instant},
 };
 
 use daemon::{
     Daemon,
-    keeper::{Call, adopt_with, asked, begin, calls, end, keep, slow, wait, waiting},
+    keeper::{Call, adopt_with, asked, begin, calls, end, half_read, keep, slow, wait, waiting},
+    patience,
+    raw::{acknowledge, answered, frame, read_frame, refusal},
     until,
 };
+use nix::sys::{
+    signal::{Signal, kill},
+    socket::{MsgFlags, recv},
+};
+use prost::Message;
 use prost_types::Any;
 use recoverd_common::{
     handoff::{SERVICE, UPGRADE, UpgradeRequest, UpgradeResponse},
     paths::Beside,
-    pb::task,
+    pb::{events, task, ttrpc as envelope},
     shim_client::{CallError, ShimClient, TASK_SERVICES},
+    ttrpc::{HEADER, Header},
 };
 
 const NONE: &str = "";
@@ -318,6 +333,338 @@ fn an_image_that_dies_at_once_is_replaced_by_the_old_one_with_what_was_kept() {
     assert_eq!(blocked.join().unwrap().unwrap().exit_status, 23);
 }
 
+/// A question about an exec that is not there; the answer repeats its name.
+fn question(stream: u32, exec_id: &str) -> Vec<u8> {
+    let request = task::StateRequest {
+        id: "c".into(),
+        exec_id: exec_id.into(),
+    };
+    frame(stream, "State", &request)
+}
+
+fn running(daemon: &Daemon) {
+    daemon
+        .create("c", &waiting(daemon), Path::new(NONE))
+        .unwrap();
+    daemon.start("c", "");
+}
+
+#[test]
+fn half_a_request_is_whole_when_its_rest_comes_whichever_image_has_read_it() {
+    let daemon = Daemon::new();
+    running(&daemon);
+    let mut small = UnixStream::connect(daemon.socket()).unwrap();
+    let first = question(1, "first");
+    let rest = question(3, "small");
+    // They are looked at together.
+    small.write_all(&[&first, &rest[..20]].concat()).unwrap();
+    assert_eq!(answered(&mut small), 1);
+    // Taken piece by piece; the other stays in its socket.
+    let mut giant = UnixStream::connect(daemon.socket()).unwrap();
+    let name = "x".repeat(60_000) + &"y".repeat(60_000);
+    let bytes = question(1, &name);
+    giant.write_all(&bytes[..40_000]).unwrap();
+    until("it has begun", || half_read(&daemon));
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    upgrade(&mut asker, &newer).unwrap();
+    small.write_all(&rest[20..30]).unwrap();
+    giant.write_all(&bytes[40_000..80_000]).unwrap();
+    upgrade(&mut asker, ours()).unwrap();
+    small.write_all(&rest[30..]).unwrap();
+    giant.write_all(&bytes[80_000..]).unwrap();
+    let (stream, why) = refusal(&mut small);
+    assert!(stream == 3 && why.ends_with("small"), "{stream} {why}");
+    let (stream, why) = refusal(&mut giant);
+    assert!(stream == 1 && why.ends_with(&name), "{stream}");
+    // What follows is no rest of it.
+    giant.write_all(&question(3, "next")).unwrap();
+    assert_eq!(answered(&mut giant), 3);
+    assert!(!half_read(&daemon));
+}
+
+/// True if there is something to read, and the last frame of it is not whole.
+fn half_written(stream: &UnixStream) -> bool {
+    let mut bytes = vec![0; 1 << 20];
+    let flags = MsgFlags::MSG_PEEK | MsgFlags::MSG_DONTWAIT;
+    let count = recv(stream.as_raw_fd(), &mut bytes, flags).unwrap_or(0);
+    let mut rest = &bytes[..count];
+    while let Some(header) = Header::parse(rest) {
+        match rest.get(HEADER + usize::try_from(header.length).unwrap()..) {
+            Some(next) => rest = next,
+            None => return true,
+        }
+    }
+    !rest.is_empty()
+}
+
+#[test]
+fn who_reads_late_gets_every_answer_once_and_whole_from_however_many_images() {
+    let daemon = Daemon::new();
+    running(&daemon);
+    let mut late = UnixStream::connect(daemon.socket()).unwrap();
+    // More than a socket holds, so that one of them is half written; then those that wait.
+    let lengths = [3, 250_000, 5, 30_000, 0, 2];
+    let streams = || (1..).step_by(2);
+    let names = lengths.map(|length| format!("{}{length}", "x".repeat(length)));
+    for (stream, name) in streams().zip(&names) {
+        late.write_all(&question(stream, name)).unwrap();
+    }
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    let mut round = 0;
+    let mut again = || {
+        round += 1;
+        let executable = if round % 2 == 1 { &newer } else { ours() };
+        upgrade(&mut asker, executable).unwrap();
+    };
+    until("an answer is half written", || half_written(&late));
+    again();
+    again();
+    for (stream, name) in streams().zip(&names) {
+        let (of, why) = refusal(&mut late);
+        assert_eq!(of, stream);
+        assert!(why.ends_with(name), "{} bytes of {stream}", why.len());
+        if stream == 3 {
+            // The others have room in its socket by now.
+            again();
+        }
+    }
+    late.write_all(&question(99, "last")).unwrap();
+    assert_eq!(refusal(&mut late).0, 99, "none comes twice");
+    until("no answer is on its way", || asked(&daemon, "") == 0);
+}
+
+/// A logger that is this script, with its file as `$2`; it is there when it has closed 5.
+fn logger(daemon: &Daemon, name: &str, script: &str) -> String {
+    let script = format!("#!/bin/sh\n{script}\n");
+    let script = executable(daemon, name, script.as_bytes());
+    let log = daemon.dir.path().join(format!("{name}.log"));
+    format!("binary://{}?to={}", script.display(), log.display())
+}
+
+/// Where its logger puts it.
+fn log_of(daemon: &Daemon, name: &str) -> String {
+    fs::read_to_string(daemon.dir.path().join(format!("{name}.log"))).unwrap_or_default()
+}
+
+/// A thousand numbers when each of `parts` files is there: see [`next_part`].
+fn in_parts(daemon: &Daemon, parts: u32) -> String {
+    let part = |n| {
+        let file = daemon.dir.path().join(format!("part-{n}"));
+        format!(
+            "until [ -e {} ]; do sleep 0.02; done; seq {} {}; ",
+            file.display(),
+            n * 1000 + 1,
+            (n + 1) * 1000
+        )
+    };
+    (0..parts).map(part).collect()
+}
+
+fn next_part(daemon: &Daemon, n: u32) {
+    fs::write(daemon.dir.path().join(format!("part-{n}")), "").unwrap();
+}
+
+fn until_logged(daemon: &Daemon, name: &str, parts: u32) {
+    let numbers: String = (1..=parts * 1000).map(|n| format!("{n}\n")).collect();
+    until("these parts are in its file, and nothing else", || {
+        log_of(daemon, name) == numbers
+    });
+}
+
+/// The processes that take the output of the init and of its only exec.
+fn loggers(daemon: &Daemon) -> [Option<u32>; 2] {
+    let task = &daemon.recorded().tasks[0];
+    [&task.stdio, &task.execs[0].stdio]
+        .map(|stdio| stdio.logger.as_ref().map(|logger| logger.process.pid))
+}
+
+/// How many pipes a process has open.
+fn pipes(pid: u32) -> usize {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    let targets = entries.filter_map(|entry| fs::read_link(entry.path()).ok());
+    targets
+        .filter(|target| target.to_string_lossy().starts_with("pipe:"))
+        .count()
+}
+
+#[test]
+fn a_copier_and_a_logger_go_on_under_every_image_and_end_with_what_they_serve() {
+    let daemon = Daemon::new();
+    let pid = daemon.process.id();
+    let none = pipes(pid);
+    let file = format!("file://{}/init.log", daemon.dir.path().display());
+    let init = in_parts(&daemon, 4) + &waiting(&daemon);
+    daemon.create("c", &init, Path::new(&file)).unwrap();
+    daemon.start("c", "");
+    let uri = logger(&daemon, "exec", "exec 5>&-; exec cat <&3 >> $2");
+    let command = in_parts(&daemon, 4) + "exit 5";
+    daemon.exec("e", &command, &uri).unwrap();
+    let before = loggers(&daemon);
+    assert!(before.iter().all(Option::is_some), "{before:?}");
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    next_part(&daemon, 0);
+    until_logged(&daemon, "init", 1);
+    until_logged(&daemon, "exec", 1);
+    for round in 1..4 {
+        let executable = if round % 2 == 1 { &newer } else { ours() };
+        next_part(&daemon, round);
+        upgrade(&mut asker, executable).unwrap();
+        if round < 3 {
+            assert_eq!(loggers(&daemon), before);
+        }
+    }
+    assert_eq!(daemon.wait("c", "e"), 5);
+    until_logged(&daemon, "exec", 4);
+    let request = task::DeleteRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+    };
+    let deleted: task::DeleteResponse = daemon.call("Delete", &request).unwrap();
+    assert_eq!(deleted.exit_status, 5);
+    end(&daemon);
+    assert_eq!(daemon.wait("c", ""), 23);
+    until_logged(&daemon, "init", 4);
+    assert_eq!(daemon.delete("c").unwrap(), 23);
+    until("nothing of them is left", || {
+        children(pid).is_empty() && pipes(pid) == none
+    });
+}
+
+#[test]
+fn a_copier_and_a_logger_of_an_earlier_image_may_die() {
+    let daemon = Daemon::new();
+    let file = format!("file://{}/init.log", daemon.dir.path().display());
+    let init = in_parts(&daemon, 2) + &waiting(&daemon);
+    daemon.create("c", &init, Path::new(&file)).unwrap();
+    daemon.start("c", "");
+    let uri = logger(&daemon, "exec", "exec 5>&-; exec cat <&3 >> $2");
+    // More than a pipe holds.
+    let command = in_parts(&daemon, 2) + "seq 100000; exit 5";
+    daemon.exec("e", &command, &uri).unwrap();
+    next_part(&daemon, 0);
+    until_logged(&daemon, "init", 1);
+    until_logged(&daemon, "exec", 1);
+    let newer = newer(&daemon);
+    upgrade(&mut daemon.client(), &newer).unwrap();
+    let before = loggers(&daemon);
+    for pid in before.into_iter().flatten() {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+        kill(pid, Signal::SIGKILL).unwrap();
+    }
+    until("another copier comes", || {
+        let [copier, _] = loggers(&daemon);
+        copier.is_some() && copier != before[0]
+    });
+    next_part(&daemon, 1);
+    assert_eq!(daemon.wait("c", "e"), 5, "who has no logger is not held up");
+    end(&daemon);
+    assert_eq!(daemon.wait("c", ""), 23);
+    until_logged(&daemon, "init", 2);
+    assert_eq!(daemon.delete("c").unwrap(), 23);
+}
+
+/// As containerd's event service: when the first event came, whatever it was, and then when each
+/// exit was told, and whose.
+fn exits(listener: UnixListener) -> Receiver<(Instant, String)> {
+    let (tell, told) = channel();
+    thread::spawn(move || {
+        let mut first = true;
+        while let Ok((mut peer, _)) = listener.accept() {
+            while let Ok((header, body)) = read_frame(&mut peer) {
+                let at = Instant::now();
+                let asked = envelope::Request::decode(body.as_slice()).unwrap();
+                let forward = events::ForwardRequest::decode(asked.payload.as_slice()).unwrap();
+                let event = forward.envelope.unwrap();
+                let mut id = String::new();
+                if event.topic == "/tasks/exit" {
+                    let value = event.event.unwrap().value;
+                    id = events::TaskExit::decode(value.as_slice()).unwrap().id;
+                }
+                if (first || !id.is_empty()) && tell.send((at, id)).is_err() {
+                    return;
+                }
+                first = false;
+                if acknowledge(&mut peer, header).is_err() {
+                    break;
+                }
+            }
+        }
+    });
+    told
+}
+
+/// How long the output of an exec that has ended may be held by others, and how long after the
+/// first word that containerd takes an exit is told once more: less a millisecond, for the
+/// product's clock has no less.
+const LATER: Duration = Duration::from_millis(9_999);
+
+#[test]
+fn what_an_image_has_put_off_comes_in_its_time() {
+    let daemon = Daemon::with(|command| {
+        let address = command.get_current_dir().unwrap().join("events");
+        command.env("TTRPC_ADDRESS", address);
+    });
+    let pid = daemon.process.id();
+    running(&daemon);
+    let while_we_are = format!(
+        "while [ -e {} ]; do sleep 0.05; done",
+        daemon.socket().display()
+    );
+    // One whose logger neither reads the end of its input nor obeys.
+    fs::write(daemon.bundle("c").join("fail-exec"), "").unwrap();
+    let script = format!("trap '' TERM; echo here > $2; exec 5>&-; {while_we_are}");
+    let uri = logger(&daemon, "stays", &script);
+    let stubborn = || {
+        let children = children(pid);
+        children.iter().any(|(_, word)| word.ends_with("stays.log"))
+    };
+    let failed = daemon.exec("l", "exit 0", &uri);
+    assert!(failed.is_err(), "{failed:?}");
+    assert_eq!(log_of(&daemon, "stays"), "here\n", "it was there");
+    fs::remove_file(daemon.bundle("c").join("fail-exec")).unwrap();
+    // One whose output is held by another.
+    let stdout = daemon.fifo("out");
+    let command = format!("{while_we_are} & exit 7");
+    daemon
+        .exec("e", &command, stdout.to_str().unwrap())
+        .unwrap();
+    let mut reader = fs::File::open(stdout).unwrap();
+    assert_eq!(daemon.wait("c", "e"), 7);
+    let begun = Instant::now();
+    let request = task::DeleteRequest {
+        id: "c".into(),
+        exec_id: "e".into(),
+    };
+    let delete: Call<task::DeleteResponse> = begin(&daemon, "Delete", request);
+    // And whose exit is told when containerd is there again.
+    let told = exits(UnixListener::bind(daemon.dir.path().join("events")).unwrap());
+    let next = || {
+        let patience = patience().saturating_duration_since(Instant::now());
+        told.recv_timeout(patience).expect("it is told")
+    };
+    let (first, _) = next();
+    while next().1 != "e" {}
+
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    for executable in [&newer, ours()] {
+        upgrade(&mut asker, executable).unwrap();
+    }
+    assert_eq!(delete.join().unwrap().unwrap().exit_status, 7);
+    assert!(begun.elapsed() >= LATER, "{:?}", begun.elapsed());
+    assert_eq!(reader.read(&mut [0; 8]).unwrap(), 0, "its output has ended");
+    loop {
+        let (at, id) = next();
+        if id == "e" && at >= first + LATER {
+            break;
+        }
+    }
+    until("the logger is killed", || !stubborn());
+}
+
 /// An exec whose numbers are read from what this gives, until everything ends.
 fn counting(daemon: &Daemon) -> fs::File {
     let stdout = daemon.fifo("out");
@@ -326,20 +673,9 @@ fn counting(daemon: &Daemon) -> fs::File {
         "n=0; until [ -e {} ]; do n=$((n+1)); echo $n; sleep 0.02; done",
         end.display()
     );
-    let request = task::ExecProcessRequest {
-        id: "c".into(),
-        exec_id: "e".into(),
-        stdout: stdout.to_str().unwrap().into(),
-        spec: Some(Any {
-            type_url: String::new(),
-            value: format!(r#"{{"args":["{command}"]}}"#).into_bytes(),
-        }),
-        ..Default::default()
-    };
     daemon
-        .call::<task::ConnectResponse>("Exec", &request)
+        .exec("e", &command, stdout.to_str().unwrap())
         .unwrap();
-    daemon.start("c", "e");
     fs::File::open(stdout).unwrap()
 }
 

@@ -142,6 +142,12 @@ pub fn asked(daemon: &Daemon, method: &str) -> usize {
     slots.filter(is_one).count()
 }
 
+/// True while half of a giant request is taken from its socket.
+pub fn half_read(daemon: &Daemon) -> bool {
+    let bytes = fs::read(Beside::of(&daemon.socket()).requests).unwrap();
+    bytes.chunks(512).skip(1).any(|slot| slot[0] == 4)
+}
+
 /// Nothing is to be sent again: what was sent is known to be.
 pub fn settled(daemon: &Daemon) {
     until("its answer is known to be sent", || {

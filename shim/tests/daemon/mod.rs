@@ -5,6 +5,7 @@
 #![allow(dead_code)]
 
 pub mod keeper;
+pub mod raw;
 
 use std::{
     fs,
@@ -59,6 +60,7 @@ case $verb in
         : > "${log%/*}/go" ;;
     delete) rm -rf "$root/$word" ;;
     exec)
+        [ -e "${log%/*}/fail-exec" ] && fail "it is written that this fails"
         # The shell gives a background command no stdin of its own accord.
         exec 3<&0
         sh -c "$(sed 's/.*"args":\["//; s/"\].*//' "$process")" <&3 3<&- &
@@ -157,6 +159,27 @@ impl Daemon {
         };
         self.call::<task::CreateTaskResponse>("Create", &request)
             .map(|response| response.pid)
+    }
+
+    /// Adds and starts an exec of task `c`.
+    pub fn exec(&self, exec_id: &str, command: &str, stdout: &str) -> Result<u32, CallError> {
+        let request = task::ExecProcessRequest {
+            id: "c".into(),
+            exec_id: exec_id.into(),
+            stdout: stdout.into(),
+            spec: Some(Any {
+                type_url: String::new(),
+                value: format!(r#"{{"args":["{command}"]}}"#).into_bytes(),
+            }),
+            ..Default::default()
+        };
+        self.call::<task::ConnectResponse>("Exec", &request)?;
+        let request = task::StartRequest {
+            id: "c".into(),
+            exec_id: exec_id.into(),
+        };
+        let started: task::StartResponse = self.call("Start", &request)?;
+        Ok(started.pid)
     }
 
     pub fn start(&self, id: &str, exec_id: &str) {

@@ -2,6 +2,7 @@
 //! real binary, and copies of it that call themselves another version. See `daemon`.
 
 mod daemon;
+mod logged;
 
 use std::{
     fs,
@@ -26,6 +27,7 @@ use daemon::{
     raw::{acknowledge, answered, frame, read_frame, refusal},
     until,
 };
+use logged::logged;
 use nix::sys::{
     signal::{Signal, kill},
     socket::{MsgFlags, recv},
@@ -433,6 +435,37 @@ fn who_reads_late_gets_every_answer_once_and_whole_from_however_many_images() {
     late.write_all(&question(99, "last")).unwrap();
     assert_eq!(refusal(&mut late).0, 99, "none comes twice");
     until("no answer is on its way", || asked(&daemon, "") == 0);
+}
+
+#[test]
+fn an_event_that_is_half_written_is_finished_by_the_next_image() {
+    let mut listener = None;
+    let large = vec![b'x'; 250_000];
+    let daemon = Daemon::with(|command| {
+        let folder = command.get_current_dir().unwrap().to_owned();
+        let address = folder.join("events");
+        listener = Some(UnixListener::bind(&address).unwrap());
+        let entries = [b"rcvd-ev1", &logged(1, &large)[..], &[0; 8]];
+        fs::write(folder.join("socket.events"), entries.concat()).unwrap();
+        command.env("TTRPC_ADDRESS", address);
+    });
+    let listener = listener.unwrap();
+    let newer = newer(&daemon);
+    let mut asker = daemon.client();
+    let end = patience();
+    // A service that takes long is given up, and has longer the next time.
+    let asked = loop {
+        assert!(Instant::now() < end, "it comes to no end");
+        let (mut peer, _) = listener.accept().unwrap();
+        until("it is half written", || half_written(&peer));
+        if upgrade(&mut asker, &newer).is_ok()
+            && let Ok((header, body)) = read_frame(&mut peer)
+        {
+            acknowledge(&mut peer, header).unwrap();
+            break envelope::Request::decode(body.as_slice()).unwrap();
+        }
+    };
+    assert!(asked.payload == large);
 }
 
 /// A logger that is this script, with its file as `$2`; it is there when it has closed 5.

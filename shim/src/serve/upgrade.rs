@@ -312,8 +312,10 @@ impl Shim {
             self.connected(stream);
         }
         if let Some(Numbered(stream)) = coming.events {
+            // An event may be half written: when there is room, the rest of it goes, or none is.
+            let flags = EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT;
             self.epoll
-                .add(&stream, EpollEvent::new(EpollFlags::EPOLLIN, EVENTS))
+                .add(&stream, EpollEvent::new(flags, EVENTS))
                 .map_err(failed("watch event service"))?;
             self.events = Some(stream);
         }

@@ -27,7 +27,7 @@ const OOM_SCORE_MAX: i32 = 1000;
 
 /// Environment variables that the shim's children need, or that say who the shim belongs to. Not
 /// all: containerd's environment may hold secrets (proxies with passwords), and the record lasts.
-const KEPT_VARIABLES: [&str; 6] = [
+pub const KEPT_VARIABLES: [&str; 6] = [
     "PATH",
     "TTRPC_ADDRESS",
     "GRPC_ADDRESS",

@@ -1,6 +1,10 @@
 //! The hooks around containerd's start: SPEC's rows F3 (our shim was killed while containerd was
 //! down), F4 (a stock one was) and F5 (either hangs).
 
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::PermissionsExt;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use recoverd_common::pb::task::Status;
@@ -14,6 +18,7 @@ recoverd_tests::tests! {
         a_killed_shim_costs_nothing,
         a_hung_shim_costs_nothing,
     ],
+    once: [a_successor_has_its_predecessors_surroundings],
 }
 
 /// What happens to the shims while containerd is down.
@@ -236,4 +241,126 @@ fn assert_endings(containerd: &Containerd, events: &Events, endings: &[Ending]) 
         }
         containerd.delete(task, *status);
     }
+}
+
+/// What a shim has from whoever started it, by the kernel's word.
+#[derive(Debug, PartialEq, Eq)]
+struct Surroundings {
+    /// The table of all limits.
+    limits: String,
+    umask: String,
+    nice: String,
+    oom_score_adj: String,
+    cgroup: String,
+    /// The variables that the shim's children need, or that say whose it is; absent ones are not in it.
+    variables: BTreeMap<String, String>,
+}
+
+impl Surroundings {
+    #[track_caller]
+    fn of(node: &Node, shim: &Process) -> Surroundings {
+        const NAMES: [&str; 6] = [
+            "PATH",
+            "TTRPC_ADDRESS",
+            "GRPC_ADDRESS",
+            "NAMESPACE",
+            "MAX_SHIM_VERSION",
+            "TMPDIR",
+        ];
+        let text = |file: &str| {
+            let path = node.path(format!("/proc/{}/{file}", shim.pid));
+            fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+        };
+        let status = text("status");
+        let umask = status.lines().find(|line| line.starts_with("Umask:"));
+        // Its name is in parentheses; the first field behind it is the third.
+        let stat = text("stat");
+        let (_, fields) = stat.rsplit_once(')').unwrap_or_default();
+        let environment = text("environ");
+        let pairs = environment
+            .split('\0')
+            .filter_map(|pair| pair.split_once('='));
+        let kept = pairs.filter(|(name, _)| NAMES.contains(name));
+        Surroundings {
+            limits: text("limits"),
+            umask: umask.unwrap_or_default().to_owned(),
+            nice: fields
+                .split_whitespace()
+                .nth(16)
+                .unwrap_or_default()
+                .to_owned(),
+            oom_score_adj: text("oom_score_adj"),
+            cgroup: text("cgroup"),
+            variables: kept
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect(),
+        }
+    }
+}
+
+/// Our shim, started in surroundings that nothing else here has.
+#[track_caller]
+fn shim_in_its_own_surroundings(node: &Node) -> PathBuf {
+    let path = node.folder().join("containerd-shim-recoverd-v1");
+    let script = format!(
+        "#!/bin/sh\numask 027; ulimit -n 3001; ulimit -s 9001; unset TMPDIR\n\
+         renice -n 5 -p $$ >/dev/null\n\
+         PATH=$PATH:/of/containerd exec {} \"$@\"\n",
+        node.built("containerd-shim-recoverd-v1").display()
+    );
+    let write = || {
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+    };
+    write().unwrap_or_else(|error| panic!("write {}: {error}", path.display()));
+    path
+}
+
+/// An operator runs the hook by hand, from a shell that has little in common with containerd's unit.
+fn a_successor_has_its_predecessors_surroundings(release: &Release) {
+    let node = Node::start();
+    let mut containerd = node.containerd(release);
+    let runtime = shim_in_its_own_surroundings(&node);
+    let task = containerd.run(&Container::new("task").runtime(&runtime));
+    let before = Surroundings::of(&node, &task.shim);
+    let has_limit = |name: &str, value: &str| {
+        let mut lines = before.limits.lines();
+        lines.any(|line| line.starts_with(name) && line.contains(value))
+    };
+    assert!(has_limit("Max open files", " 3001 "), "{before:#?}");
+    assert!(has_limit("Max stack size", " 9217024 "), "{before:#?}");
+    assert_eq!(
+        (before.umask.as_str(), before.nice.as_str()),
+        ("Umask:\t0027", "5")
+    );
+    let of_containerd = format!("{}.ttrpc", containerd.address().display());
+    assert_eq!(before.variables["TTRPC_ADDRESS"], of_containerd);
+    assert!(
+        before.variables["PATH"].ends_with(":/of/containerd"),
+        "{before:#?}"
+    );
+
+    containerd.kill();
+    node.kill(&task.shim);
+    let config = node.folder().join("patient.toml");
+    fs::write(&config, "[adopt]\ndeadline = \"60s\"\n").unwrap_or_else(|error| panic!("{error}"));
+    let line = "umask 077; ulimit -Sn 1001; ulimit -Ss 8001; echo 500 >/proc/self/oom_score_adj
+        export PATH=$PATH:/of/a/shell TTRPC_ADDRESS=/of/a/shell GRPC_ADDRESS=/of/a/shell
+        export NAMESPACE=shell MAX_SHIM_VERSION=1 TMPDIR=/of/a/shell
+        renice -n 9 -p $$ >/dev/null; exec \"$@\"";
+    let mut words = vec!["-ec".to_owned(), line.to_owned(), "sh".to_owned()];
+    words.push(node.built("recoverd").display().to_string());
+    words.extend(["--config".to_owned(), config.display().to_string()]);
+    words.extend(containerd.flags());
+    words.extend(["pre-start", "--strict", "--deadline", "120s"].map(str::to_owned));
+    let hook = node.output("sh", &words);
+    assert_eq!(hook.status.code(), Some(0), "{hook:?}");
+    let successor = task.shim_now();
+    assert_ne!(successor, task.shim);
+    assert_eq!(Surroundings::of(&node, &successor), before);
+    containerd.start();
+    assert_running(&containerd, &task);
+    let mut exec = containerd.exec_attached(&task, "hello", &["echo", "hello"]);
+    assert!(exec.wait().success(), "{}", exec.text());
+    containerd.remove(&task);
 }

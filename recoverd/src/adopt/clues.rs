@@ -364,6 +364,8 @@ fn context(roots: &Roots, look: &Look, instance: &Instance, unit: Option<&str>) 
         score.saturating_add(more).min(OOM_SCORE_MAX)
     };
     let path = environment(&proc, source, "PATH").unwrap_or_else(|| DEFAULT_PATH.to_owned());
+    let temporary = environment(&proc, source, "TMPDIR");
+    let temporary = temporary.map(|folder| ("TMPDIR".to_owned(), folder));
     Context {
         cgroup: lines(&proc.path(source, "cgroup")),
         oom_score_adj: score,
@@ -376,7 +378,9 @@ fn context(roots: &Roots, look: &Look, instance: &Instance, unit: Option<&str>) 
             ),
             ("GRPC_ADDRESS".to_owned(), instance.address.clone()),
         ]
-        .into(),
+        .into_iter()
+        .chain(temporary)
+        .collect(),
         ..Context::default()
     }
 }

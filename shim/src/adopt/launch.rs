@@ -26,7 +26,7 @@ use recoverd_common::{
     seen::Seen,
 };
 
-use crate::{args::Flags, children, sys};
+use crate::{args::Flags, children, context, sys};
 
 /// For the daemon's word: it waits for a predecessor's end, and for runtime commands.
 const WORD: Duration = Duration::from_secs(15);
@@ -132,6 +132,11 @@ pub fn launch(
         children::memory_file(&adoption.encode()).map_err(|e| format!("pass adoption: {e}"))?;
     let (told, tells) = io::pipe().map_err(|e| format!("make pipe: {e}"))?;
     let exe = executable()?;
+    let kept = &record.context.env;
+    // What the predecessor did without is not taken from whoever asks, who may be a person's shell.
+    // A record that names none of them knows nothing of its environment.
+    let without = context::KEPT_VARIABLES.iter();
+    let without = without.filter(|name| !kept.is_empty() && !kept.contains_key(**name));
     // Ourselves, and not whatever has our name by now: we may be here because that is broken.
     let mut command = Command::new("/proc/self/exe");
     command
@@ -139,12 +144,15 @@ pub fn launch(
         .args(daemon_flags.of_daemon(flags.group()))
         .arg("-adopt")
         .current_dir(folder)
-        .envs(&record.context.env)
+        .envs(kept)
         // containerd's own line to systemd: runc would speak on it.
         .env_remove("NOTIFY_SOCKET")
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null());
+    for name in without {
+        command.env_remove(name);
+    }
     let tells = OwnedFd::from(tells);
     let given: Vec<&OwnedFd> = [&message, &tells].into_iter().chain(&descriptors).collect();
     sys::give(&mut command, &given, false).map_err(|e| format!("prepare: {e}"))?;

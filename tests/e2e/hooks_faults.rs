@@ -847,6 +847,10 @@ fn a_start_a_hook_and_two_repairs_at_once_have_one_winner(release: &Release) {
         let row = containerd.task("e2e", task.id()).map(|row| row.status);
         assert_eq!(row.as_deref(), Some("RUNNING"), "{said:#?}");
     }
+    // An orphan may have died of the start: that comes first, or not. Nobody else has ended one.
+    let ended = |entry: &Value| word(entry, "text").starts_with("send SIGTERM to init ");
+    let history = history_of(&node);
+    assert!(!history.iter().any(ended), "{history:#?}");
     // Whoever came first: none of them is served twice, and none is known in two ways for long.
     wait_for("one word on every orphan", || {
         node.recoverd([
@@ -875,6 +879,38 @@ fn a_start_a_hook_and_two_repairs_at_once_have_one_winner(release: &Release) {
         });
         settled.then_some(())
     });
+    let history = history_of(&node);
+    for task in orphans.iter().chain([&hung]) {
+        let adopted = |entry: &&Value| {
+            (word(entry, "event"), word(entry, "subject")) == ("done", &task.name())
+                && word(entry, "text").contains(" serves ")
+        };
+        let adopted: Vec<&Value> = history.iter().filter(adopted).collect();
+        assert!(adopted.len() <= 1, "adopted twice: {adopted:#?}");
+        // Whoever says that it did is the one.
+        if let [won] = adopted.as_slice()
+            && node.alive(&task.init)
+        {
+            let serves = format!("shim {} serves ", task.shim_now().pid);
+            assert!(word(won, "text").starts_with(&serves), "{serves}: {won:#}");
+        }
+    }
+}
+
+/// What `recoverd history` tells, one by one.
+#[track_caller]
+fn history_of(node: &Node) -> Vec<Value> {
+    let told = node.recoverd(["history", "-o", "json"]);
+    let told: Option<Value> = serde_json::from_slice(&told.stdout).ok();
+    let entries = told.as_ref().and_then(|told| told["entries"].as_array());
+    entries
+        .unwrap_or_else(|| panic!("no history: {told:?}"))
+        .clone()
+}
+
+/// A word of a history's entry, empty if it has none.
+fn word<'a>(entry: &'a Value, name: &str) -> &'a str {
+    entry[name].as_str().unwrap_or_default()
 }
 
 /// Shim and containerd are killed at once, and containerd had just seen the shim's end.

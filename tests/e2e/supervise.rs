@@ -3,10 +3,13 @@
 
 use std::fs::{self, File};
 use std::io::Write;
+use std::panic::resume_unwind;
 use std::process::Stdio;
 use std::sync::Arc;
+use std::thread;
 use std::time::{Duration, Instant};
 
+use recoverd_common::paths::Beside;
 use recoverd_common::pb::task::Status;
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
@@ -24,6 +27,7 @@ recoverd_tests::tests! {
         writers_and_terminals_of_a_stock_shim_outlive_it,
         intended_ends_are_not_hidden_and_nothing_is_kept,
         a_hung_supervisor_holds_back_no_end_of_an_output,
+        clients_go_on_when_shims_and_containerd_die_under_a_supervisor,
     ],
     once: [
         a_shim_that_dies_five_times_in_a_minute_is_given_up_and_adopted_by_hand,
@@ -31,7 +35,6 @@ recoverd_tests::tests! {
         one_supervisor_at_a_time,
         a_configuration_that_is_no_good_keeps_no_supervisor_away,
         a_shim_whose_record_is_lost_has_a_successor,
-        what_is_typed_goes_on_when_shims_and_containerd_die_under_a_supervisor,
     ],
 }
 
@@ -779,30 +782,70 @@ fn a_shim_whose_record_is_lost_has_a_successor(release: &Release) {
     nothing_is_kept(&supervisor);
 }
 
-/// SPEC's row F3 with what only a supervisor keeps: a terminal, and a stdin that its client holds.
-fn what_is_typed_goes_on_when_shims_and_containerd_die_under_a_supervisor(release: &Release) {
+/// SPEC's row F3 with what only a supervisor keeps: a terminal, a stdin that its client holds, and
+/// the connection of somebody who waits.
+fn clients_go_on_when_shims_and_containerd_die_under_a_supervisor(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
     // It starts no successor that comes up: pre-start does.
     let supervisor = node.supervise_with("[adopt]\nbinary = \"/bin/false\"\n");
     let held = HeldStdio::run(&containerd, ShimUnderTest::Recoverd);
     let (shell, cat) = (&held.shell, &held.cat);
-    supervisor.wait_watches(&[&shell.shim, &shell.init, &cat.shim, &cat.init]);
-    wait_for("terminal and stdin to be kept", || {
-        (supervisor.kept("master") >= 1.0 && supervisor.kept("stdin") >= 1.0).then_some(())
+    let counts = containerd.run(&writer(&node, "counts"));
+    let line = numbers("/mnt/e.go", "/mnt/e.stop", "/mnt/e.count");
+    let line = format!("{line}; exit 7");
+    containerd.exec(&counts, "session", &["sh", "-c", &line, "session"]);
+    let session = node.shell_with("session");
+    let streams = ["counts", "session"].map(|name| Reader::open(&node.stdout_of(name)));
+    for name in ["counts.go", "e.go"] {
+        node.tell(name);
+    }
+    streams.iter().for_each(Reader::wait_advance);
+    let tasks = [shell, cat, &counts];
+    for task in tasks {
+        supervisor.wait_watches(&[&task.shim, &task.init]);
+    }
+    supervisor.wait_watches(&[&session]);
+    wait_for("terminal, stdin and the exec's pipe to be kept", || {
+        let all = ["master", "stdin", "output"].map(|what| supervisor.kept(what));
+        all.iter().all(|kept| *kept >= 1.0).then_some(())
     });
-    containerd.kill();
-    for task in [shell, cat] {
-        node.kill(&task.shim);
+
+    thread::scope(|scope| {
+        let waits = scope.spawn(|| counts.wait("session"));
+        // Its connection was given away before.
+        let noted = node.path(Beside::of(counts.socket()).requests);
+        wait_for("the question to be noted", || {
+            let noted = fs::read(&noted).ok()?;
+            noted.windows(4).any(|word| word == b"Wait").then_some(())
+        });
+        containerd.kill();
+        for task in tasks {
+            node.kill(&task.shim);
+        }
+        // It writes to its reader without either.
+        streams[0].wait_advance();
+        let hook = containerd.pre_start();
+        assert_eq!(hook.exit, 0, "{hook:?}");
+        assert!(hook.line.contains("3 adopted"), "{hook:?}");
+        containerd.start();
+        for task in tasks {
+            assert_running(&containerd, task);
+            assert_ne!(task.shim_now(), task.shim);
+        }
+        assert!(node.alive(&session), "the exec session ended");
+        streams.iter().for_each(Reader::wait_advance);
+        assert!(!waits.is_finished(), "an end was told that was none");
+        node.tell("e.stop");
+        let told = waits.join().unwrap_or_else(|why| resume_unwind(why));
+        assert_eq!(told.exit_status, 7);
+    });
+    node.tell("counts.stop");
+    for (stream, count) in streams.into_iter().zip(["counts.count", "e.count"]) {
+        stream.finish(node.count_in(count));
     }
-    let hook = containerd.pre_start();
-    assert_eq!(hook.exit, 0, "{hook:?}");
-    assert!(hook.line.contains("2 adopted"), "{hook:?}");
-    containerd.start();
-    for task in [shell, cat] {
-        assert_running(&containerd, task);
-        assert_ne!(task.shim_now(), task.shim);
-    }
+    assert_eq!(counts.wait("").exit_status, 0);
+    containerd.delete(&counts, 0);
     held.assert_goes_on(&containerd);
     nothing_is_kept(&supervisor);
 }

@@ -65,11 +65,11 @@ fn a_held_terminal_and_stdin_outlive_a_hung_shim(release: &Release, shim: ShimUn
     let mut containerd = node.containerd(release);
     let held = HeldStdio::run(&containerd, shim);
     containerd.kill();
-    for task in [&held.shell, &held.cat] {
+    for task in held.tasks() {
         node.freeze(&task.shim);
     }
-    start_with_hooks(&mut containerd, &[&held.shell, &held.cat]);
-    for task in [&held.shell, &held.cat] {
+    start_with_hooks(&mut containerd, &held.tasks());
+    for task in held.tasks() {
         assert!(!node.alive(&task.shim), "{}", task.name());
     }
     held.assert_goes_on(&containerd);

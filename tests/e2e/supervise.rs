@@ -13,8 +13,8 @@ use recoverd_common::paths::Beside;
 use recoverd_common::pb::task::Status;
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
-    Container, Containerd, Events, HeldRunc, HeldStdio, Node, Process, Reader, Release,
-    ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers, wait_for,
+    Container, Containerd, Events, HeldRunc, HeldStdio, HeldTerminal, Node, Process, Reader,
+    Release, ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers, wait_for,
 };
 
 recoverd_tests::tests! {
@@ -547,42 +547,69 @@ fn an_exit_that_only_the_supervisor_saw_is_told_truly(release: &Release) {
     containerd.delete(&task, 42);
 }
 
+/// Counts from when `/mnt/go` exists until `/mnt/hush` does, and says in `/mnt/hushed` how far that
+/// was; from `/mnt/go-on` on a hundred more, and says so in `/mnt/alone`; then until `/mnt/stop`
+/// exists, and says how many these were in `/mnt/count`.
+const COUNTING_IN_PARTS: &str = "n=0; \
+    line() { n=$((n+1)); echo $n; [ $((n % 20)) -ne 0 ] || usleep 5000; }; \
+    until_there() { while [ ! -e /mnt/$1 ]; do usleep 20000; done; }; \
+    until_there go; while [ ! -e /mnt/hush ]; do line; done; echo $n >/mnt/hushed; \
+    until_there go-on; i=0; while [ $i -lt 100 ]; do i=$((i+1)); line; done; echo $n >/mnt/alone; \
+    while [ ! -e /mnt/stop ]; do line; done; echo $n >/mnt/count; exit 23";
+
 fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
     let node = Node::start();
     let mut containerd = node.containerd(release);
     let supervisor = node.supervise();
-    let writer = containerd.run(&Container::new("writer").shares(&node).command([
-        "sh",
-        "-c",
-        "trap 'exit 23' TERM; while :; do echo line; usleep 2000; done",
-    ]));
-    let terminal = containerd.run(&Container::new("terminal").terminal().command([
-        "sh",
-        "-c",
-        "trap 'echo hung up >&2; exit 9' HUP; while :; do sleep 1000 & wait $!; done",
-    ]));
-    let ends = containerd.run(&Container::new("ends").command([
-        "sh",
-        "-c",
-        "trap 'exit 41' TERM; while :; do sleep 1000 & wait $!; done",
-    ]));
+    let of = |id: &str, line: &str| {
+        let container = Container::new(id).shares(&node);
+        containerd.run(&container.command(["sh", "-c", line]))
+    };
+    let writer = of("writer", COUNTING_IN_PARTS);
+    let fifo = node.stdout_of("writer");
+    let stream = Reader::open(&fifo);
+    // A stock shim's end is the end of its streams to those who read them: not to this one.
+    let fifo_held = File::options().read(true).write(true).open(&fifo);
+    let fifo_held = fifo_held.unwrap_or_else(|e| panic!("open {}: {e}", fifo.display()));
+    // It is silent until it is adopted: nobody keeps what an exec of a stock shim writes into.
+    let line = numbers("/mnt/e.go", "/mnt/e.stop", "/mnt/e.count");
+    let line = format!("{line}; exit 7");
+    containerd.exec(&writer, "session", &["sh", "-c", &line, "session"]);
+    let session = node.shell_with("session");
+    let of_session = Reader::open(&node.stdout_of("session"));
+    let held = HeldTerminal::run(&containerd, ShimUnderTest::Stock);
+    let shell = &held.shell;
+    let line = "trap 'exit 41' TERM; while :; do sleep 1000 & wait $!; done";
+    let ends = of("ends", line);
     supervisor.wait_watching("stock", 3);
-    supervisor.wait_watches(&[&writer.shim, &terminal.shim, &ends.shim]);
-    supervisor.wait_watches(&[&writer.init, &terminal.init, &ends.init]);
+    supervisor.wait_watches(&[&writer.shim, &shell.shim, &ends.shim]);
+    supervisor.wait_watches(&[&writer.init, &shell.init, &ends.init]);
     wait_for("its pipes and its terminal to be kept", || {
         (supervisor.kept("output") >= 4.0 && supervisor.kept("master") == 1.0).then_some(())
     });
     assert_eq!(supervisor.kept("stdin"), 0.0);
+    node.tell("go");
+    stream.wait_advance();
+    // What a stock shim has read and not yet written is lost with it: here it is nothing.
+    node.tell("hush");
+    let hushed = node.count_in("hushed");
+    wait_for("the stream to be quiet", || {
+        (stream.last() == hushed).then_some(())
+    });
+    of_session.away();
+
     containerd.kill();
     // It exits with 0 then, as if all were done.
     node.signal(&writer.shim, "TERM");
     node.wait_gone(&writer.shim);
-    for task in [&terminal, &ends] {
+    for task in [shell, &ends] {
         node.kill(&task.shim);
     }
     node.signal(&ends.init, "TERM");
     node.wait_gone(&ends.init);
-    // A writer without a reader would be dead by now, and a shell without a terminal.
+    // Without a reader these lines would be nobody's, and a shell without a terminal dead by now.
+    node.tell("go-on");
+    assert_eq!(node.count_in("alone"), hushed + 100);
     wait_for("the deaths to be told", || {
         let seen = node.witnessed();
         let deaths = seen["deaths"].as_array()?;
@@ -595,25 +622,31 @@ fn writers_and_terminals_of_a_stock_shim_outlive_it(release: &Release) {
         3,
         "their exits may be told yet, and what they wrote be read"
     );
-    writer.assert_init_alive();
-    terminal.assert_init_alive();
     let hook = containerd.pre_start();
     assert_eq!(hook.exit, 0, "{hook:?}");
     containerd.start();
-    for task in [&writer, &terminal] {
+    for task in [&writer, shell] {
         assert_running(&containerd, task);
     }
-    // The terminal's end would be told to the shell.
-    let resized = containerd
-        .exec_attached(&terminal, "look", &["echo", "well"])
-        .wait();
-    assert!(resized.success());
+    assert!(node.alive(&session), "the exec session ended");
+    of_session.back();
+    node.tell("e.go");
+    of_session.wait_advance();
+    wait_for("the stream to go on", || {
+        (stream.last() > hushed).then_some(())
+    });
+    drop(fifo_held);
     assert_eq!(ends.wait("").exit_status, 41);
     containerd.delete(&ends, 41);
-    node.signal(&writer.init, "TERM");
+    held.assert_goes_on(&containerd);
+
+    node.tell("e.stop");
+    of_session.finish(node.count_in("e.count"));
+    assert_eq!(writer.wait("session").exit_status, 7);
+    node.tell("stop");
+    stream.finish(node.count_in("count"));
     assert_eq!(writer.wait("").exit_status, 23);
     containerd.delete(&writer, 23);
-    containerd.remove(&terminal);
     nothing_is_kept(&supervisor);
     wait_for("what the shims said to be forgotten", || {
         (said() == 0).then_some(())
@@ -790,7 +823,7 @@ fn clients_go_on_when_shims_and_containerd_die_under_a_supervisor(release: &Rele
     // It starts no successor that comes up: pre-start does.
     let supervisor = node.supervise_with("[adopt]\nbinary = \"/bin/false\"\n");
     let held = HeldStdio::run(&containerd, ShimUnderTest::Recoverd);
-    let (shell, cat) = (&held.shell, &held.cat);
+    let [shell, cat] = held.tasks();
     let counts = containerd.run(&writer(&node, "counts"));
     let line = numbers("/mnt/e.go", "/mnt/e.stop", "/mnt/e.count");
     let line = format!("{line}; exit 7");

@@ -84,7 +84,7 @@ pub use events::{Event, Events};
 pub use failpoints::{Armed, Failpoints};
 pub use fifo::{Fifos, Input, Output, make_fifo};
 pub use held_runc::HeldRunc;
-pub use held_stdio::HeldStdio;
+pub use held_stdio::{HeldStdio, HeldTerminal};
 pub use hooks::{Fate, PostStart, PreStart};
 pub use installed::{Installed, OTHER, VERSION, as_version};
 pub use loop_device::LoopDevice;

@@ -13,8 +13,9 @@ use recoverd_common::paths::Beside;
 use recoverd_common::pb::task::Status;
 use recoverd_common::shim_client::ShimClient;
 use recoverd_tests::{
-    Container, Containerd, Events, HeldRunc, HeldStdio, HeldTerminal, Node, Process, Reader,
-    Release, ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers, wait_for,
+    Container, Containerd, Events, Fifos, HeldRunc, HeldStdio, HeldTerminal, Input, Node, Output,
+    Process, Reader, Release, ShimUnderTest, Supervisor, Task, Traces, make_fifo, numbers,
+    oci_spec, wait_for,
 };
 
 recoverd_tests::tests! {
@@ -27,6 +28,7 @@ recoverd_tests::tests! {
         writers_and_terminals_of_a_stock_shim_outlive_it,
         intended_ends_are_not_hidden_and_nothing_is_kept,
         a_hung_supervisor_holds_back_no_end_of_an_output,
+        a_hung_supervisor_holds_back_an_end_of_stdin_until_it_goes_on_or_ends,
         clients_go_on_when_shims_and_containerd_die_under_a_supervisor,
     ],
     once: [
@@ -360,6 +362,53 @@ fn a_hung_supervisor_holds_back_no_end_of_an_output(release: &Release) {
         assert!(assert_numbered(&stream.text()) > least);
     }
     nothing_is_kept(&supervisor);
+}
+
+/// It has a spare write end of a stdin; whoever asks for CloseIO is answered all the same.
+fn a_hung_supervisor_holds_back_an_end_of_stdin_until_it_goes_on_or_ends(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let supervisor = node.supervise();
+    let api = containerd.api("e2e");
+    let reads = ["first", "second"].map(|id| {
+        let fifos = Fifos::make(&node, id);
+        let copy = fifos.stdout();
+        api.run(
+            id,
+            &oci_spec(id, &["cat"]),
+            ShimUnderTest::Recoverd,
+            &fifos.stdio,
+        );
+        (id, copy, fifos.stdin())
+    });
+    wait_for("both stdins to be kept", || {
+        (supervisor.kept("stdin") == 2.0).then_some(())
+    });
+    let close = |(id, copy, mut lines): (&'static str, Output, Input)| {
+        node.freeze(supervisor.process());
+        lines.write("the last\n");
+        drop(lines);
+        let closed = api.close_stdin(id, "");
+        closed.unwrap_or_else(|refused| panic!("{id}: {refused:?}"));
+        copy.wait_text("the last\n");
+        (id, copy)
+    };
+    let assert_ended = |(id, copy): (&str, Output)| {
+        assert_eq!(api.status(id, ""), 0);
+        assert_eq!(copy.wait_end(), "the last\n");
+        let ended = api.delete(id, "");
+        assert_eq!(ended.map(|ended| ended.status), Ok(0), "{id}");
+    };
+    let [first, second] = reads;
+    let first = close(first);
+    node.signal(supervisor.process(), "CONT");
+    assert_ended(first);
+    wait_for("its stdin to be kept no more", || {
+        (supervisor.kept("stdin") == 1.0).then_some(())
+    });
+    let second = close(second);
+    supervisor.kill();
+    assert_ended(second);
 }
 
 fn writer(node: &Node, id: &str) -> Container {

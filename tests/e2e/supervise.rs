@@ -36,6 +36,7 @@ recoverd_tests::tests! {
         what_a_shim_says_with_its_last_breath_is_heard,
         one_supervisor_at_a_time,
         a_configuration_that_is_no_good_keeps_no_supervisor_away,
+        metrics_are_told_on_loopback_and_nowhere_else,
         a_shim_whose_record_is_lost_has_a_successor,
     ],
 }
@@ -831,6 +832,51 @@ fn a_configuration_that_is_no_good_keeps_no_supervisor_away(release: &Release) {
     // Wrong words on the command line are nobody's slip of today: its unit does not try again.
     let refused = node.recoverd(["supervise", "--nonsense"]);
     assert_eq!(refused.status.code(), Some(2), "{refused:?}");
+}
+
+fn metrics_are_told_on_loopback_and_nowhere_else(release: &Release) {
+    let node = Node::start();
+    let containerd = node.containerd(release);
+    let _task = containerd.run(&ours("counted"));
+    let listen = |address: &str| format!("[supervise]\nmetrics-listen = \"{address}\"\n");
+    let ask = || node.output("busybox", ["wget", "-qO-", "http://127.0.0.1:9464/metrics"]);
+    let supervisor = node.supervise_with(&listen("127.0.0.1:9464"));
+    supervisor.wait_watching("ours", 1);
+    // Between two looks a number may change.
+    let told = wait_for("the same metrics on both", || {
+        let told = ask();
+        assert!(told.status.success(), "{told:?}");
+        let told = String::from_utf8_lossy(&told.stdout).into_owned();
+        supervisor.metrics().ends_with(&told).then_some(told)
+    });
+    let sample = "\nrecoverd_supervised_shims{kind=\"ours\"} 1\n";
+    assert!(told.contains(sample), "{told}");
+    supervisor.stop();
+
+    let supervisor = node.supervise_with(&listen("0.0.0.0:9464"));
+    let text = supervisor.text();
+    let said: Vec<&str> = text
+        .lines()
+        .filter(|line| line.contains("metrics-listen"))
+        .collect();
+    assert!(
+        matches!(said[..], [line] if line.contains("supervise.toml:2: ") && line.contains("loopback")),
+        "{text}"
+    );
+    assert!(!ask().status.success());
+    supervisor.stop();
+
+    // Somebody else has the port: the shims are looked after all the same.
+    let _other = node.spawn("busybox", ["nc", "-l", "-p", "9464"]);
+    wait_for("the port to be taken", || {
+        let listeners = node.shell("busybox netstat -ltn");
+        listeners.contains(":9464 ").then_some(())
+    });
+    let supervisor = node.supervise_with(&listen("127.0.0.1:9464"));
+    supervisor.wait_watching("ours", 1);
+    let text = supervisor.text();
+    let words = ["no metrics", "127.0.0.1:9464"];
+    assert!(words.iter().all(|word| text.contains(word)), "{text}");
 }
 
 /// SPEC's row F11 in the middle of F6.

@@ -130,10 +130,7 @@ pub async fn run(setup: Setup) -> io::Result<()> {
     let (mut daemon, mut hints) = Daemon::new(setup, hints)?;
     let poll = crate::sys::awaited(daemon.epoll.0.try_clone()?)?;
     let unix = daemon.metrics_listener();
-    let tcp = match daemon.setup.metrics_tcp {
-        Some(address) => Some(serve_metrics::tcp(address).await?),
-        None => None,
-    };
+    let tcp = daemon.metrics_on_loopback().await;
     let mut asking: JoinSet<()> = JoinSet::new();
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -22,7 +22,7 @@ use recoverd_common::{
     witness::Teller,
 };
 use tokio::{
-    net::UnixListener,
+    net::{TcpListener, UnixListener},
     sync::{Semaphore, mpsc},
     task::JoinSet,
 };
@@ -204,6 +204,18 @@ impl Daemon {
             Ok(listener) => Some(listener),
             Err(error) => {
                 tracing::warn!(path = %path.display(), %error, "no metrics");
+                None
+            }
+        }
+    }
+
+    /// None as well when somebody else has the port: the shims are looked after all the same.
+    pub(super) async fn metrics_on_loopback(&self) -> Option<TcpListener> {
+        let address = self.setup.metrics_tcp?;
+        match serve_metrics::tcp(address).await {
+            Ok(listener) => Some(listener),
+            Err(error) => {
+                tracing::warn!(%address, %error, "no metrics");
                 None
             }
         }

@@ -245,6 +245,41 @@ fn an_event_larger_than_the_sockets_buffer_arrives_and_so_do_those_after_it() {
 }
 
 #[test]
+fn an_exit_and_what_comes_of_it_are_told_on_one_connection() {
+    let mut listener = None;
+    let daemon = Daemon::with(|command| {
+        let address = command.get_current_dir().unwrap().join("events");
+        listener = Some(UnixListener::bind(&address).unwrap());
+        command.env("TTRPC_ADDRESS", address);
+    });
+    let listener = listener.unwrap();
+    let pid = daemon
+        .create("c", "exec sleep 1000", Path::new(""))
+        .unwrap();
+    daemon.start("c", "");
+    let (mut peer, _) = listener.accept().unwrap();
+    for _ in ["create", "start"] {
+        let (header, _) = read_frame(&mut peer).unwrap();
+        acknowledge(&mut peer, header).unwrap();
+    }
+    drop(peer);
+    // Its pause after an end is over then, and it connects at once; or this shows less.
+    thread::sleep(Duration::from_millis(200));
+    let init = nix::unistd::Pid::from_raw(i32::try_from(pid).unwrap());
+    nix::sys::signal::kill(init, nix::sys::signal::Signal::SIGKILL).unwrap();
+    let (mut peer, _) = listener.accept().unwrap();
+    let (header, _) = read_frame(&mut peer).unwrap();
+    assert_eq!(header.stream, 1);
+    acknowledge(&mut peer, header).unwrap();
+    assert_eq!(daemon.wait("c", ""), 137);
+    assert_eq!(daemon.delete("c").unwrap(), 137);
+    // Nothing is told under a number that was used.
+    let (header, _) = read_frame(&mut peer).unwrap();
+    assert_eq!(header.stream, 3);
+    acknowledge(&mut peer, header).unwrap();
+}
+
+#[test]
 fn a_signal_that_asks_or_hangs_up_ends_nothing() {
     let mut log = None;
     let mut daemon = Daemon::with(|command| {

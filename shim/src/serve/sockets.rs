@@ -275,6 +275,11 @@ impl Shim {
         }
         match post {
             Post::Open => {
+                // What came before that was heard asks for it as well. A second one would begin to
+                // count anew, and containerd refuse what it is told under a number that it has had.
+                if self.inbox.contains(&Input::EventsOpened) {
+                    return;
+                }
                 let input = match self.connect_events() {
                     Ok(stream) => {
                         self.events = Some(stream);

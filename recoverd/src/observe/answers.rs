@@ -225,7 +225,10 @@ async fn converse(question: &Question, until: time::Instant) -> Answer {
         Ok(stream) => stream,
         Err(error) => {
             answer.connection = match error.raw_os_error().map(nix::errno::Errno::from_raw) {
-                Some(nix::errno::Errno::ECONNREFUSED) => Connection::Refused,
+                // Reset: the listener has gone while we stood in its queue.
+                Some(nix::errno::Errno::ECONNREFUSED | nix::errno::Errno::ECONNRESET) => {
+                    Connection::Refused
+                }
                 Some(nix::errno::Errno::ENOENT | nix::errno::Errno::ENOTDIR) => Connection::NoFile,
                 Some(nix::errno::Errno::EAGAIN) => Connection::QueueFull,
                 Some(_) | None => Connection::Failed(error.to_string()),
